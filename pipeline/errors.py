@@ -1,0 +1,71 @@
+"""What can go wrong, and the words a user reads: what was seen, what was wanted, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class EmsrError(Exception):
+    """Base of every error that emsr raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(EmsrError):
+    """A mistake that the user can mend: one message, exit code 2, nothing touched."""
+
+    exit_code = 2
+
+    def __init__(self, saw: str, wanted: str = "", do: str = "") -> None:
+        self.saw, self.wanted, self.do = saw, wanted, do
+        super().__init__(". ".join(part.rstrip(".") for part in (saw, wanted, do) if part) + ".")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        return type(self), (self.saw, self.wanted, self.do)
+
+
+class ConfigError(UserError):
+    """One or more problems in volume.yaml, each a line of its own."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        EmsrError.__init__(self, "\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:  # type: ignore[override]
+        return type(self), (self.problems,)
+
+
+class SourceError(UserError):
+    """The source volume cannot be opened or is not what the pipeline reads."""
+
+
+class TargetError(UserError):
+    """The target cannot be created, or something else stands in its place."""
+
+
+class LedgerError(UserError):
+    """The ledger belongs to another plan, is damaged, or another run holds it."""
+
+
+class NetworkError(UserError):
+    """The network or its weights cannot be had."""
+
+
+class ClusterError(UserError):
+    """Dask workers cannot be had."""
+
+
+class DataError(EmsrError):
+    """One slab's data is bad for good (missing or damaged chunk): retrying is useless, the slab is quarantined."""
+
+
+class MissingChunkError(DataError):
+    """A chunk that the source's metadata promises is absent, and the file states no fill."""
+
+
+class DamagedChunkError(DataError):
+    """A chunk is there but cannot be decoded."""
+
+
+class TransientError(EmsrError):
+    """A fault of the moment (time-out, 429, 5xx, cut connection): worth another try."""

@@ -1,0 +1,90 @@
+"""Where tests find real data, and how they make small volumes and run the main job on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import hypothesis
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
+TESTS = REPOSITORY / "tests"
+
+hypothesis.settings.register_profile("emsr", deadline=None)  # a shared machine's pauses are no failures
+hypothesis.settings.load_profile("emsr")
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real EM; the test is skipped, saying so, where it is missing."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no real EM at {SHARED / 'data'} (set EMSR_SHARED)")
+    return SHARED / "data"
+
+
+def texture(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """Blobs and grain, uint8, different in every voxel's neighbourhood."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    smooth = 128 + 60 * np.sin(y / 5 + z / 3) * np.cos(x / 7 - z / 4)
+    return np.clip(smooth + rng.normal(0, 18, shape), 0, 255).astype(np.uint8)
+
+
+def write_lr(path: Path, voxels: np.ndarray, voxel_size_nm: tuple[float, float, float] = (45.0, 32.0, 32.0)) -> Path:
+    """An OME-Zarr 0.5 source, written by zarr-python."""
+    import zarr
+
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    group.create_array("0", shape=voxels.shape, dtype=voxels.dtype, chunks=(4, 16, 16), config={"write_empty_chunks": True})[:] = voxels
+    transforms = [{"type": "scale", "scale": list(voxel_size_nm)}]
+    axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "zyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "lr", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}]}
+    return path
+
+
+def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: Any) -> Path:
+    """A small volume.yaml; `changes` are dotted keys such as `work.slab_shape` with `.` written `__`."""
+    body: dict[str, Any] = {
+        "source": {"url": str(source)},
+        "target": {"url": str(target), "chunk_shape": [2, 64, 64], "shard_shape": [2, 128, 128]},
+        "network": {"name": "bicubic", "scale": 8},
+        "work": {"slab_shape": [4, 32, 32]},
+        "cluster": {"kind": "local", "workers": 1},
+    }
+    for dotted, value in changes.items():
+        place = body
+        *parents, last = dotted.split("__")
+        for part in parents:
+            place = place.setdefault(part, {})
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Every file below `path` with the hash of its bytes."""
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def main_job(yaml_path: Path, script: str = "run_standin.py", check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The main job in a process of its own, as a user runs it."""
+    return subprocess.run(
+        [sys.executable, str(TESTS / script), str(yaml_path)] if script != "run" else [sys.executable, "-m", "pipeline.run", str(yaml_path)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environ},
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=280,
+    )
