@@ -1,0 +1,201 @@
+"""Which tasks are done, durable beside the target: planned = written + skipped + quarantined.
+
+One writer publishes records as immutable segment objects and, now and then, a packed snapshot of all states. Only PUT, GET
+and LIST are used, so that files, S3 and GCS behave alike. A record is queued only after the task's objects are durable; a
+crash loses at most the records of one flush interval, never data: those tasks run again and write the same bytes.
+
+    <target>.emsr/ledger-<digest>/segment-<seq>-<run>       records
+                                 /snapshot-<seq>-<run>      states after that segment, two bits a task
+                                 /quarantine/<index>.json   why a task was given up
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import LedgerError
+from pipeline.storage.kv import Store
+
+PENDING, WRITTEN, SKIPPED, QUARANTINED = range(4)
+STATES = ("pending", "written", "skipped", "quarantined")
+
+RECORD = np.dtype([("index", "<u8"), ("state", "u1"), ("checksum", "<u4"), ("bytes", "<u8"), ("seconds", "<f4")])
+_MAGIC = b"EMSRLED1"
+FLUSH_S = 5.0
+FLUSH_RECORDS = 4096
+SNAPSHOT_EVERY = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One task's end: `checksum` is the CRC-32 over its stored objects in key order, `bytes` their total size."""
+
+    index: int
+    state: int
+    checksum: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+class Ledger:
+    """States of `tasks` tasks. Not thread-safe: one thread of one client writes it."""
+
+    def __init__(self, store: Store, digest: str, tasks: int, run_id: str) -> None:
+        self._store = store
+        self._prefix = f"ledger-{digest[:16]}/"
+        self._run = run_id
+        self._state: NDArray[np.uint8] = np.zeros(tasks, np.uint8)
+        self._queued: list[Entry] = []
+        self._seq = 0
+        self._since_snapshot = 0
+        self._flushed = time.monotonic()
+        self.bytes_written = 0
+        self.damaged: list[str] = []
+        """Keys of segments that could not be read: their tasks count as pending again."""
+
+    @property
+    def tasks(self) -> int:
+        return len(self._state)
+
+    def load(self) -> None:
+        """Newest readable snapshot, then the segments after it."""
+        names = [key[len(self._prefix) :] for key in self._store.list(self._prefix)]
+        segments = sorted(n for n in names if n.startswith("segment-"))
+        self._seq = max([_seq(n) for n in names if n.startswith(("segment-", "snapshot-"))], default=0)
+        start = 0
+        for name in sorted((n for n in names if n.startswith("snapshot-")), reverse=True):
+            if self._load_snapshot(self._store.get(self._prefix + name)):
+                start = _seq(name)
+                break
+        for records in self._segments([n for n in segments if _seq(n) > start]):
+            self._apply(records)
+            self._since_snapshot += 1
+
+    def _segments(self, names: Iterable[str]) -> Iterator[NDArray[np.void]]:
+        for key, value in self._store.get_all(self._prefix + n for n in names):
+            records = _unpack_segment(value)
+            if records is None or (len(records) and int(records["index"].max()) >= self.tasks):
+                self.damaged.append(key)
+            else:
+                yield records
+
+    def _apply(self, records: NDArray[np.void]) -> None:
+        # With a repeated index numpy keeps the last value: the newest record wins.
+        self._state[records["index"]] = records["state"]
+        self.bytes_written += int(records["bytes"].sum())
+
+    def records(self) -> dict[int, tuple[int, int, int]]:
+        """index -> (state, checksum, bytes) of the newest record of every closed task (for `verify`)."""
+        out: dict[int, tuple[int, int, int]] = {}
+        names = [key[len(self._prefix) :] for key in self._store.list(self._prefix + "segment-")]
+        for records in self._segments(sorted(names)):
+            out.update(
+                zip(
+                    records["index"].tolist(), zip(records["state"].tolist(), records["checksum"].tolist(), records["bytes"].tolist(), strict=True), strict=True
+                )
+            )
+        return out
+
+    def counts(self) -> dict[str, int]:
+        """Tasks by state; the four numbers add up to `tasks`."""
+        found = np.bincount(self._state, minlength=4)
+        return {name: int(n) for name, n in zip(STATES, found, strict=True)}
+
+    def state(self, index: int) -> int:
+        return int(self._state[index])
+
+    def indices(self, state: int, within: range | None = None) -> Iterator[int]:
+        """Tasks in this state, ascending, found lazily a block at a time."""
+        span = within or range(self.tasks)
+        for start in range(span.start, span.stop, 1 << 16):
+            block = self._state[start : min(start + (1 << 16), span.stop)]
+            yield from (start + int(i) for i in np.flatnonzero(block == state))
+
+    def count(self, state: int, within: range) -> int:
+        return int(np.count_nonzero(self._state[within.start : within.stop] == state))
+
+    def requeue(self, state: int = QUARANTINED) -> int:
+        """Tasks of this state count as pending again (for this run); returns how many."""
+        chosen = self._state == state
+        self._state[chosen] = PENDING
+        return int(np.count_nonzero(chosen))
+
+    def record(self, entries: Iterable[Entry]) -> None:
+        """Queue records of tasks whose objects are durable. They become durable with the next flush."""
+        for entry in entries:
+            if entry.state == QUARANTINED:
+                body = {"index": entry.index, "error": entry.error, "run": self._run, "time": time.time()}
+                self._store.put(f"{self._prefix}quarantine/{entry.index}.json", json.dumps(body, indent=1).encode())
+            self._state[entry.index] = entry.state
+            self._queued.append(entry)
+
+    def tick(self) -> None:
+        """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records."""
+        if len(self._queued) >= FLUSH_RECORDS or (self._queued and time.monotonic() - self._flushed >= FLUSH_S):
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what is queued; returns when it is durable."""
+        self._flushed = time.monotonic()
+        if not self._queued:
+            return
+        records = np.array([(e.index, e.state, e.checksum, e.bytes, e.seconds) for e in self._queued], RECORD)
+        self._seq += 1
+        self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self._run}", _pack_segment(records))
+        self.bytes_written += int(records["bytes"].sum())
+        self._queued.clear()
+        self._since_snapshot += 1
+        if self._since_snapshot >= SNAPSHOT_EVERY:
+            self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self._run}", self._pack_snapshot())
+            self._since_snapshot = 0
+
+    def why(self, index: int) -> str:
+        """The text kept when this task was quarantined."""
+        value = self._store.get(f"{self._prefix}quarantine/{index}.json")
+        try:
+            return str(json.loads(value or b"{}").get("error", ""))
+        except ValueError:
+            return ""
+
+    def _pack_snapshot(self) -> bytes:
+        low, high = np.packbits(self._state & 1), np.packbits(self._state >> 1)
+        body = zlib.compress(struct.pack("<QQ", self.tasks, self.bytes_written) + low.tobytes() + high.tobytes(), 1)
+        return _MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+    def _load_snapshot(self, value: bytes | None) -> bool:
+        if value is None or value[:8] != _MAGIC or zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
+            return False
+        body = zlib.decompress(value[12:])
+        tasks, self.bytes_written = struct.unpack("<QQ", body[:16])
+        if tasks != self.tasks:
+            raise LedgerError(f"the ledger counts {tasks} tasks, the plan {self.tasks}", "the same plan", "Restore the volume.yaml of the first run")
+        packed = np.frombuffer(body, np.uint8, offset=16).reshape(2, -1)
+        low, high = (np.unpackbits(bits, count=tasks) for bits in packed)
+        self._state = low | (high << 1)
+        return True
+
+
+def _seq(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def _pack_segment(records: NDArray[np.void]) -> bytes:
+    body = records.tobytes()
+    return _MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def _unpack_segment(value: bytes | None) -> NDArray[np.void] | None:
+    if value is None or value[:8] != _MAGIC or len(value) < 12 or (len(value) - 12) % RECORD.itemsize:
+        return None
+    if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
+        return None
+    return np.frombuffer(value, RECORD, offset=12)
