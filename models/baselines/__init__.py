@@ -1,0 +1,1 @@
+"""Networks that the paper's one is compared with."""
