@@ -62,6 +62,8 @@ def context() -> ts.Context:
             "s3_request_concurrency": {"limit": 32},
             "gcs_request_concurrency": {"limit": 32},
             "http_request_concurrency": {"limit": 32},
+            # tensorstore's own default is 32 tries over a quarter of an hour, in which a mistyped host shows nothing
+            **{f"{kind}_request_retries": {"max_retries": 4, "initial_delay": "500ms", "max_delay": "4s"} for kind in ("http", "s3", "gcs")},
         }
     )
 
@@ -144,7 +146,7 @@ class Store:
         except Exception as error:
             raise classify(error, f"deleting {self.url}/{key}") from error
 
-    def list(self, prefix: str = "") -> list[str]:
+    def keys(self, prefix: str = "") -> list[str]:
         """Keys under `prefix`, sorted, without the prefix's lock files."""
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
         key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
