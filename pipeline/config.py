@@ -107,6 +107,7 @@ class BadSectionsConfig(_Model):
 class MaskConfig(_Model):
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
+    missing_chunks: Literal["error"] | FillConfig = "error"
 
 
 class SourceConfig(_Model):
@@ -213,7 +214,7 @@ def load(path: str | Path) -> Config:
         raise ConfigError(_problems(error, str(path), lines)) from None
     base = path.resolve().parent
     problems, changed = [], {}
-    for where, url in (("source", config.source.url), ("target", config.target.url), ("source.mask", config.source.mask and config.source.mask.url)):
+    for where, url in (("source", config.source.url), ("target", config.target.url), ("source.mask", config.source.mask.url if config.source.mask else None)):
         if url is None:
             continue
         try:
@@ -234,7 +235,6 @@ _Path = tuple[str | int, ...]
 
 def _parse(text: str, name: str) -> tuple[Any, dict[_Path, int]]:
     """The YAML text as plain values, and the line (from 1) of every key path."""
-    loader = yaml.SafeLoader(text)
     lines: dict[_Path, int] = {}
     problems: list[str] = []
 
@@ -260,6 +260,7 @@ def _parse(text: str, name: str) -> tuple[Any, dict[_Path, int]]:
         return loader.construct_object(node)
 
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         value = build(root, ()) if root is not None else None
     except yaml.MarkedYAMLError as error:

@@ -18,7 +18,8 @@ class UserError(EmsrError):
 
     def __init__(self, saw: str, wanted: str = "", do: str = "") -> None:
         self.saw, self.wanted, self.do = saw, wanted, do
-        super().__init__(". ".join(part.rstrip(".") for part in (saw, wanted, do) if part) + ".")
+        parts = (saw, wanted and f"Wanted: {wanted}", do)
+        super().__init__(". ".join(part.rstrip(".") for part in parts if part) + ".")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         return type(self), (self.saw, self.wanted, self.do)

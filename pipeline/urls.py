@@ -25,6 +25,8 @@ def normalise(url: str, base: Path) -> str:
 
     Raises UserError for an unknown scheme or an empty path.
     """
+    if not url.isprintable():
+        raise UserError(f"url {url!r} holds control characters", "printable ones", "Remove them")
     kind, rest = split_format(url)
     prefix = f"{kind}://" if kind else ""
     scheme, sep, _ = rest.partition("://")
@@ -40,6 +42,8 @@ def normalise(url: str, base: Path) -> str:
         raise UserError(f"url {url!r} names no absolute path", "file:///folder/volume")
     if scheme != "file" and not parts.netloc:
         raise UserError(f"url {url!r} names no bucket or host", f"{scheme}://bucket-or-host/path")
+    if parts.query or parts.fragment:
+        raise UserError(f"url {rest.partition('?')[0]}?... holds a query", "a URL without one", "Give credentials by the environment, not in the URL")
     if scheme == "file":
         return prefix + "file://" + quote(os.path.normpath(unquote(parts.path)))
     return prefix + rest.rstrip("/")

@@ -40,6 +40,8 @@ def spec(url: str) -> dict[str, Any]:
             out |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
         elif region:
             out |= {"aws_region": region}
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            out["aws_credentials"] = {"type": "environment"}  # without searching, and complaining of, absent profile files
         return out
     if parts.scheme == "gs":
         return {"driver": "gcs", "bucket": parts.netloc, "path": f"{path}/" if path else ""}
@@ -75,6 +77,8 @@ def classify(error: BaseException, what: str) -> EmsrError:
     text = str(error)
     found = _CODE.search(text)
     code = found.group(1) if found else ""
+    if "NoSuchBucket" in text or "The specified bucket does not exist" in text:
+        return UserError(f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first")
     if code == "NOT_FOUND" or "is missing" in text:
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):

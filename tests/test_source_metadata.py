@@ -1,0 +1,255 @@
+"""What a source's metadata says of voxel sizes and intensities is believed; what cannot be read is refused by name, with advice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import source_volumes as written
+import tensorstore as ts
+import zarr
+import zarr.codecs
+from source_checks import at, edit, opened, refusal
+from source_volumes import SHAPE, VOXEL_NM, Written, truth
+
+from pipeline.config import MaskConfig, SourceConfig
+from pipeline.errors import SourceError
+from pipeline.geometry import ZYX, Box
+from pipeline.storage.sources import open_mask, open_source
+from pipeline.storage.volume import VolumeInfo
+
+
+class TestVoxelSize:
+    @pytest.mark.parametrize(("unit", "per_nm"), [("micrometer", 1e-3), ("angstrom", 10), ("millimeter", 1e-6), ("meter", 1e-9), ("nanometer", 1)])
+    def test_units(self, unit: str, per_nm: float, tmp_path: Path) -> None:
+        info = opened(written.ome(tmp_path / "v", "0.4", unit=unit, per_nm=per_nm), mip=1).info
+        assert info.voxel_size_nm == (40, 16, 8)
+        assert info.corner_nm == (-20, -4, -2)
+
+    def test_transformations_of_the_whole_group(self, tmp_path: Path) -> None:
+        volume = written.ome(tmp_path / "v", "0.4")
+        after = [{"type": "scale", "scale": [2, 1, 1]}, {"type": "translation", "translation": [0, 0, 100]}]
+        edit(volume.path / ".zattrs", lambda v: at(v["multiscales"][0], coordinateTransformations=after))
+        info = opened(volume, mip=1).info
+        assert info.voxel_size_nm == (80, 16, 8)
+        assert info.corner_nm == (-40, -4, 98)  # x: translation 2 + 100 is the centre of a voxel of 8
+
+    @pytest.mark.parametrize("make", [written.ome, written.n5, written.precomputed])
+    def test_given_twice(self, make: Callable[..., Written], tmp_path: Path) -> None:
+        volume = make(tmp_path / "v", "0.5") if make is written.ome else make(tmp_path / "v")
+        assert opened(volume, voxel_size_nm=(40.0, 8.0, 4.003)).info.voxel_size_nm == VOXEL_NM
+        message = refusal(volume, voxel_size_nm=(40.0, 8.0, 4.005))
+        assert "4.005" in message
+        assert "40.0, 8.0, 4.0]" in message
+
+    def test_nowhere(self, tmp_path: Path) -> None:
+        assert "Give source.voxel_size_nm" in refusal(written.zarr3(tmp_path / "a").path)
+        unitless = written.ome(tmp_path / "b", "0.5", unit=None)
+        assert "Give source.voxel_size_nm" in refusal(unitless)
+        info = opened(unitless, voxel_size_nm=(30.0, 6.0, 6.0)).info
+        assert (info.voxel_size_nm, info.corner_nm) == ((30, 6, 6), (-15, -3, -3))
+        n5 = written.n5(tmp_path / "c")
+        edit(n5.path / "attributes.json", lambda v: at(v, pixelResolution={"dimensions": [1, 1, 1], "unit": "pixel"}))
+        assert "Give source.voxel_size_nm" in refusal(n5)
+
+    def test_n5_dialects(self, tmp_path: Path) -> None:
+        for n, (attributes, group, size) in enumerate(
+            [
+                ({"resolution": [4, 8, 40]}, {}, (40, 8, 4)),
+                ({"resolution": [0.004, 0.008, 0.04], "units": ["um", "um", "um"]}, {}, (40, 8, 4)),
+                ({"pixelResolution": {"dimensions": [0.004, 0.008, 0.04], "unit": "um"}, "downsamplingFactors": [2, 2, 1]}, {}, (40, 16, 8)),
+                ({"pixelResolution": [4, 8, 40]}, {"resolution": [1, 1, 1]}, (40, 8, 4)),
+                ({}, {"pixelResolution": {"dimensions": [4, 8, 40], "unit": "nm"}, "scales": [[1, 1, 1], [2, 2, 1]]}, (40, 16, 8)),
+                ({}, {"resolution": [4, 8, 40]}, None),
+                ({}, {"resolution": [4, 8, 40], "scales": [[1, 1, 1]]}, "scales"),
+            ]
+        ):
+            volume = written.n5_group(tmp_path / str(n))
+            (volume.path / "attributes.json").write_text(json.dumps(group))
+            keep = {"dimensions", "blockSize", "dataType", "compression"}
+            edit(volume.path / "s1/attributes.json", lambda v, a=attributes, k=keep: {key: v[key] for key in k} | a)
+            if isinstance(size, tuple):
+                assert opened(volume, mip=1).info.voxel_size_nm == size
+            else:
+                assert (size or "Give source.voxel_size_nm") in refusal(volume, mip=1)
+
+
+class TestIntensity:
+    @pytest.mark.parametrize("window", [(0, 65535), (1000, 1255), (12000, 40000), (5, 6)])
+    def test_uint16_is_mapped_linearly_rounding_half_up(self, window: tuple[int, int], tmp_path: Path) -> None:
+        voxels = truth(dtype="uint16")
+        low, high = window
+        voxels.flat[:8] = [0, 65535, low, high, low + 1, max(low, 1) - 1, (low + high) // 2, min(high + 1, 65535)]
+        want = np.array([[min(max((2 * 255 * (int(v) - low) + (high - low)) // (2 * (high - low)), 0), 255) for v in voxels.ravel()]], np.uint8).reshape(SHAPE)
+        for make in (written.zarr2, written.zarr3, written.n5, written.precomputed):
+            source = opened(make(tmp_path / make.__name__, voxels=voxels), intensity_window=window)
+            assert source.info.dtype == "uint16"
+            part = source.read(source.info.bounds)
+            assert part.dtype == np.uint8
+            np.testing.assert_array_equal(part, want)
+        big_endian = written.zarr2(tmp_path / "be", voxels=voxels.astype(">u2"))
+        np.testing.assert_array_equal(opened(big_endian, intensity_window=window).read(Box.of((0, 0, 0), SHAPE)), want)
+
+    def test_by_hand(self, tmp_path: Path) -> None:
+        # window 0..510: 255 / 510 is half a grey level per step, so odd values lie exactly between two levels
+        voxels = np.array([0, 1, 2, 3, 509, 510, 511, 65535], np.uint16).reshape(1, 1, 8)
+        path = tmp_path / "v"
+        zarr.create_array(path, shape=voxels.shape, chunks=voxels.shape, dtype="u2", zarr_format=3)[...] = voxels
+        got = opened(path, voxel_size_nm=VOXEL_NM, intensity_window=(0, 510)).read(Box.of((0, 0, 0), (1, 1, 8)))
+        assert got.ravel().tolist() == [0, 1, 1, 2, 255, 255, 255, 255]
+
+    def test_window_wanted_and_unwanted(self, tmp_path: Path) -> None:
+        assert "source.intensity_window" in refusal(written.zarr3(tmp_path / "a", voxels=truth(dtype="uint16")))
+        assert "Take intensity_window away" in refusal(written.zarr3(tmp_path / "b"), intensity_window=(0, 255))
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("dtype", "word"),
+        [
+            ("u4", "segmentations"),
+            ("u8", "segmentations"),
+            ("i1", "signed"),
+            ("i2", "signed"),
+            ("f4", "float32"),
+            ("f8", "float64"),
+            ("?", "bool"),
+            ("c8", "complex64"),
+        ],
+    )
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_types(self, dtype: str, word: str, version: int, tmp_path: Path) -> None:
+        zarr.create_array(tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype=dtype, zarr_format=version)
+        assert word in refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
+
+    def test_structured(self, tmp_path: Path) -> None:
+        zarr.create_array(tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype=[("a", "u1"), ("b", "u2")], zarr_format=2)
+        assert "an array of its own" in refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
+
+    @pytest.mark.parametrize("dtype", ["<U4", "|S3", "<M8[ns]", "|O", "|V3", "u1,u2", "(2,2)u1", "nonsense", "u1["])
+    def test_no_numbers(self, dtype: str, tmp_path: Path) -> None:
+        for make, document, key in ((written.zarr2, ".zarray", "dtype"), (written.zarr3, "zarr.json", "data_type")):
+            volume = make(tmp_path / make.__name__)
+            edit(volume.path / document, lambda v, key=key: at(v, **{key: dtype}))
+            assert "a number type" in refusal(volume)
+
+    @pytest.mark.parametrize("compressor", [numcodecs.LZ4(), numcodecs.LZMA()])
+    def test_zarr2_compressors(self, compressor: Any, tmp_path: Path) -> None:
+        message = refusal(written.zarr2(tmp_path / "v", compressor))
+        assert compressor.codec_id in message
+        assert "Re-encode it with blosc or zstd" in message
+
+    def test_zarr2_filters(self, tmp_path: Path) -> None:
+        zarr.create_array(tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype="u1", zarr_format=2, filters=[numcodecs.Delta(dtype="u1")])
+        message = refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
+        assert "delta" in message
+        assert "no filters" in message
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_zarr3_codecs(self, tmp_path: Path) -> None:
+        from zarr.codecs import numcodecs as foreign
+
+        written.zarr3(tmp_path / "v", foreign.LZ4())
+        assert "numcodecs.lz4" in refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
+        written.zarr3(tmp_path / "w", foreign.LZMA(), sharded=True)
+        assert "numcodecs.lzma" in refusal(tmp_path / "w", voxel_size_nm=VOXEL_NM)
+
+    @pytest.mark.parametrize("encoding", ["jxl", "compressed_segmentation", "compresso", "fpzip", "kempressed", "zfpc", "crackle"])
+    def test_precomputed_encodings(self, encoding: str, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+        edit(volume.path / "info", lambda v: at(v["scales"][0], encoding=encoding))
+        message = refusal(volume)
+        assert encoding in message
+        assert "raw, jpeg, png" in message
+
+    def test_precomputed_that_is_no_image(self, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+        edit(volume.path / "info", lambda v: at(v, type="segmentation"))
+        assert "a segmentation" in refusal(volume)
+        edit(volume.path / "info", lambda v: {"@type": "neuroglancer_annotations_v1"})
+        assert "annotations" in refusal(volume)
+
+    def test_other_ome_versions(self, tmp_path: Path) -> None:
+        volume = written.ome(tmp_path / "v", "0.4")
+        edit(volume.path / ".zattrs", lambda v: at(v["multiscales"][0], version="0.1"))
+        assert "OME-Zarr 0.4 or 0.5" in refusal(volume)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        assert "nothing is at" in refusal(tmp_path / "absent")
+        (tmp_path / "empty").mkdir()
+        assert "no volume is at" in refusal(tmp_path / "empty")
+        (tmp_path / "stack.tif").write_bytes(b"II*\0")
+        assert "pipeline.convert" in refusal(tmp_path / "stack.tif")
+        with pytest.raises(SourceError, match="starts with ftp"):
+            open_source(SourceConfig(url="ftp://host/volume"))
+
+
+LIKE = VolumeInfo("file:///em", "zarr3", Box.of((0, 0, 0), SHAPE), VOXEL_NM, (0.0, 0.0, 0.0), "uint8", ZYX.of(written.CHUNK), "0" * 64)
+"""The volume that masks lie over."""
+
+
+class TestMasks:
+    @pytest.mark.parametrize("dtype", ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"])
+    def test_whole_numbers(self, dtype: str, tmp_path: Path) -> None:
+        values = (truth() % 3 == 0).astype(dtype) * np.array(1, dtype)
+        if dtype in ("u4", "i4", "u8", "i8"):
+            values = values * (2 ** (8 * np.dtype(dtype).itemsize - 2))
+        group = zarr.open_group(tmp_path / "m", mode="w", zarr_format=3)
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [written.ome_metadata(levels=1)]}
+        group.create_array("s0", shape=SHAPE, chunks=written.CHUNK, dtype=dtype, config={"write_empty_chunks": True})[...] = values
+        mask = open_mask(MaskConfig(url=str(tmp_path / "m")), LIKE)
+        got = mask.read(mask.info.bounds)
+        assert (got.dtype, mask.info.voxel_size_nm) == (np.uint8, VOXEL_NM)
+        np.testing.assert_array_equal(got, truth() % 3 == 0)
+
+    @pytest.mark.parametrize("encoding", ["raw", "compressed_segmentation"])
+    def test_segmentation(self, encoding: str, tmp_path: Path) -> None:
+        labels = (truth() % 4).astype("u8") << 40
+        scale = {"size": SHAPE[::-1], "chunk_size": written.CHUNK[::-1], "resolution": VOXEL_NM[::-1], "encoding": encoding, "key": "s"}
+        if encoding != "raw":
+            scale["compressed_segmentation_block_size"] = [8, 8, 8]
+        spec = {
+            "driver": "neuroglancer_precomputed",
+            "kvstore": {"driver": "file", "path": f"{tmp_path}/"},
+            "multiscale_metadata": {"type": "segmentation", "data_type": "uint64", "num_channels": 1},
+            "scale_metadata": scale,
+            "create": True,
+        }
+        ts.open(spec).result().write(labels.T[..., None]).result()
+        mask = open_mask(MaskConfig(url=str(tmp_path)), LIKE)
+        np.testing.assert_array_equal(mask.read(mask.info.bounds), labels != 0)
+
+    def test_refused(self, tmp_path: Path) -> None:
+        zarr.create_array(tmp_path / "f", shape=(4, 4, 4), chunks=(4, 4, 4), dtype="f4")
+        with pytest.raises(SourceError, match="float32"):
+            open_mask(MaskConfig(url=str(tmp_path / "f")), LIKE)
+
+    def test_a_mask_without_voxel_size_spans_the_volume(self, tmp_path: Path) -> None:
+        shape = (SHAPE[0], SHAPE[1] // 4, SHAPE[2] // 5)
+        zarr.create_array(tmp_path / "n", shape=shape, chunks=shape, dtype="u1")
+        mask = open_mask(MaskConfig(url=str(tmp_path / "n")), LIKE)
+        assert mask.info.voxel_size_nm == (VOXEL_NM[0], VOXEL_NM[1] * 4, VOXEL_NM[2] * 5)
+        assert mask.info.corner_nm == LIKE.corner_nm
+
+    def test_a_coarser_mask_at_the_same_translation_begins_at_the_same_corner(self, tmp_path: Path) -> None:
+        like = opened(written.ome(tmp_path / "v", "0.5")).info
+        group = zarr.open_group(tmp_path / "m", mode="w", zarr_format=3)
+        axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "zyx"]
+        centre = [c + v / 2 for c, v in zip(like.corner_nm, like.voxel_size_nm, strict=True)]
+        transforms = [{"type": "scale", "scale": [VOXEL_NM[0], 4 * VOXEL_NM[1], 4 * VOXEL_NM[2]]}, {"type": "translation", "translation": centre}]
+        datasets = [{"path": "0", "coordinateTransformations": transforms}]
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+        group.create_array("0", shape=(20, 10, 12), chunks=(20, 10, 12), dtype="u1")
+        assert open_mask(MaskConfig(url=str(tmp_path / "m")), like).info.corner_nm == like.corner_nm
+
+    def test_messages_name_the_mask(self, tmp_path: Path) -> None:
+        volume = written.n5(tmp_path / "v")
+        with pytest.raises(SourceError, match=r"source\.mask\.mip is 3"):
+            open_mask(MaskConfig(url=str(volume.path), mip=3), LIKE)
+        with pytest.raises(SourceError, match=r"nothing is at source\.mask\.url"):
+            open_mask(MaskConfig(url=str(tmp_path / "absent")), LIKE)
