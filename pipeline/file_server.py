@@ -89,8 +89,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_OPTIONS(self) -> None:
-        self._head(HTTPStatus.NO_CONTENT, {"Access-Control-Allow-Methods": "GET, HEAD, OPTIONS", "Access-Control-Allow-Headers": "*, Range",
-                                           "Access-Control-Max-Age": "86400", "Content-Length": "0"})
+        self._head(
+            HTTPStatus.NO_CONTENT,
+            {
+                "Access-Control-Allow-Methods": "GET, HEAD, OPTIONS",
+                "Access-Control-Allow-Headers": "*, Range",
+                "Access-Control-Max-Age": "86400",
+                "Content-Length": "0",
+            },
+        )
 
     def log_message(self, *_: object) -> None:
         """One line per chunk would drown the terminal."""

@@ -102,7 +102,8 @@ def pad_laterally(voxels: NDArray[np.uint8], have: Box, want: Box, mode: str) ->
     """
     rows = _sources(want.start.y, want.stop.y, have.start.y, have.stop.y, mode)
     cols = _sources(want.start.x, want.stop.x, have.start.x, have.stop.x, mode)
-    return voxels[:, rows][:, :, cols]
+    padded: NDArray[np.uint8] = voxels[:, rows][:, :, cols]
+    return padded
 
 
 def _sources(start: int, stop: int, low: int, high: int, mode: str) -> NDArray[np.intp]:
@@ -146,4 +147,5 @@ def back_projection_error(lr: NDArray[np.uint8], sr: NDArray[np.uint8], scale: i
     d, h, w = lr.shape
     sums = sr.reshape(d, h, scale, w, scale).sum(axis=(2, 4), dtype=np.int32)
     area = scale * scale
-    return ((2 * np.abs(sums - lr.astype(np.int32) * area) + area) // (2 * area)).astype(np.uint8)
+    error: NDArray[np.uint8] = ((2 * np.abs(sums - lr.astype(np.int32) * area) + area) // (2 * area)).astype(np.uint8)
+    return error

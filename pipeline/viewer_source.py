@@ -107,7 +107,9 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict
     units = [axes[i].get("unit") for i in zyx]
     fine, coarse = (_ome_transform(multiscale, datasets[k], len(axes)) for k in (0, level))
     return Native(
-        kind, path, _names([str(axes[i]["name"]) for i in zyx]),
+        kind,
+        path,
+        _names([str(axes[i]["name"]) for i in zyx]),
         _triple([fine[i][0] * _OME_NM[u] for i, u in zip(zyx, units, strict=True)]) if all(u in _OME_NM for u in units) else None,
         # OME-NGFF's translation is a voxel's centre, Neuroglancer's coordinates are its lower corner.
         _triple([(coarse[i][1] - coarse[i][0] / 2) / fine[i][0] for i in zyx]),
@@ -189,8 +191,16 @@ def _n5(get: Get, path: str, level: int | None) -> Native | None:
     if strange:
         unreadable = f"the unit {strange[0]}"
     known = voxel is not None and not strange
-    return Native("n5", path, _names([names[i] for i in zyx]), _triple([voxel[i] * _N5_NM[units[i]] for i in zyx]) if known else None,
-                  (0.0, 0.0, 0.0), _triple([step[i] for i in zyx]), ZYX.of([size[i] for i in zyx]), unreadable)
+    return Native(
+        "n5",
+        path,
+        _names([names[i] for i in zyx]),
+        _triple([voxel[i] * _N5_NM[units[i]] for i in zyx]) if known else None,
+        (0.0, 0.0, 0.0),
+        _triple([step[i] for i in zyx]),
+        ZYX.of([size[i] for i in zyx]),
+        unreadable,
+    )
 
 
 def _spatial(names: Sequence[str], x_first: bool = False) -> list[int]:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import hypothesis
+import numpy as np
 import pytest
 import yaml
 
@@ -88,3 +88,23 @@ def main_job(yaml_path: Path, script: str = "run_standin.py", check: bool = True
         check=check,
         timeout=280,
     )
+
+
+def run_here(yaml_path: Path) -> Any:
+    """Every task of a volume.yaml in this process, without Dask: the job, after all receipts were written."""
+    from pipeline import config
+    from pipeline.prepare import claim, prepare, sidecar
+    from pipeline.storage.kv import Store
+    from pipeline.storage.ledger import WRITTEN, Ledger
+    from pipeline.worker import process_lease
+
+    prepared = prepare(config.load(yaml_path))
+    store = Store(sidecar(prepared.job.target.url))
+    claim(prepared, store)
+    ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
+    for stage in prepared.job.plan.stages():
+        result = process_lease(prepared.job, stage.start, stage.stop)
+        assert all(r.state == WRITTEN for r in result.receipts), next(r.error for r in result.receipts if r.state != WRITTEN)
+        ledger.record(result.receipts)
+    ledger.flush()
+    return prepared.job

@@ -62,8 +62,15 @@ def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, s
 
 @pytest.mark.parametrize(
     ("header", "wanted"),
-    [("bytes=0-0", DATA[:1]), ("bytes=10-19", DATA[10:20]), ("bytes=10000-", DATA[10000:]), ("bytes=-7", DATA[-7:]), ("bytes=10230-99999", DATA[10230:]),
-     ("bytes=-99999", DATA), ("Bytes = 1-2", DATA[1:3])],
+    [
+        ("bytes=0-0", DATA[:1]),
+        ("bytes=10-19", DATA[10:20]),
+        ("bytes=10000-", DATA[10000:]),
+        ("bytes=-7", DATA[-7:]),
+        ("bytes=10230-99999", DATA[10230:]),
+        ("bytes=-99999", DATA),
+        ("Bytes = 1-2", DATA[1:3]),
+    ],
 )
 def test_single_ranges(url: str, header: str, wanted: bytes) -> None:
     status, headers, body = ask(f"{url}/data.bin", Range=header)
@@ -129,8 +136,26 @@ def test_preflight(url: str) -> None:
 
 
 def test_nothing_but_the_files_of_the_folder(url: str, folder: Path) -> None:
-    outside = ["../secret.txt", "%2e%2e/secret.txt", "sub dir/../../secret.txt", "..%2fsecret.txt", "%2e%2e%2fvolume2/near", "../volume2/near", "leak",
-               f"/{folder.parent}/secret.txt", "..\\secret.txt", "data.bin/", "data.bin/x", "", "sub%20dir", "sub%20dir/", "%00", "data.bin%00", "%ff", "."]
+    outside = [
+        "../secret.txt",
+        "%2e%2e/secret.txt",
+        "sub dir/../../secret.txt",
+        "..%2fsecret.txt",
+        "%2e%2e%2fvolume2/near",
+        "../volume2/near",
+        "leak",
+        f"/{folder.parent}/secret.txt",
+        "..\\secret.txt",
+        "data.bin/",
+        "data.bin/x",
+        "",
+        "sub%20dir",
+        "sub%20dir/",
+        "%00",
+        "data.bin%00",
+        "%ff",
+        ".",
+    ]
     for path in outside:
         status, _, body = raw_get(url, path)
         assert (status, body) == (404, b""), path

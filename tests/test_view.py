@@ -70,10 +70,21 @@ def write_precomputed(path: Path, voxels: Image8, voxel_nm: tuple[float, ...], o
     scale: dict[str, Any] = {"resolution": list(voxel_nm[::-1]), "voxel_offset": list(offset[::-1]), "size": list(voxels.shape[::-1])}
     scale |= {"chunk_size": [64, 64, 2], "encoding": "raw"}
     if sharded:
-        scale["sharding"] = {"@type": "neuroglancer_uint64_sharded_v1", "hash": "identity", "preshift_bits": 3, "minishard_bits": 2, "shard_bits": 3,
-                             "minishard_index_encoding": "gzip", "data_encoding": "gzip"}
-    spec = {"driver": "neuroglancer_precomputed", "kvstore": {"driver": "file", "path": f"{path}/"},
-            "multiscale_metadata": {"type": "image", "data_type": "uint8", "num_channels": 1}, "scale_metadata": scale}
+        scale["sharding"] = {
+            "@type": "neuroglancer_uint64_sharded_v1",
+            "hash": "identity",
+            "preshift_bits": 3,
+            "minishard_bits": 2,
+            "shard_bits": 3,
+            "minishard_index_encoding": "gzip",
+            "data_encoding": "gzip",
+        }
+    spec = {
+        "driver": "neuroglancer_precomputed",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "multiscale_metadata": {"type": "image", "data_type": "uint8", "num_channels": 1},
+        "scale_metadata": scale,
+    }
     ts.open(spec, create=True).result()[..., 0].T[ts.d[:].translate_to[0]].write(voxels).result()
 
 
@@ -196,7 +207,11 @@ def test_s3_through_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 def viewing(volume: Path) -> Iterator[str]:
     """The command as a user starts it; ends it as a user does, by Ctrl-C, and holds that it ends well."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.view", str(volume)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pipeline.view", str(volume)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout
@@ -268,9 +283,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("chromium and chromedriver are not installed")
-    flags = ["--headless=new", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist",
-             "--disable-background-networking", "--no-first-run", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-             "--window-size=1000,800", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--use-angle=swiftshader",
+        "--enable-unsafe-swiftshader",
+        "--ignore-gpu-blocklist",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--window-size=1000,800",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ]
     process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     assert process.stdout
     try:

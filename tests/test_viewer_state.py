@@ -143,8 +143,11 @@ def test_precomputed_counts_from_its_offset() -> None:
 
 
 def test_n5_levels_units_and_inheritance() -> None:
-    pyramid = {"attributes.json": {"pixelResolution": {"unit": "um", "dimensions": [0.004, 0.004, 0.04]}, "scales": [[1, 1, 1], [2, 2, 1]]},
-               "s0/attributes.json": {"dimensions": [96, 64, 8]}, "s1/attributes.json": {"dimensions": [48, 32, 8]}}
+    pyramid = {
+        "attributes.json": {"pixelResolution": {"unit": "um", "dimensions": [0.004, 0.004, 0.04]}, "scales": [[1, 1, 1], [2, 2, 1]]},
+        "s0/attributes.json": {"dimensions": [96, 64, 8]},
+        "s1/attributes.json": {"dimensions": [48, 32, 8]},
+    }
     found = native(pyramid, level=1)
     assert (found.path, found.names, found.step, found.shape) == ("", ("z", "y", "x"), (1, 2, 2), ZYX(8, 32, 48))
     check(Layer("LR", "u", found, (40, 8, 8), (0, 0, 0)), explicit=False)
@@ -217,7 +220,11 @@ def test_the_whole_state() -> None:
     assert state["crossSectionScale"] == pytest.approx(768 / 600)
     assert state["layout"] == "xy"
     assert [(entry["name"], entry["visible"]) for entry in state["layers"]] == [("LR", True), ("SR", True), ("fidelity", False)]
-    assert [entry["source"]["url"] for entry in state["layers"]] == ["zarr3://http://127.0.0.1:1/s/LR", "precomputed://s3://bucket/sr", "zarr3://s3://bucket/sr/fidelity"]
+    assert [entry["source"]["url"] for entry in state["layers"]] == [
+        "zarr3://http://127.0.0.1:1/s/LR",
+        "precomputed://s3://bucket/sr",
+        "zarr3://s3://bucket/sr/fidelity",
+    ]
     assert state["layers"][0]["shaderControls"] == {"contrast": {"range": [100, 900]}}
     assert "transform" not in state["layers"][0]["source"]
     assert [row[3] for row in state["layers"][1]["source"]["transform"]["matrix"]] == pytest.approx([0, 0, 0.4])

@@ -68,7 +68,7 @@ class Ledger:
 
     def load(self) -> None:
         """Newest readable snapshot, then the segments after it."""
-        names = [key[len(self._prefix) :] for key in self._store.list(self._prefix)]
+        names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix)]
         segments = sorted(n for n in names if n.startswith("segment-"))
         self._seq = max([_seq(n) for n in names if n.startswith(("segment-", "snapshot-"))], default=0)
         start = 0
@@ -96,7 +96,7 @@ class Ledger:
     def records(self) -> dict[int, tuple[int, int, int]]:
         """index -> (state, checksum, bytes) of the newest record of every closed task (for `verify`)."""
         out: dict[int, tuple[int, int, int]] = {}
-        names = [key[len(self._prefix) :] for key in self._store.list(self._prefix + "segment-")]
+        names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix + "segment-")]
         for records in self._segments(sorted(names)):
             out.update(
                 zip(
@@ -180,7 +180,7 @@ class Ledger:
             raise LedgerError(f"the ledger counts {tasks} tasks, the plan {self.tasks}", "the same plan", "Restore the volume.yaml of the first run")
         packed = np.frombuffer(body, np.uint8, offset=16).reshape(2, -1)
         low, high = (np.unpackbits(bits, count=tasks) for bits in packed)
-        self._state = low | (high << 1)
+        self._state = (low + 2 * high).astype(np.uint8)
         return True
 
 

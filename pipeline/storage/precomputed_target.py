@@ -98,11 +98,11 @@ def _scale(level: LevelSpec, voxel_size_nm: tuple[float, float, float], offset: 
             raise TargetError(f"chunk_shape {level.chunk} is too large for jpeg", f"x, and z times y, up to {_JPEG_EDGE}", "Use smaller chunks")
         scale["jpeg_quality"] = JPEG_QUALITY
     if level.shard != level.chunk:
-        scale["sharding"] = _sharding(level, encoding)
+        scale["sharding"] = _sharding(level)
     return scale
 
 
-def _sharding(level: LevelSpec, encoding: str) -> dict[str, Any]:
+def _sharding(level: LevelSpec) -> dict[str, Any]:
     grid = level.shape.ceil_div(level.chunk)
     if any(level.shard % level.chunk) or level.shard // level.chunk not in sharding.shard_shapes(grid):
         nearest = sharding.nearest_shape(grid, level.shard.maximum(level.chunk) // level.chunk) * level.chunk

@@ -28,8 +28,8 @@ class TargetLease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def acquire(self) -> None:
-        """Raises LedgerError naming the holder while another run is alive. A dead run's lease is taken over."""
+    def refuse_others(self) -> bytes:
+        """Raises LedgerError naming the holder while another run is alive; else the store's mark of the free lease."""
         value, generation = self._store.get_with_generation(KEY)
         found = _parse(value)
         if found is not None and (reason := _alive(found)):
@@ -38,6 +38,11 @@ class TargetLease:
                 "one run per target",
                 "Wait for it or stop it; if it is dead for sure, its lease ends by itself within a minute",
             )
+        return generation
+
+    def acquire(self) -> None:
+        """Raises LedgerError while another run is alive or was faster. A dead run's lease is taken over."""
+        generation = self.refuse_others()
         if not self._store.put_if(KEY, self._body(), generation):
             raise LedgerError("another run took this target in the same moment", "one run per target", "Wait for it to end")
         self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lease")

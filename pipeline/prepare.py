@@ -1,0 +1,223 @@
+"""From volume.yaml to a job: open what is there, fill in defaults, refuse contradictions. Touches nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import __version__, layout, urls
+from pipeline.config import Config, FillConfig
+from pipeline.errors import ClusterError, LedgerError, SourceError, TargetError, TransientError
+from pipeline.geometry import Box
+from pipeline.inference import NetworkSpec, describe
+from pipeline.plan import Plan
+from pipeline.price import output_voxels
+from pipeline.storage.kv import Store
+from pipeline.storage.sources import open_mask, open_source
+from pipeline.storage.targets import is_empty, open_target
+from pipeline.storage.volume import TargetSpec, VolumeInfo
+from pipeline.worker import Job
+
+FORMAT_VERSION = 1
+"""Raised whenever the same volume.yaml would give other bytes: it is part of the digest."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    job: Job
+    source: VolumeInfo
+    spec: dict[str, Any]
+    """What `digest` is the digest of, as plain JSON: shown when two plans differ."""
+
+
+def sidecar(target_url: str) -> str:
+    """The folder of ledger, lease and reports: beside the target, so that the target holds nothing but the volume."""
+    return urls.split_format(target_url)[1] + ".emsr"
+
+
+def prepare(config: Config) -> Prepared:
+    """Opens the source's metadata and plans. Raises UserError; writes nothing."""
+    if config.cluster.kind in ("slurm", "kubernetes"):
+        raise ClusterError(
+            f"cluster.kind {config.cluster.kind} is not in this version", "local or address", "Start workers with `dask worker` and use kind: address"
+        )
+    network = describe(config.network)
+    target_url = _target_url(config)
+    try:
+        info = open_source(config.source).info
+        if config.source.mask is not None:
+            open_mask(config.source.mask, info)
+    except TransientError as error:
+        raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
+    region = _region(config, info)
+    bad = _bad_sections(config, info)
+    shapes = layout.choose(region.shape, network.scale, config.target, config.work.slab_shape)
+    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, bad)
+    _within_budget(config, plan)
+    encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
+    spec = json.loads(json.dumps(_spec(config, info, plan, network, encoding)))
+    voxel_nm = (info.voxel_size_nm[0], info.voxel_size_nm[1] / plan.scale, info.voxel_size_nm[2] / plan.scale)
+    corner = tuple(c + s * v for c, s, v in zip(info.corner_nm, region.start, info.voxel_size_nm, strict=True))
+    target = TargetSpec(
+        target_url,
+        config.target.format,
+        encoding,
+        plan.scale,
+        voxel_nm,
+        (corner[0], corner[1], corner[2]),
+        plan.levels,
+        plan.fidelity,
+        {"emsr": __version__, "digest": digest(spec)} | spec,
+    )
+    spec = spec | {"slab_shape": list(plan.slab_shape)}
+    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries), info, spec)
+
+
+def digest(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_place(prepared: Prepared, store: Store) -> bool:
+    """True where an earlier run of the same plan is to be resumed, False where the place is empty. Writes nothing.
+
+    Raises LedgerError where another plan's target stands there, TargetError where anything else does.
+    """
+    stored = store.get("plan.json")
+    if stored is not None:
+        same_plan(prepared, stored, store.url)
+        return True
+    if not is_empty(prepared.job.target.url):
+        raise TargetError(
+            f"{prepared.job.target.url} holds something that emsr did not plan (there is no {store.url}/plan.json)",
+            "an empty place for the target",
+            "Choose another target.url; nothing is ever deleted or overwritten",
+        )
+    return False
+
+
+def claim(prepared: Prepared, store: Store) -> None:
+    """Make the checked place ours: plan.json first, then the target's metadata (the same bytes again on a resume)."""
+    if store.get("plan.json") is None:
+        plan = prepared.job.plan
+        body = {"digest": prepared.job.digest, "slabs": plan.slabs, "tasks": plan.tasks, "spec": prepared.spec}
+        store.put("plan.json", json.dumps(body, indent=1).encode())
+    open_target(prepared.job.target).create()
+
+
+def same_plan(prepared: Prepared, stored: bytes, where: str) -> None:
+    """Raises LedgerError, showing where the two specs differ, unless `stored` is this plan's plan.json."""
+    try:
+        theirs = json.loads(stored)
+        their_digest, their_spec = theirs["digest"], dict(theirs["spec"])
+    except (ValueError, KeyError, TypeError):
+        raise LedgerError(f"{where}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
+    if their_digest != prepared.job.digest:
+        raise LedgerError(
+            f"the target was begun with another plan: {_differences(their_spec, prepared.spec)}",
+            "the same plan",
+            "Restore the earlier volume.yaml to resume it, or choose another target.url",
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    a, b = _flat(theirs), _flat(ours)
+    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return "; ".join(f"{k} was {a.get(k)}, is {b.get(k)}" for k in keys[:8]) + ("; …" if len(keys) > 8 else "")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: json.dumps(value)}
+    return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _spec(config: Config, info: VolumeInfo, plan: Plan, network: NetworkSpec, encoding: str) -> dict[str, Any]:
+    """Everything that changes the bytes of the target, and nothing that does not: no worker counts, no times, no credentials."""
+    source = config.source
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": {
+            "url": _public(source.url),
+            "format": info.format,
+            "fingerprint": info.fingerprint,
+            "mip": source.mip,
+            "array": source.array,
+            "region": {"start": list(plan.region.start), "stop": list(plan.region.stop)},
+            "voxel_size_nm": list(info.voxel_size_nm),
+            "intensity_window": source.intensity_window and list(source.intensity_window),
+            "missing_chunks": {"fill": source.missing_chunks.fill} if isinstance(source.missing_chunks, FillConfig) else "error",
+            "bad_sections": {z: plan.section(z) for z in plan.bad_sections},
+            "mask": source.mask and {"url": _public(source.mask.url), "mip": source.mask.mip},
+            "skip_empty": source.skip_empty,
+        },
+        "network": {k: v for k, v in dataclasses.asdict(network).items() if k != "lattice"},
+        "lattice": dataclasses.asdict(network.lattice),
+        "target": {
+            "format": config.target.format,
+            "encoding": encoding,
+            "levels": [{"shape": list(v.shape), "chunk": list(v.chunk), "shard": list(v.shard)} for v in plan.levels],
+            "fidelity": plan.fidelity is not None,
+        },
+    }
+
+
+def _public(url: str) -> str:
+    """The URL without user, password or query (where tokens travel)."""
+    return re.sub(r"\?.*$", "", re.sub(r"://[^/@]*@", "://", url))
+
+
+def _target_url(config: Config) -> str:
+    kind, url = urls.split_format(config.target.url)
+    if (kind is not None and (kind == "precomputed") != (config.target.format == "precomputed")) or kind in ("zarr2", "n5"):
+        raise TargetError(
+            f"target.url begins with {kind}://, target.format is {config.target.format}", "one format", "Remove the prefix or change target.format"
+        )
+    if url.startswith(("http://", "https://")):
+        raise TargetError(f"target.url {url} cannot be written: http is read only", "a path, s3:// or gs://", "Choose another target.url")
+    if not re.sub(r"^\w+://[^/]*", "", url).strip("/"):
+        raise TargetError(f"target.url {url} is a bucket's root", "a folder in it", "Append a name for the volume")
+    others = {"source.url": config.source.url, "source.mask.url": config.source.mask.url if config.source.mask else None}
+    for key, other in others.items():
+        theirs = urls.split_format(other)[1] if other else None
+        if theirs and (theirs == url or theirs.startswith(url + "/") or url.startswith(theirs + "/")):
+            raise TargetError(f"target.url {url} and {key} {theirs} lie in one another", "two places", "Choose another target.url")
+    return url
+
+
+def _region(config: Config, info: VolumeInfo) -> Box:
+    if config.source.box is None:
+        return info.bounds
+    box = config.source.box.box
+    if not info.bounds.contains(box):
+        raise SourceError(f"source.box {box} reaches out of the volume", f"a box inside {info.bounds} (z, y, x; LR voxels)", "Shrink source.box")
+    return box
+
+
+def _bad_sections(config: Config, info: VolumeInfo) -> tuple[int, ...]:
+    bad = config.source.bad_sections
+    if bad.detect:
+        raise SourceError("source.bad_sections.detect is not in this version", "detect: false", "List the bad sections in source.bad_sections.list")
+    span = range(info.bounds.start.z, info.bounds.stop.z)
+    if outside := [z for z in bad.list if z not in span]:
+        raise SourceError(f"source.bad_sections.list names section {outside[0]}", f"sections {span.start} to {span.stop - 1}", "Correct the list")
+    if bad.list and bad.rule == "refuse":
+        raise SourceError(f"{len(bad.list)} bad sections are listed and source.bad_sections.rule is refuse", "", "Repair them, or use rule: nearest")
+    if len(set(bad.list)) == len(span):
+        raise SourceError("source.bad_sections.list names every section", "at least one good one", "Correct the list")
+    return tuple(sorted(set(bad.list)))
+
+
+def _within_budget(config: Config, plan: Plan) -> None:
+    if config.work.budget is None:
+        return
+    size = output_voxels(plan)
+    if size > config.work.budget.output_bytes:
+        raise TargetError(
+            f"the output would be {size:,} bytes before compression, work.budget.output_bytes is {config.work.budget.output_bytes:,}",
+            "an output within the budget",
+            "Cut a source.box, use fewer mips, or raise the budget",
+        )

@@ -1,0 +1,128 @@
+"""The main job: `python -m pipeline.run volume.yaml [--dry-run]`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from distributed import Client
+
+from pipeline import config as configuration
+from pipeline import report
+from pipeline.cluster import connect, worker_count
+from pipeline.command import INTERRUPTED, guarded
+from pipeline.config import Config
+from pipeline.dry_run import print_price
+from pipeline.prepare import Prepared, check_place, claim, prepare, sidecar
+from pipeline.progress import RunProgress
+from pipeline.schedule import Outcome, drive
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import QUARANTINED, Ledger
+from pipeline.storage.target_lease import TargetLease
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.run", description="Super-resolve the volume that volume.yaml names. Run again to resume.")
+    parser.add_argument("volume", help="path of volume.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the price and touch nothing")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(configuration.load(args.volume), dry_run=args.dry_run))
+
+
+def run(config: Config, dry_run: bool = False) -> int:
+    """Exit code 0 when the ledger closes without quarantine, 1 with quarantined slabs, 130 after Ctrl-C."""
+    prepared = prepare(config)
+    store = Store(sidecar(prepared.job.target.url))
+    resumed = check_place(prepared, store)
+    if dry_run:
+        print_price(prepared.job, prepared.source, config.work.in_flight, worker_count(config.cluster))
+        return 0
+    run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
+    held = TargetLease(store, run_id)
+    held.refuse_others()
+    ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, run_id)
+    if resumed:
+        ledger.load()
+        ledger.requeue(QUARANTINED)
+        if not ledger.counts()["pending"]:
+            print(f"{prepared.job.target.url} is complete: {_sum(ledger)}")
+            return 0
+    with connect(config.cluster, config.work.in_flight) as client:  # before anything is written: a mistake there leaves no trace
+        held.acquire()
+        try:
+            claim(prepared, store)
+            ledger.load()  # again: another run may have ended in between
+            return _execute(config, prepared, store, ledger, held, client)
+        finally:
+            held.release()
+
+
+def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, held: TargetLease, client: Client) -> int:
+    job, began = prepared.job, time.time()
+    again = ledger.requeue(QUARANTINED)
+    before = ledger.counts()
+    done = before["written"] + before["skipped"]
+    with RunProgress(ledger.tasks, done) as progress, _interruptible(progress) as stop:
+        progress.say("plan", slabs=job.plan.slabs, pyramid_shards=job.plan.tasks - job.plan.slabs, done=done, retried=again)
+        progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
+        outcome = drive(client, job, ledger, stop, held, progress.update)
+        sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
+        progress.say("ledger", planned=ledger.tasks, **ledger.counts())
+        progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)
+    return _verdict(ledger, outcome)
+
+
+def _verdict(ledger: Ledger, outcome: Outcome) -> int:
+    counts = ledger.counts()
+    if outcome.interrupted and counts["pending"]:
+        print(f"emsr: stopped; {counts['pending']} of {ledger.tasks} tasks are left. Run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    if counts["quarantined"]:
+        first = next(ledger.indices(QUARANTINED))
+        why = (ledger.why(first).splitlines() or ["no reason kept"])[0]
+        print(
+            f"emsr: {counts['quarantined']} of {ledger.tasks} tasks are quarantined, {counts['pending']} wait for them; the first is {first}: {why}. "
+            "Mend the cause and run the same command again: only these are repeated.",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"done: {_sum(ledger)}")
+    return 0
+
+
+def _sum(ledger: Ledger) -> str:
+    counts = ledger.counts()
+    return f"{ledger.tasks} planned = {counts['written']} written + {counts['skipped']} skipped + {counts['quarantined']} quarantined"
+
+
+@contextmanager
+def _interruptible(progress: RunProgress) -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) drains, the second ends at once; the target can be resumed after either."""
+    stop = threading.Event()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        progress.say("stopping", signal=signal.Signals(number).name, now="slabs in flight are finished; once more to end at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

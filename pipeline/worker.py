@@ -1,0 +1,291 @@
+"""One slab: read, super-resolve, write, receipt. What a Dask worker runs."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import tenacity
+
+from pipeline.config import SourceConfig
+from pipeline.errors import DataError, EmsrError, TransientError, UserError
+from pipeline.geometry import ZYX, Box
+from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, back_projection_error, super_resolve
+from pipeline.plan import Plan, Slab
+from pipeline.pyramid import halve
+from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
+from pipeline.storage.sources import open_mask, open_source
+from pipeline.storage.targets import open_target
+from pipeline.storage.volume import FIDELITY, Source, Target, TargetSpec, Uint8Array
+
+T = TypeVar("T")
+
+ENCODE_LOCK = threading.Lock()
+"""One slab encodes at a time: the encoder already uses every core of the worker, and memory stays as promised."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker must know, as plain values: no open file, no array. Pickles to a few kB."""
+
+    digest: str
+    source: SourceConfig
+    source_fingerprint: str
+    network: NetworkSpec
+    plan: Plan
+    target: TargetSpec
+    retries: int
+
+
+@dataclass(frozen=True)
+class Receipt(Entry):
+    """A ledger entry with what the report wants to know: seconds by part and the SR voxels made."""
+
+    read_s: float = 0.0
+    network_s: float = 0.0
+    write_s: float = 0.0
+    voxels: int = 0
+
+
+@dataclass(frozen=True)
+class LeaseResult:
+    receipts: tuple[Receipt, ...]
+    peak_bytes: int
+    """Largest resident size of the worker's process so far."""
+    base_bytes: int
+    """Its resident size when the job was open and no slab had been read."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one slab cost: seconds by part, stored over raw bytes by level, resident bytes before it."""
+
+    read_s: float
+    network_s: float
+    write_s: float
+    stored_share: dict[int, float]
+    base_bytes: int
+
+
+@dataclass
+class OpenJob:
+    """A job with its volumes and network open, once per process."""
+
+    job: Job
+    source: Source
+    target: Target
+    mask: Source | None
+    network: Network
+    base_bytes: int = field(default=0)
+
+    @property
+    def plan(self) -> Plan:
+        return self.job.plan
+
+
+def process_slab(job: OpenJob, index: int) -> Receipt:
+    """Read a halo-padded slab, run the network, write whole shards. Receipt first when every object is durable."""
+    slab = job.plan.slab(index)
+    began = time.perf_counter()
+    if job.mask is not None and not job.mask.read(_mask_box(job, slab)).any():
+        return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
+    lr = read_padded(job, slab)
+    owned = _owned(job.plan, slab, lr)
+    if job.job.source.skip_empty and owned.min() == owned.max():
+        return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
+    read = time.perf_counter()
+    with DEVICE_LOCK:
+        locked = time.perf_counter()
+        sr = super_resolve(job.network, lr, job.plan, slab)
+        computed = time.perf_counter()
+    with ENCODE_LOCK:
+        objects = encode_slab(job, slab, owned, sr)
+    voxels = sr.size
+    del sr, lr, owned
+    _put(job, objects)
+    done = time.perf_counter()
+    return _receipt(index, objects, began, read_s=read - began, network_s=computed - locked, write_s=done - computed, voxels=voxels)
+
+
+def process_pyramid_shard(job: OpenJob, index: int) -> Receipt:
+    """One shard of a second-pass level, averaged from the level before. Absent shards there are slabs that were skipped."""
+    began = time.perf_counter()
+    shard = job.plan.pyramid_shard(index)
+    skips = job.mask is not None or job.job.source.skip_empty
+    finer = _retrying(job, lambda: job.target.read(shard.level - 1, shard.read, absent=0 if skips else None))
+    read = time.perf_counter()
+    with ENCODE_LOCK:
+        objects = job.target.encode(shard.level, shard.write, halve(finer))
+    _put(job, objects)
+    return _receipt(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
+
+
+def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
+    """Tasks start .. stop-1, one after another. A task that fails for good is a quarantined receipt, never an exception.
+
+    Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks).
+    """
+    opened = open_job(job)
+    receipts = tuple(_attempt(opened, index) for index in range(start, stop))
+    return LeaseResult(receipts, _peak_bytes(), opened.base_bytes)
+
+
+def read_padded(job: OpenJob, slab: Slab) -> Uint8Array:
+    """The slab's sections with z-halo, in order; ends of the volume and bad sections are replaced by plan.section."""
+    plan, halo = job.plan, job.plan.lattice.z_halo
+    wanted = [plan.section(z) for z in range(slab.lr.start.z - halo, slab.lr.stop.z + halo)]
+    low, high = min(wanted), max(wanted) + 1
+    box = Box(ZYX(low, slab.read.start.y, slab.read.start.x), ZYX(high, slab.read.stop.y, slab.read.stop.x))
+    voxels = _retrying(job, lambda: job.source.read(box))
+    return voxels if wanted == list(range(low, high)) else voxels[[z - low for z in wanted]]
+
+
+def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
+    """Every stored object of this slab: mip 0, the levels it fills with whole shards, and its part of the fidelity volume."""
+    plan, target = job.plan, job.target
+    objects = target.encode(0, slab.write, sr)
+    if plan.fidelity is not None:
+        objects |= target.encode(FIDELITY, plan.fidelity_box(slab), back_projection_error(owned, sr, plan.scale))
+    for level in range(1, plan.in_memory):
+        sr = halve(sr)
+        objects |= target.encode(level, plan.level_box(slab, level), sr)
+    return objects
+
+
+def object_keys(target: Target, plan: Plan, index: int) -> list[str]:
+    """The keys that task `index` writes, sorted: what `verify` reads again."""
+    if index >= plan.slabs:
+        shard = plan.pyramid_shard(index)
+        return target.keys(shard.level, shard.write)
+    slab = plan.slab(index)
+    keys = [key for level in range(plan.in_memory) for key in target.keys(level, plan.level_box(slab, level))]
+    return sorted(keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else []))
+
+
+def checksum(objects: dict[str, bytes]) -> int:
+    """CRC-32 over keys and bytes in key order."""
+    crc = 0
+    for key in sorted(objects):
+        crc = zlib.crc32(objects[key], zlib.crc32(key.encode(), crc))
+    return crc
+
+
+def try_slab(job: Job) -> Sample:
+    """The slab in the middle of the region, read, computed and encoded but not written: what `--dry-run` measures."""
+    opened = open_job(job)
+    plan = job.plan
+    slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
+    with DEVICE_LOCK:  # once unmeasured: the first call builds caches
+        super_resolve(opened.network, read_padded(opened, slab), plan, slab)
+    marks = [time.perf_counter()]
+    lr = read_padded(opened, slab)
+    marks.append(time.perf_counter())
+    sr = super_resolve(opened.network, lr, plan, slab)
+    marks.append(time.perf_counter())
+    objects = encode_slab(opened, slab, _owned(plan, slab, lr), sr)
+    marks.append(time.perf_counter())
+    share = {}
+    for level in [*range(plan.in_memory), *([FIDELITY] if plan.fidelity is not None else [])]:
+        box = plan.fidelity_box(slab) if level == FIDELITY else plan.level_box(slab, level)
+        share[level] = sum(len(objects[key]) for key in opened.target.keys(level, box)) / box.size
+    read_s, network_s, write_s = (b - a for a, b in itertools.pairwise(marks))
+    return Sample(read_s, network_s, write_s, share, opened.base_bytes)
+
+
+def _owned(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
+    """The LR voxels that the slab owns, without halo."""
+    halo = plan.lattice.z_halo
+    _, rows, cols = slab.lr.slices(slab.read.start)
+    return lr[halo : len(lr) - halo, rows, cols]
+
+
+def _mask_box(job: OpenJob, slab: Slab) -> Box:
+    """The mask's voxels that touch the slab: both are volumes over the same space, the mask perhaps coarser."""
+    assert job.mask is not None
+    fine, coarse = job.source.info, job.mask.info
+    start, stop = [], []
+    for axis in range(3):
+        lo = fine.corner_nm[axis] + list(slab.lr.start)[axis] * fine.voxel_size_nm[axis]
+        hi = fine.corner_nm[axis] + list(slab.lr.stop)[axis] * fine.voxel_size_nm[axis]
+        size = coarse.voxel_size_nm[axis]
+        start.append(int(np.floor((lo - coarse.corner_nm[axis]) / size + 1e-6)))
+        stop.append(int(np.ceil((hi - coarse.corner_nm[axis]) / size - 1e-6)))
+    return Box.of(start, stop).intersect(coarse.bounds)
+
+
+def _receipt(index: int, objects: dict[str, bytes], began: float, **parts: Any) -> Receipt:
+    size = sum(map(len, objects.values()))
+    return Receipt(index, WRITTEN, checksum(objects), size, time.perf_counter() - began, **parts)
+
+
+def _put(job: OpenJob, objects: dict[str, bytes]) -> None:
+    _retrying(job, lambda: job.target.put(objects))
+
+
+def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
+    """Another try after a passing fault, with exponential jitter; the last one is raised."""
+    retryer = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(TransientError),
+        stop=tenacity.stop_after_attempt(job.job.retries + 1),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        reraise=True,
+    )
+    return retryer(call)
+
+
+def _attempt(job: OpenJob, index: int) -> Receipt:
+    """The task's receipt, whatever happens: bad data at once, anything unforeseen after `retries` more tries."""
+    process = process_slab if index < job.plan.slabs else process_pyramid_shard
+    began = time.perf_counter()
+    for left in range(job.job.retries, -1, -1):
+        try:
+            return process(job, index)
+        except (DataError, TransientError, UserError) as error:
+            return Receipt(index, QUARANTINED, error=_why(error), seconds=time.perf_counter() - began)
+        except Exception as error:
+            if not left:
+                return Receipt(index, QUARANTINED, error=_why(error), seconds=time.perf_counter() - began)
+    raise AssertionError("unreachable")
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}\n\n" + "".join(traceback.format_exception(error))
+
+
+_open_jobs: dict[str, OpenJob] = {}
+_open_lock = threading.Lock()
+
+
+def open_job(job: Job) -> OpenJob:
+    """The job with everything open; kept for the life of the process, for the last job only."""
+    with _open_lock:
+        if job.digest not in _open_jobs:
+            _open_jobs.clear()
+            source = open_source(job.source)
+            if source.info.fingerprint != job.source_fingerprint:
+                raise EmsrError(f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again")
+            mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
+            opened = OpenJob(job, source, open_target(job.target), mask, Network(job.network))
+            opened.base_bytes = _rss_bytes()
+            _open_jobs[job.digest] = opened
+        return _open_jobs[job.digest]
+
+
+def _rss_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,155 @@
+"""The documents say what the code does: keys, defaults, commands, flags, modules, links."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from pydantic import BaseModel
+
+from pipeline import __version__
+from pipeline.__main__ import COMMANDS
+from pipeline.config import Config, keys, load
+
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("deploy/*.md")])
+README_COMMANDS = {
+    "Install and run": "python3 -m venv ~/emsr && ~/emsr/bin/pip install . "
+    "&& ~/emsr/bin/python examples/make_phantom.py && ~/emsr/bin/emsr run examples/quickstart.yaml",
+    "Install and test": "python3 -m venv ~/emsr && ~/emsr/bin/pip install '.[test]' && ~/emsr/bin/python -m pytest",
+}
+FLAGS = {
+    "run": ["volume", "--dry-run"],
+    "status": ["volume"],
+    "verify": ["volume", "--sample", "--requeue"],
+    "view": ["volume", "--state", "--port"],
+    "convert": ["SOURCE", "TARGET", "--voxel-size-nm", "--chunk"],
+}
+"""Flags are few: what changes a run stands in volume.yaml."""
+
+
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("heading", "command"), README_COMMANDS.items())
+def test_the_readme_has_the_commands_that_ci_extracts(heading: str, command: str) -> None:
+    """The first fenced block after each heading is one line, and .ci/run's own program finds just that."""
+    after = page("README.md").split(f"\n## {heading}\n", 1)[1]
+    block = re.search(r"^```\w*\n(.*?)^```$", after, re.M | re.S)
+    assert block is not None
+    assert block[1] == command + "\n"
+    program = re.search(r"awk -v heading=\"## \$1\" '(.*)' README\.md", page(".ci/run"))
+    assert program is not None
+    assert f"command_of '{heading}'" in page(".ci/run")
+    if shutil.which("awk") is None:
+        pytest.skip("no awk here")
+    found = subprocess.run(["awk", "-v", f"heading=## {heading}", program[1], "README.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert found.stdout == command + "\n"
+
+
+def yaml_blocks() -> list[Any]:
+    found = []
+    for path in PAGES:
+        for n, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)):
+            found.append(pytest.param(block, id=f"{path.relative_to(REPOSITORY)}-{n}"))
+    return found
+
+
+@pytest.mark.parametrize("block", yaml_blocks())
+def test_every_yaml_block_is_a_valid_volume_yaml(block: str, tmp_path: Path) -> None:
+    (tmp_path / "volume.yaml").write_text(block, encoding="utf-8")
+    load(tmp_path / "volume.yaml")
+
+
+def key_paths() -> set[str]:
+    return {".".join((*path, key)) for path, allowed in keys().items() for key in allowed}
+
+
+def test_every_key_is_documented_and_no_other() -> None:
+    text = page("docs/volume-yaml.md")
+    named = set(re.findall(r"`((?:source|target|network|work|cluster)(?:\.\w+)*)`", text))
+    assert named == key_paths()
+
+
+def test_every_page_names_only_keys_that_exist() -> None:
+    for path in PAGES:
+        for name in re.findall(r"`((?:source|target|network|work|cluster)\.\w+(?:\.\w+)*)[`:]", path.read_text(encoding="utf-8")):
+            assert name in key_paths(), f"{path.name}: {name}"
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    """Third column of the tables of keys."""
+    stated = dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| ([^|]+) \|", page("docs/volume-yaml.md"), re.M))
+    assert set(stated) == {name for name in key_paths() if "." in name}
+    for name, text in stated.items():
+        model: type[BaseModel] = Config
+        *parents, last = name.split(".")
+        for parent in parents:
+            (model,) = _models_in(model.model_fields[parent].annotation)
+        field = model.model_fields[last]
+        if field.is_required():
+            assert text == "required", name
+        elif isinstance(field.default, BaseModel):
+            assert text == "none listed", name
+        elif field.default is None:
+            assert text == "none", name
+        else:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert yaml.safe_load(text.strip("`")) == default, name
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def test_the_house_names_every_module() -> None:
+    house = page("docs/design.md").split("\n## 2. The house\n", 1)[1].split("\n## 3.", 1)[0]
+    modules = {p.stem for package in ("pipeline", "models") for p in (REPOSITORY / package).rglob("*.py")} - {"__init__"}
+    words = set(re.findall(r"\w+", house))
+    assert modules <= words, modules - words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_frozen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"pipeline.{command}").main(["--help"])
+    found = re.findall(r"^  (?:-h, )?(-{0,2}\w[\w-]*)", capsys.readouterr().out, re.M)
+    assert sorted(found) == sorted([*FLAGS[command], "--help"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_names_every_command_and_flag(command: str) -> None:
+    text = page("README.md")
+    assert f"`emsr {command} " in text
+    for flag in FLAGS[command]:
+        assert not flag.startswith("--") or flag in text or flag == "--chunk"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" not in target
+        assert (path.parent / target).exists(), target
+
+
+def test_versions_agree() -> None:
+    assert f"## {__version__}" in page("CHANGELOG.md")
+    assert yaml.safe_load(page("CITATION.cff"))["version"] == __version__
+
+
+def test_containers_publish_to_this_machine_only() -> None:
+    compose = yaml.safe_load(page("deploy/compose.yaml"))
+    assert set(compose["services"]) == {"scheduler", "worker", "client"}
+    for service in compose["services"].values():
+        assert "network_mode" not in service
+        assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))

@@ -1,0 +1,146 @@
+"""The lattice: the same voxels whatever box they are computed in, and the interpolations against whole-volume references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import standin
+import torch
+from conftest import texture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import models
+from pipeline.config import NetworkConfig
+from pipeline.errors import NetworkError
+from pipeline.geometry import ZYX, Box
+from pipeline.inference import Network, back_projection_error, describe, pad_laterally, super_resolve
+from pipeline.plan import Lattice, Plan, Slab
+from pipeline.pyramid import halve
+
+
+def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box) -> np.ndarray:
+    """SR of `box` as one slab of a volume whose first voxel is `origin`."""
+    lattice = network.spec.lattice
+    bounds = Box.at(origin, ZYX.of(volume.shape))
+    plan = Plan(bounds, bounds, box.shape, network.spec.scale, lattice, (), None)
+    slab = Slab(0, box, lattice.padded(box).intersect(bounds), box)
+    sections = [plan.section(z) - origin.z for z in range(box.start.z - lattice.z_halo, box.stop.z + lattice.z_halo)]
+    _, rows, cols = slab.read.slices(origin)
+    return super_resolve(network, volume[sections][:, rows, cols], plan, slab)
+
+
+def whole_bicubic(volume: np.ndarray, scale: int) -> np.ndarray:
+    up = functional.interpolate(torch.from_numpy(volume).float()[:, None], scale_factor=scale, mode="bicubic", align_corners=False)
+    return up[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("scale", [8, 16])
+def test_bicubic_equals_the_whole_volume_within_one_grey_level(scale: int) -> None:
+    volume = texture((3, 70, 90))
+    network = Network(describe(NetworkConfig(name="bicubic", scale=scale, cell=16)))
+    origin = ZYX(5, -3, 11)
+    sr = compute(network, volume, origin, Box.at(origin, ZYX.of(volume.shape)))
+    assert np.abs(sr.astype(int) - whole_bicubic(volume, scale)).max() <= 1
+
+
+def test_nearest_repeats_every_voxel() -> None:
+    volume = texture((2, 20, 30))
+    network = Network(describe(NetworkConfig(name="nearest", scale=8, cell=16)))
+    sr = compute(network, volume, ZYX(0, 0, 0), Box.of((0, 0, 0), volume.shape))
+    assert (sr == volume.repeat(8, 1).repeat(8, 2)).all()
+
+
+def stand_in(lattice: Lattice) -> Network:
+    network = Network(describe(NetworkConfig(name="nearest", scale=8)))
+    network.module = standin.StandIn(8)
+    object.__setattr__(network, "spec", network.spec.__class__("standin", 8, None, "", "float32", lattice))
+    return network
+
+
+@given(st.data())
+@settings(max_examples=15)
+def test_law_1_any_box_gives_the_same_bytes(data: st.DataObject) -> None:
+    volume = texture((7, 37, 45))
+    origin = ZYX(*(data.draw(st.integers(-30, 30)) for _ in range(3)))
+    network = stand_in(Lattice(16, 8, 5, "mirror"))
+    whole = compute(network, volume, origin, Box.at(origin, ZYX.of(volume.shape)))
+    low = [data.draw(st.integers(0, n - 1)) for n in volume.shape]
+    high = [data.draw(st.integers(a + 1, n)) for a, n in zip(low, volume.shape, strict=True)]
+    part = compute(network, volume, origin, Box.of(low, high).shift(origin))
+    assert (part == whole[Box.of(low, high).lateral(8).slices()]).all()
+
+
+def test_the_stand_in_would_show_a_cut() -> None:
+    """The test above can fail: a network like this one gives other bytes on another lattice."""
+    volume = texture((5, 32, 32))
+    results = [compute(stand_in(Lattice(cell, 8, 5, "mirror")), volume, ZYX(0, 0, 0), Box.of((0, 0, 0), volume.shape)) for cell in (16, 32)]
+    assert (results[0] != results[1]).mean() > 0.2
+
+
+def test_padding_mirrors_about_the_face_or_repeats_the_end() -> None:
+    row = np.arange(3, dtype=np.uint8)[None, None]
+    have, want = Box.of((0, 0, 0), (1, 1, 3)), Box.of((0, 0, -4), (1, 1, 8))
+    assert pad_laterally(row, have, want, "mirror")[0, 0].tolist() == [2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1]
+    assert pad_laterally(row, have, want, "edge")[0, 0].tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_back_projection_error_by_hand() -> None:
+    sr = np.array([[[10, 20, 0, 0], [30, 40, 0, 1]]], np.uint8)  # block means 25 and 0.25
+    lr = np.array([[[20, 3]]], np.uint8)
+    assert back_projection_error(lr, sr, 2).tolist() == [[[5, 3]]]
+    assert (back_projection_error(lr, lr.repeat(2, 1).repeat(2, 2), 2) == 0).all()
+
+
+def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
+    volume = texture((2, 64, 64))
+    assert (halve(volume)[:, 16:32, 0:16] == halve(volume[:, 32:64, 0:32])).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"name": "gpemsr"}, "is not in this version"),
+        ({"name": "bicubic", "weights": "builtin"}, "Remove network.weights"),
+        ({"name": "bicubic", "halo": 0}, "cell borders"),
+        ({"name": "nearest", "precision": "float16"}, "Remove network.precision"),
+    ],
+)
+def test_networks_that_cannot_be_had(keys: dict, words: str) -> None:
+    with pytest.raises(NetworkError, match=words):
+        describe(NetworkConfig(scale=8, **keys))
+
+
+def test_describing_a_network_does_not_import_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; import pipeline.inference, pipeline.plan, pipeline.config; import pipeline.storage.ledger; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    refuted = subprocess.run(
+        [sys.executable, "-c", "import models; models.build('nearest', 8); " + code.split(";", 1)[1] + "; import sys"], check=False, capture_output=True
+    )
+    assert refuted.returncode != 0
+
+
+def test_every_network_builds() -> None:
+    for name in models.NETWORKS:
+        assert models.build(name, 8).fuse_window([torch.rand(1, 1, 8, 8)] * models.NETWORKS[name].window).shape == (1, 1, 64, 64)
+
+
+def test_threads_do_not_change_the_bytes() -> None:
+    """Workers of different sizes must agree (law 1)."""
+    volume = texture((6, 64, 64))
+    networks = [stand_in(Lattice(32, 8, 5, "mirror")), Network(describe(NetworkConfig(name="bicubic", scale=8)))]
+    before = torch.get_num_threads()
+    try:
+        for network in networks:
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(compute(network, volume, ZYX(0, 0, 0), Box.of((0, 0, 0), volume.shape)))
+            assert (results[0] == results[1]).all()
+            assert (results[0] == results[2]).all()
+    finally:
+        torch.set_num_threads(before)
