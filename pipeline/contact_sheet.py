@@ -1,4 +1,4 @@
-"""A small picture of what a run did: LR as measured, SR beside it, and where SR is guessed. Arrays in, PNG bytes out."""
+"""A small picture of what a run did: LR as measured, SR beside it, and where they disagree. Arrays in, PNG bytes out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ SIDE = 512
 GAP = 8
 CAPTION = 20
 PAPER, INK = 255, 0
+HEAT_TOP = 32
+"""Grey levels of fidelity that are shown brightest: disagreements are small numbers."""
 
 _HEAT = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float32)
 """Five stops from low (dark violet) to high (yellow), evenly spaced; lightness rises throughout."""
@@ -69,7 +71,7 @@ def _row(lr: Plane, sr: Plane, scale: int, label: str, fidelity: Plane | None) -
         if fidelity.shape not in (lr.shape, sr.shape):
             raise ValueError(f"fidelity {fidelity.shape} is neither LR {lr.shape} nor SR {sr.shape}")
         part = fidelity[fine] if fidelity.shape == sr.shape else _enlarged(fidelity[coarse], scale)
-        row.append((f"{label}fidelity (dark: guessed)", Image.fromarray(_heat(part))))
+        row.append((f"{label}SR against LR, 0 to {HEAT_TOP} grey levels", Image.fromarray(_heat(part))))
     return row
 
 
@@ -78,7 +80,7 @@ def _enlarged(plane: Plane, scale: int) -> Plane:
 
 
 def _heat(plane: Plane) -> Plane:
-    levels = np.linspace(0, 255, len(_HEAT))
+    levels = np.linspace(0, HEAT_TOP, len(_HEAT))
     table = np.stack([np.interp(np.arange(256), levels, _HEAT[:, c]) for c in range(3)], axis=1)
     coloured: Plane = np.rint(table).astype(np.uint8)[plane]
     return coloured

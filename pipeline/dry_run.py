@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,8 @@ from pipeline.worker import Job, Sample, try_slab
 
 def calibrate(job: Job) -> Sample:
     """One slab of the volume's middle, read, computed and encoded, not written, in a fresh process like a worker's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(try_slab, (job,))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(try_slab, job).result()
 
 
 def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say: Callable[[str], None] = print) -> None:
@@ -30,7 +31,7 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
         say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     say(f"source   {source.format}, {source.bounds.shape} LR voxels{', uint16' if source.dtype == 'uint16' else ''}, read by {source.reader}")
-    say(f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels" + (f", then {plan.tasks - plan.slabs:,} pyramid shards" if plan.tasks > plan.slabs else ""))
+    say(f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels" + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else ""))
     say(f"read     {_size(read.requested)} for {_size(read.owned)} (halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})")
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
     total_raw = total_stored = 0

@@ -1,7 +1,8 @@
 """Chunk, shard, slab and pyramid shapes: the user's where given, defaults with a reason where not. Arithmetic only.
 
 Defaults follow measurements (docs/performance.md): chunks of 512 KiB, shards of at most 8 x 4096 x 4096 (128 MiB), one slab
-a shard. Shapes of levels follow from the shard alone, never from the slab: the target's tree is the same for every slab shape.
+a shard. Shapes of levels follow from chunk and shard, not from the slab: with both given, the target's tree is the same for
+every slab shape.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from math import lcm
 from pipeline.config import TargetConfig
 from pipeline.errors import TargetError
 from pipeline.geometry import ZYX
-from pipeline.plan import LevelSpec
+from pipeline.plan import BLOCK_SIDE, LevelSpec
 from pipeline.storage.precomputed_sharding import shard_shapes
 
 CHUNK = ZYX(8, 256, 256)
@@ -110,7 +111,7 @@ def _level(shape: ZYX, chunk: ZYX, shard: ZYX, k: int, target: TargetConfig) -> 
         if target.shard_shape is None:
             return LevelSpec(size, chunk, chunk)
         return LevelSpec(size, chunk, _morton(size, chunk, shard, part if whole else None, k))
-    return LevelSpec(size, chunk, part if whole else _up_to(shard, chunk, size))
+    return LevelSpec(size, chunk, part if whole else _up_to(shard.minimum(ZYX(shard.z, BLOCK_SIDE, BLOCK_SIDE)), chunk, size))
 
 
 def _morton(size: ZYX, chunk: ZYX, shard: ZYX, part: ZYX | None, k: int) -> ZYX:
@@ -124,7 +125,7 @@ def _morton(size: ZYX, chunk: ZYX, shard: ZYX, part: ZYX | None, k: int) -> ZYX:
                 "Choose one of them, or remove shard_shape for an unsharded target",
             )
         return shard
-    limit = part or shard
+    limit = part or shard.minimum(ZYX(shard.z, BLOCK_SIDE, BLOCK_SIDE))
     fitting = [a for a in allowed if limit.z % a.z == limit.y % a.y == limit.x % a.x == 0]
     return fitting[-1]
 

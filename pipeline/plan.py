@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pipeline.geometry import ZYX, Box, tiles
 
 
+BLOCK_SIDE = 2048
+
+
 @dataclass(frozen=True)
 class Lattice:
     """The fixed grid of network inputs: laterally `cell` + `halo` on each side, anchored at global voxel (0, 0) of the
@@ -69,8 +72,8 @@ class Slab:
 
 
 @dataclass(frozen=True)
-class PyramidShard:
-    """One shard of a level that is averaged in the second pass: `write` at `level` from `read` at `level` - 1."""
+class PyramidBlock:
+    """Whole shards of a level that is averaged in the second pass: `write` at `level` from `read` at `level` - 1."""
 
     index: int
     level: int
@@ -80,7 +83,11 @@ class PyramidShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers 0 .. slabs-1 are slabs, the rest are shards of the levels that slabs could not write whole."""
+    """Numbers 0 .. slabs-1 are slabs, the rest are blocks of the levels that slabs do not write.
+
+    `lossy`: the encoding changes voxels. Then every level is averaged from the stored one before it, not from the slab in
+    memory: how far a slab's own memory reaches must not show (law 1).
+    """
 
     bounds: Box
     region: Box
@@ -90,6 +97,7 @@ class Plan:
     levels: tuple[LevelSpec, ...]
     fidelity: LevelSpec | None
     bad_sections: tuple[int, ...] = ()
+    lossy: bool = False
 
     @property
     def grid(self) -> ZYX:
@@ -104,7 +112,7 @@ class Plan:
     def in_memory(self) -> int:
         """How many levels a slab writes itself: those in which its voxels are whole shards."""
         count = 0
-        for k, level in enumerate(self.levels):
+        for k, level in enumerate(self.levels[:1] if self.lossy else self.levels):
             if not self._owns_whole_shards(k, level):
                 break
             count += 1
@@ -122,22 +130,26 @@ class Plan:
 
     @property
     def tasks(self) -> int:
-        return self.slabs + sum(self._shards(k).product for k in self.second_pass)
+        return self.slabs + sum(self._blocks(k).product for k in self.second_pass)
 
     @property
     def second_pass(self) -> range:
         """Levels averaged from the level before, after all slabs are written."""
         return range(self.in_memory, len(self.levels))
 
-    def _shards(self, level: int) -> ZYX:
-        spec = self.levels[level]
-        return spec.shape.ceil_div(spec.shard)
+    def _block(self, level: int) -> ZYX:
+        """As many whole shards as fit BLOCK_SIDE: a block and the four times larger part it is made from stay small."""
+        shard = self.levels[level].shard
+        return ZYX(shard.z, *(n * max(1, BLOCK_SIDE // n) for n in (shard.y, shard.x)))
+
+    def _blocks(self, level: int) -> ZYX:
+        return self.levels[level].shape.ceil_div(self._block(level))
 
     def stages(self) -> list[range]:
         """Task numbers that may run at the same time: all slabs, then one second-pass level after another."""
         out, start = [range(self.slabs)], self.slabs
         for level in self.second_pass:
-            count = self._shards(level).product
+            count = self._blocks(level).product
             out.append(range(start, start + count))
             start += count
         return out
@@ -165,14 +177,14 @@ class Plan:
         """The slab's write box in the LR-sized fidelity volume."""
         return slab.lr.shift(ZYX(0, 0, 0) - self.region.start)
 
-    def pyramid_shard(self, index: int) -> PyramidShard:
+    def pyramid_block(self, index: int) -> PyramidBlock:
         for stage, level in zip(self.stages()[1:], self.second_pass, strict=True):
             if index in stage:
-                spec, finer = self.levels[level], self.levels[level - 1]
-                z, rest = divmod(index - stage.start, self._shards(level).y * self._shards(level).x)
-                y, x = divmod(rest, self._shards(level).x)
-                write = Box.at(ZYX(z, y, x) * spec.shard, spec.shard).intersect(Box(ZYX(0, 0, 0), spec.shape))
-                return PyramidShard(index, level, write, write.lateral(2).intersect(Box(ZYX(0, 0, 0), finer.shape)))
+                block, blocks = self._block(level), self._blocks(level)
+                z, rest = divmod(index - stage.start, blocks.y * blocks.x)
+                write = Box.at(ZYX(z, *divmod(rest, blocks.x)) * block, block).intersect(Box(ZYX(0, 0, 0), self.levels[level].shape))
+                read = write.lateral(2).intersect(Box(ZYX(0, 0, 0), self.levels[level - 1].shape))
+                return PyramidBlock(index, level, write, read)
         raise IndexError(f"task {index} of {self.tasks}")
 
     def column_end(self, index: int) -> int:

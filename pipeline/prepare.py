@@ -49,17 +49,17 @@ def prepare(config: Config) -> Prepared:
     target_url = _target_url(config)
     try:
         info = open_source(config.source).info
-        if config.source.mask is not None:
-            open_mask(config.source.mask, info)
+        mask = open_mask(config.source.mask, info).info if config.source.mask is not None else None
     except TransientError as error:
         raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
     region = _region(config, info)
     bad = _bad_sections(config, info)
     shapes = layout.choose(region.shape, network.scale, config.target, config.work.slab_shape)
-    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, bad)
-    _within_budget(config, plan)
     encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
-    spec = json.loads(json.dumps(_spec(config, info, plan, network, encoding)))
+    lossy = encoding == "jpeg"
+    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, bad, lossy)
+    _within_budget(config, plan)
+    spec = json.loads(json.dumps(_spec(config, info, mask, plan, network, encoding)))
     voxel_nm = (info.voxel_size_nm[0], info.voxel_size_nm[1] / plan.scale, info.voxel_size_nm[2] / plan.scale)
     corner = tuple(c + s * v for c, s, v in zip(info.corner_nm, region.start, info.voxel_size_nm, strict=True))
     target = TargetSpec(
@@ -135,7 +135,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def _spec(config: Config, info: VolumeInfo, plan: Plan, network: NetworkSpec, encoding: str) -> dict[str, Any]:
+def _spec(config: Config, info: VolumeInfo, mask: VolumeInfo | None, plan: Plan, network: NetworkSpec, encoding: str) -> dict[str, Any]:
     """Everything that changes the bytes of the target, and nothing that does not: no worker counts, no times, no credentials."""
     source = config.source
     return {
@@ -149,9 +149,17 @@ def _spec(config: Config, info: VolumeInfo, plan: Plan, network: NetworkSpec, en
             "region": {"start": list(plan.region.start), "stop": list(plan.region.stop)},
             "voxel_size_nm": list(info.voxel_size_nm),
             "intensity_window": source.intensity_window and list(source.intensity_window),
-            "missing_chunks": {"fill": source.missing_chunks.fill} if isinstance(source.missing_chunks, FillConfig) else "error",
+            "corner_nm": list(info.corner_nm),
+            "missing_chunks": _holes(source.missing_chunks),
             "bad_sections": {z: plan.section(z) for z in plan.bad_sections},
-            "mask": source.mask and {"url": _public(source.mask.url), "mip": source.mask.mip},
+            "mask": None
+            if source.mask is None or mask is None
+            else {
+                "url": _public(source.mask.url),
+                "mip": source.mask.mip,
+                "fingerprint": mask.fingerprint,
+                "missing_chunks": _holes(source.mask.missing_chunks),
+            },
             "skip_empty": source.skip_empty,
         },
         "network": {k: v for k, v in dataclasses.asdict(network).items() if k != "lattice"},
@@ -163,6 +171,10 @@ def _spec(config: Config, info: VolumeInfo, plan: Plan, network: NetworkSpec, en
             "fidelity": plan.fidelity is not None,
         },
     }
+
+
+def _holes(rule: str | FillConfig) -> str | dict[str, int]:
+    return {"fill": rule.fill} if isinstance(rule, FillConfig) else rule
 
 
 def _public(url: str) -> str:

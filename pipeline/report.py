@@ -20,6 +20,7 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
 from pipeline.storage.sources import open_source
 from pipeline.storage.targets import open_target
+from pipeline.storage.volume import FIDELITY
 
 SHEET_SIDE = 512
 FAILURES = 100
@@ -66,7 +67,7 @@ def _sheet(config: Config, prepared: Prepared) -> bytes:
     side = SHEET_SIDE // plan.scale
     shape = plan.region.shape
     size = ZYX(1, min(side, shape.y), min(side, shape.x))
-    pairs, labels = [], []
+    pairs, labels, errors = [], [], []
     for z in sorted({shape.z // 4, shape.z // 2, 3 * shape.z // 4}):
         start = ZYX(z, (shape.y - size.y) // 2, (shape.x - size.x) // 2)
         box = Box.at(start, size)
@@ -75,4 +76,6 @@ def _sheet(config: Config, prepared: Prepared) -> bytes:
         lr = source.read(Box(ZYX(good, here.start.y, here.start.x), ZYX(good + 1, here.stop.y, here.stop.x)))
         pairs.append((lr[0], target.read(0, box.lateral(plan.scale), absent=0)[0]))
         labels.append(f"z {plan.region.start.z + z}")
-    return contact_sheet(pairs, plan.scale, labels)
+        if plan.fidelity is not None:
+            errors.append(target.read(FIDELITY, box, absent=0)[0])
+    return contact_sheet(pairs, plan.scale, labels, errors)

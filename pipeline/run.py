@@ -70,7 +70,7 @@ def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, h
     before = ledger.counts()
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(progress) as stop:
-        progress.say("plan", slabs=job.plan.slabs, pyramid_shards=job.plan.tasks - job.plan.slabs, done=done, retried=again)
+        progress.say("plan", slabs=job.plan.slabs, pyramid_blocks=job.plan.tasks - job.plan.slabs, done=done, retried=again)
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
         outcome = drive(client, job, ledger, stop, held, progress.update)
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)

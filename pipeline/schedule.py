@@ -155,7 +155,7 @@ class _Todo:
         )
 
     def _plan_box(self, index: int) -> str:
-        return f"LR box {self._plan.slab(index).lr}" if index < self._plan.slabs else "pyramid shard"
+        return f"LR box {self._plan.slab(index).lr}" if index < self._plan.slabs else "a pyramid block"
 
 
 class _Window:
@@ -256,6 +256,7 @@ class _Window:
         return max(2, self._slot_count)
 
     def _watch_workers(self) -> None:
+        self._slots()
         if time.monotonic() - self._seen_worker > NO_WORKER_S:
             raise ClusterError(f"no worker for {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again")
 

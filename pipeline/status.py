@@ -44,9 +44,9 @@ def status(config: Config) -> int:
     ledger.load()
     counts = ledger.counts()
     print(f"target       {config.target.url}")
-    print(f"plan         {digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid shards" if tasks > slabs else ""))
+    print(f"plan         {digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else ""))
     print(f"ledger       {tasks:,} planned = " + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending")))
-    print(f"stored       {ledger.bytes_written:,} bytes")
+    print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
     if running := holder(store):
         print(
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"

@@ -96,7 +96,8 @@ def process_slab(job: OpenJob, index: int) -> Receipt:
     """Read a halo-padded slab, run the network, write whole shards. Receipt first when every object is durable."""
     slab = job.plan.slab(index)
     began = time.perf_counter()
-    if job.mask is not None and not job.mask.read(_mask_box(job, slab)).any():
+    mask = job.mask
+    if mask is not None and not _retrying(job, lambda: mask.read(_mask_box(job, slab))).any():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     lr = read_padded(job, slab)
     owned = _owned(job.plan, slab, lr)
@@ -116,15 +117,15 @@ def process_slab(job: OpenJob, index: int) -> Receipt:
     return _receipt(index, objects, began, read_s=read - began, network_s=computed - locked, write_s=done - computed, voxels=voxels)
 
 
-def process_pyramid_shard(job: OpenJob, index: int) -> Receipt:
-    """One shard of a second-pass level, averaged from the level before. Absent shards there are slabs that were skipped."""
+def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
+    """Whole shards of a second-pass level, averaged from the level before. Absent shards there are slabs that were skipped."""
     began = time.perf_counter()
-    shard = job.plan.pyramid_shard(index)
+    block = job.plan.pyramid_block(index)
     skips = job.mask is not None or job.job.source.skip_empty
-    finer = _retrying(job, lambda: job.target.read(shard.level - 1, shard.read, absent=0 if skips else None))
+    finer = _retrying(job, lambda: job.target.read(block.level - 1, block.read, absent=0 if skips else None))
     read = time.perf_counter()
     with ENCODE_LOCK:
-        objects = job.target.encode(shard.level, shard.write, halve(finer))
+        objects = job.target.encode(block.level, block.write, halve(finer))
     _put(job, objects)
     return _receipt(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
 
@@ -164,8 +165,8 @@ def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> 
 def object_keys(target: Target, plan: Plan, index: int) -> list[str]:
     """The keys that task `index` writes, sorted: what `verify` reads again."""
     if index >= plan.slabs:
-        shard = plan.pyramid_shard(index)
-        return target.keys(shard.level, shard.write)
+        block = plan.pyramid_block(index)
+        return target.keys(block.level, block.write)
     slab = plan.slab(index)
     keys = [key for level in range(plan.in_memory) for key in target.keys(level, plan.level_box(slab, level))]
     return sorted(keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else []))
@@ -244,7 +245,7 @@ def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
 
 def _attempt(job: OpenJob, index: int) -> Receipt:
     """The task's receipt, whatever happens: bad data at once, anything unforeseen after `retries` more tries."""
-    process = process_slab if index < job.plan.slabs else process_pyramid_shard
+    process = process_slab if index < job.plan.slabs else process_pyramid_block
     began = time.perf_counter()
     for left in range(job.job.retries, -1, -1):
         try:
@@ -287,5 +288,10 @@ def _rss_bytes() -> int:
 
 
 def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident size so far. Not ru_maxrss where /proc tells: a child inherits that from the process that started it."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

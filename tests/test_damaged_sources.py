@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import source_volumes as written
+import tensorstore as ts
 from source_volumes import CHUNK, FORMATS, SHAPE, SHARD, VOXEL_NM, Written
 
 from pipeline.config import FillConfig, MaskConfig, SourceConfig
@@ -281,3 +282,31 @@ def test_half_written_metadata(name: str, tmp_path: Path) -> None:
                 seen_anew(volume, tmp_path)
             assert document.split("/")[-1] in str(caught.value), content[:20]
         file.write_bytes(good)
+
+
+@pytest.mark.parametrize("bits", [(0, 0, 5), (1, 1, 2), (1, 1, 3), (2, 1, 1), (4, 0, 0), (3, 2, 0)])
+@pytest.mark.parametrize("hashed", ["identity", "murmurhash3_x86_128"])
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_holes_of_sharded_precomputed_are_found_wherever_they_are(bits: tuple[int, int, int], hashed: str, encoding: str, tmp_path: Path) -> None:
+    """Chunks absent from a shard, whole shards absent, and black chunks that are there: tensorstore reads all three as zeros."""
+    sharding = {"@type": "neuroglancer_uint64_sharded_v1", "hash": hashed, "minishard_index_encoding": encoding, "data_encoding": encoding}
+    sharding |= dict(zip(("preshift_bits", "minishard_bits", "shard_bits"), bits, strict=True))
+    scale = {"key": "s", "size": [64, 64, 32], "resolution": [4, 4, 40], "chunk_size": [32, 32, 8], "encoding": "raw", "sharding": sharding}
+    info = {"@type": "neuroglancer_multiscale_volume", "type": "image", "data_type": "uint8", "num_channels": 1}
+    scale = scale | {"chunk_sizes": [scale.pop("chunk_size")], "voxel_offset": [0, 0, 0]}
+    (tmp_path / "info").write_text(json.dumps(info | {"scales": [scale]}))
+    store = ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "base": {"driver": "file", "path": f"{tmp_path}/s/"}, "metadata": sharding}).result()
+    grey, black = bytes([7]) * 8192, bytes(8192)
+    with ts.Transaction() as transaction:
+        for number, value in ((0, grey), (1, black), (6, grey)):
+            store.with_transaction(transaction).write(struct.pack(">Q", number), value).result()
+    source = open_source(SourceConfig(url=str(tmp_path)))
+    chunks = {number: Box.at(ZYX(8 * (number // 4), 32 * (number // 2 % 2), 32 * (number % 2)), ZYX(8, 32, 32)) for number in range(8)}
+    assert (source.read(chunks[0]) == 7).all()
+    assert (source.read(chunks[1]) == 0).all()
+    assert (source.read(chunks[6]) == 7).all()
+    for number in (2, 3, 4, 5, 7):
+        with pytest.raises(MissingChunkError, match=r"source\.missing_chunks"):
+            source.read(chunks[number])
+    filled = open_source(SourceConfig(url=str(tmp_path), missing_chunks=FillConfig(fill=9))).read(Box.of((0, 0, 0), (16, 64, 64)))
+    assert [int(filled[c.slices()].max()) for c in chunks.values()] == [7, 0, 9, 9, 9, 9, 7, 9]

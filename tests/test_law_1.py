@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import zarr
-from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+from conftest import REPOSITORY, TESTS, main_job, run_here, texture, tree, volume_yaml, write_lr
 
 SHAPE = (9, 80, 72)
 
@@ -37,6 +37,17 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_identical_trees_for_any_slabs_and_workers(slab: list[int], workers: int, source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
     main_job(volume_yaml(tmp_path / "v.yaml", source, "sr", network__name="nearest", work__slab_shape=slab, cluster__workers=workers))
     assert tree(tmp_path / "sr") == undisturbed
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_precomputed_trees_too(encoding: str, source: Path, tmp_path: Path) -> None:
+    """Also where levels are averaged from what a lossy encoding stored."""
+    trees = []
+    for slab in ([2, 16, 16], [4, 32, 64], [10, 80, 80]):
+        keys = {"target__format": "precomputed", "target__encoding": encoding, "target__shard_shape": None, "target__mips": 4}
+        run_here(volume_yaml(tmp_path / "v.yaml", source, f"sr{slab[1]}", work__slab_shape=slab, **keys))
+        trees.append(tree(tmp_path / f"sr{slab[1]}"))
+    assert trees[0] == trees[1] == trees[2]
 
 
 def test_a_box_in_the_middle_holds_the_same_voxels(source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pipeline.errors import SourceError
 from pipeline.geometry import ZYX, Box
 from pipeline.storage.cloud_volume_array import SUFFIXES, chunk_names, open_by_cloud_volume
 from pipeline.storage.metadata import LARGEST, Folder, Metadata
-from pipeline.storage.voxel_array import Level, open_array
+from pipeline.storage.precomputed_sharded_array import open_sharded
+from pipeline.storage.voxel_array import Level, VoxelArray, open_array
 from pipeline.urls import local_path
 
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32")
@@ -65,6 +67,11 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         stored["compressed_segmentation_block_size"] = scale.integers("compressed_segmentation_block_size", 3, low=1)
     volume = {"type": info.text("type"), "data_type": dtype, "num_channels": 1}
     suffixed = sharding is None and _has_suffixes(folder.url, key)
+    opener: Callable[[Level], VoxelArray] = open_array
+    if suffixed:
+        opener = functools.partial(open_by_cloud_volume, info=info.values, mip=mip, key=key)
+    elif sharding is not None:
+        opener = functools.partial(open_sharded, sharding=sharding, key=key)
     start = _zyx(offset)
     level = Level(
         url=folder.url,
@@ -88,7 +95,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         metadata_key="info",
         labels=labels,
         reader="cloud-volume" if suffixed else "tensorstore",
-        opener=functools.partial(open_by_cloud_volume, info=info.values, mip=mip, key=key) if suffixed else open_array,
+        opener=opener,
     )
     if suffixed or sharding is not None:
         return level

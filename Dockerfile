@@ -1,0 +1,24 @@
+# emsr in an image: docker build -t emsr .
+#
+# TORCH is pip's requirement for torch. The default carries CUDA on x86_64; for a smaller image without it, give a CPU-only wheel:
+#   docker build -t emsr --build-arg TORCH="torch @ URL-OF-A-CPU-WHEEL" .
+
+FROM python:3.11-slim AS build
+WORKDIR /src
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY pipeline pipeline
+COPY models models
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:3.11-slim
+ARG TORCH=torch
+COPY --from=build /wheels /wheels
+# One call, so that torch and what emsr needs of it are chosen together.
+RUN pip install --no-cache-dir "${TORCH}" /wheels/*.whl
+RUN useradd --create-home --uid 1000 emsr && install --directory --owner=emsr /data
+USER emsr
+# Writable whatever user a run is given (docker run --user), as the home folder is not.
+ENV HOME=/tmp
+WORKDIR /data
+ENTRYPOINT ["emsr"]
+CMD ["--help"]
