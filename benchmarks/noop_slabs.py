@@ -13,11 +13,9 @@ import threading
 import time
 from typing import Any
 
-import psutil
-from distributed import Client
+from dask_processes import Usage, apart, usage
 
-from pipeline.cluster import connect
-from pipeline.config import ClusterConfig, NetworkConfig, SourceConfig, TargetConfig
+from pipeline.config import NetworkConfig, SourceConfig, TargetConfig
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import describe
 from pipeline.layout import choose
@@ -45,20 +43,10 @@ def planned(slabs: int) -> Job:
     return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0)
 
 
-def usage(client: Client) -> dict[str, tuple[float, float]]:
-    """(CPU seconds, resident MB) of scheduler and client."""
-
-    def of(process: psutil.Process) -> tuple[float, float]:
-        times = process.cpu_times()
-        return times.user + times.system, process.memory_info().rss / 1e6
-
-    return {"scheduler": client.run_on_scheduler(lambda: of(psutil.Process())), "client": of(psutil.Process())}
-
-
 def measure(slabs: int, workers: int) -> dict[str, Any]:
     job = planned(slabs)
-    marks: list[tuple[int, dict[str, tuple[float, float]]]] = []
-    with tempfile.TemporaryDirectory() as folder, scheduler_apart(workers) as client:
+    marks: list[tuple[int, dict[str, Usage]]] = []
+    with tempfile.TemporaryDirectory() as folder, apart(workers) as client:
         ledger = Ledger(Store(f"file://{folder}"), job.digest, job.plan.tasks, "bench")
 
         def watch(outcome: Outcome) -> None:
@@ -75,46 +63,6 @@ def measure(slabs: int, workers: int) -> dict[str, Any]:
         out[f"{who}_cpu_ms_per_slab"] = round(1e3 * (last[who][0] - first[who][0]) / job.plan.tasks, 3)
         out[f"{who}_growth_mb"] = round(last[who][1] - tenth[who][1], 1)
     return out
-
-
-class scheduler_apart:  # noqa: N801
-    """A scheduler and workers in processes of their own, so that client and scheduler are measured apart."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    def __enter__(self) -> Client:
-        import subprocess
-
-        self.folder = tempfile.TemporaryDirectory()
-        place = f"{self.folder.name}/scheduler.json"
-        dask = [sys.executable, "-m", "dask"]
-        common = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": _environ()}
-        self.processes = [subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", place], **common)]
-        for _ in range(self.workers):
-            self.processes.append(subprocess.Popen([*dask, "worker", "--scheduler-file", place, "--nthreads", "2", "--no-dashboard"], **common))
-        client = Client(scheduler_file=place, timeout=60)
-        client.wait_for_workers(self.workers, timeout=60)
-        address = client.scheduler.address
-        client.close()
-        self.context = connect(ClusterConfig(kind="address", address=address), 2)
-        return self.context.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        self.context.__exit__(None, None, None)
-        for process in self.processes[::-1]:
-            process.terminate()
-            process.wait(20)
-        self.folder.cleanup()
-
-
-def _environ() -> dict[str, str]:
-    import os
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[1]
-    short = {"DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"}
-    return {**os.environ, **short, "PYTHONPATH": f"{root}:{root / 'benchmarks'}"}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""A Dask scheduler and workers in processes of their own, so that scheduler, client and workers are measured apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from distributed import Client
+
+from pipeline.cluster import connect
+from pipeline.config import ClusterConfig
+
+HERE = Path(__file__).resolve().parent
+Usage = tuple[float, float]
+"""CPU seconds and resident MB of a process."""
+
+
+@contextmanager
+def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]:
+    """The pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
+    short = {"DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"}
+    environ = {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    dask = [sys.executable, "-m", "dask"]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "scheduler.json"
+        common = ["--scheduler-file", str(place), "--no-dashboard"]
+        commands = [[*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", *common]]
+        preloads = ["--preload", preload] if preload else []
+        commands += [[*dask, "worker", "--nthreads", str(threads), "--local-directory", folder, *common, *preloads]] * workers
+        processes = [subprocess.Popen(c, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+        try:
+            while not place.exists():
+                time.sleep(0.05)
+            with Client(scheduler_file=str(place), timeout=60) as first:
+                first.wait_for_workers(workers, timeout=60)
+                address = first.scheduler.address
+            with connect(ClusterConfig(kind="address", address=address), threads) as client:
+                yield client
+        finally:
+            for process in processes[::-1]:
+                process.terminate()
+            for process in processes:
+                process.wait(30)
+
+
+def usage(client: Client) -> dict[str, Usage]:
+    """Of scheduler and client."""
+    return {"scheduler": client.run_on_scheduler(_usage), "client": _usage()}
+
+
+def _usage() -> Usage:
+    process = psutil.Process()
+    times = process.cpu_times()
+    return times.user + times.system, process.memory_info().rss / 1e6
+
+
+def worker_memory(client: Client) -> dict[str, tuple[int, int]]:
+    """(resident, peak) bytes of each worker."""
+    found: dict[str, tuple[int, int]] = client.run(_memory)
+    return found
+
+
+def _memory() -> tuple[int, int]:
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024

@@ -1,0 +1,76 @@
+"""A worker's peak memory against the plan's promise: several slab sizes, encodings and slabs in flight, each on a fresh worker.
+
+    python benchmarks/memory.py [few|all] [slabs=6]
+
+`few` takes about two minutes, `all` about twenty. Prints for every case the worker's size before its first slab, its peak
+(VmHWM), the promise (pipeline.price.memory_bytes, with the compression that the run reached) and peak over promise: 1.00 is wanted,
+0.85 to 1.15 is kept by a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tissue_job import drive_all, ready, write_source
+
+from pipeline.cluster import connect
+from pipeline.config import ClusterConfig
+from pipeline.price import memory_bytes, stored_share
+
+MIB = 1 << 20
+DEPTH = 8
+TARGETS: dict[str, dict[str, Any]] = {
+    "blosc-zstd": {"format": "ome-zarr", "encoding": "blosc-zstd"},
+    "raw": {"format": "ome-zarr", "encoding": "raw"},
+    "precomputed": {"format": "precomputed", "encoding": "raw"},
+    "jpeg": {"format": "precomputed", "encoding": "jpeg"},
+}
+SIDES = {32: (256, 256), 64: (256, 512), 128: (512, 512)}
+"""LR rows and columns of a slab of so many MiB of SR voxels."""
+
+
+@dataclass(frozen=True)
+class Case:
+    target: str
+    slab_mib: int
+    in_flight: int
+
+
+FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3)]
+ALL = [Case(*each) for each in itertools.product(TARGETS, SIDES, (1, 2, 3))]
+
+
+def measure(case: Case, slabs: int, network: str = "bicubic") -> dict[str, float]:
+    y, x = SIDES[case.slab_mib]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_source(folder / "lr", (DEPTH * slabs // 2, 2 * y, x), (DEPTH, 64, 64))
+        prepared = ready(folder, source, "sr", (DEPTH, y, x), {"name": network}, case.in_flight, **TARGETS[case.target])
+        with connect(ClusterConfig(workers=1), case.in_flight) as client:
+            outcome = drive_all(client, prepared).outcome
+    plan = prepared.job.plan
+    share = stored_share(plan, outcome.bytes, outcome.voxels)
+    promise = memory_bytes(plan, case.in_flight, outcome.base_bytes, share)
+    return {
+        "base_mib": outcome.base_bytes / MIB,
+        "peak_mib": outcome.peak_bytes / MIB,
+        "promise_mib": promise / MIB,
+        "stored_share": share,
+        "slabs_above_base": (outcome.peak_bytes - outcome.base_bytes) / MIB / case.slab_mib,
+        "peak_over_promise": outcome.peak_bytes / promise,
+    }
+
+
+def main(which: str = "few", slabs: str = "6") -> None:
+    for case in {"few": FEW, "all": ALL}[which]:
+        found = measure(case, int(slabs))
+        print(f"{case.target} {case.slab_mib} MiB, {case.in_flight} in flight:", {key: round(value, 2) for key, value in found.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

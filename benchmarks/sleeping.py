@@ -1,0 +1,41 @@
+"""A network that takes time and no processor, as one on a GPU does: it sleeps SLEEPING_S per slab and repeats voxels.
+
+It takes the place of `nearest` in every process that imports this module: a benchmark's own, spawned workers (which import
+the main module again), and workers with `--preload sleeping`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+from torch import Tensor
+
+import models
+from models.baselines.interpolation import Nearest
+
+DEPTH = 8
+"""Sections per slab in these benchmarks: the sleep is spread over them."""
+
+HALO = (2, 8, 8)
+DEVICE = threading.Lock()
+
+
+class Sleeping(Nearest):
+    def fuse_window(self, states: list[Tensor]) -> Tensor:
+        time.sleep(float(os.environ["SLEEPING_S"]) / DEPTH)
+        return super().fuse_window(states)
+
+
+models.build = lambda name, scale, preset=None: Sleeping(scale)
+
+
+def whole_slab(block: np.ndarray) -> np.ndarray:
+    """The same network as dask.array calls it: a slab with its halo, which is cut off again."""
+    z, y, x = HALO
+    own = block[z : block.shape[0] - z, y : block.shape[1] - y, x : block.shape[2] - x]
+    with DEVICE:
+        time.sleep(float(os.environ["SLEEPING_S"]))
+        return own.repeat(8, 1).repeat(8, 2)

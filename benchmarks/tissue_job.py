@@ -1,0 +1,74 @@
+"""Phantom tissue on disk, and the main job over it: prepared and driven as `pipeline.run` does it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+import zarr
+from distributed import Client
+
+from examples.make_phantom import phantom
+from pipeline import config as configuration
+from pipeline.prepare import Prepared, claim, prepare, sidecar
+from pipeline.schedule import Outcome, drive
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import Ledger
+
+Shape = tuple[int, int, int]
+
+PATCH = (4, 512, 512)
+"""What is drawn; larger volumes are mirrored from it, smaller ones cut."""
+
+
+def tissue(shape: Shape) -> np.ndarray:
+    """EM-like voxels, uint8, (z, y, x)."""
+    patch = phantom(PATCH)
+    return np.pad(patch, [(0, max(0, n - have)) for n, have in zip(shape, patch.shape, strict=True)], mode="symmetric")[tuple(slice(n) for n in shape)]
+
+
+def write_source(path: Path, shape: Shape, chunk: Shape) -> Path:
+    """A zarr v3 array of tissue, written by zarr-python."""
+    array = zarr.create_array(path, shape=shape, chunks=chunk, dtype="uint8", config={"write_empty_chunks": True}, compressors=zarr.codecs.ZstdCodec(level=1))
+    array[:] = tissue(shape)
+    return path
+
+
+def ready(folder: Path, source: Path, name: str, slab: Shape, network: dict[str, Any], in_flight: int = 2, **target: Any) -> Prepared:
+    """The job that folder/name.yaml states, its target claimed. `target` and `network` are keys of volume.yaml."""
+    body = {
+        "source": {"url": str(source), "voxel_size_nm": [45, 32, 32]},
+        "target": {"url": str(folder / name), **target},
+        "network": {"scale": 8, **network},
+        "work": {"slab_shape": list(slab), "in_flight": in_flight},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(body))
+    prepared = prepare(configuration.load(path))
+    claim(prepared, Store(sidecar(prepared.job.target.url)))
+    return prepared
+
+
+@dataclass(frozen=True)
+class Driven:
+    outcome: Outcome
+    wall_s: float
+
+
+def drive_all(client: Client, prepared: Prepared) -> Driven:
+    """Every slab of a job of which nothing is done, through the real schedule and ledger; raises where a slab failed."""
+    job = prepared.job
+    store = Store(sidecar(job.target.url))
+    ledger = Ledger(store, job.digest, job.plan.tasks, "benchmark")
+    ledger.load()
+    began = time.perf_counter()
+    outcome = drive(client, job, ledger, threading.Event())
+    wall = time.perf_counter() - began
+    if outcome.written != job.plan.tasks:
+        raise RuntimeError(f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {[ledger.why(i)[:500] for i in ledger.indices(3)][:1]}")
+    return Driven(outcome, wall)
