@@ -1,0 +1,68 @@
+"""What stands in for a module that is switched off: residual blocks with about as many parameters (paper, table 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.config import Params
+from models.fusion import ThreeDA
+from models.layers import Residual
+from models.mask import Mask
+from models.mpf import MPF
+from models.pod import POD
+
+
+def count(module: nn.Module) -> int:
+    """Parameters that training changes."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def blocks(width: int, parameters: int) -> nn.Sequential:
+    with torch.device("meta"):
+        one = count(Residual(width))
+    return nn.Sequential(*(Residual(width) for _ in range(round(parameters / one))))
+
+
+class WithoutMPF(nn.Module):
+    """Residual blocks on the LR features of one section; no prior, no mask."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            size = count(MPF(params)) + count(Mask(params).refine)
+        self.blocks = blocks(params.width, size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.blocks(features)  # type: ignore[no-any-return]
+
+
+class WithoutPOD(nn.Module):
+    """Residual blocks on the features of each section; nothing is aligned, so all of it belongs to the section."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            pod = POD(params)
+            size = count(pod) - count(pod.flow)
+        self.blocks = blocks(params.width, size)
+
+    def pyramid(self, features: Tensor) -> tuple[Tensor, ...]:
+        return (self.blocks(features),)
+
+    def forward(self, sections: Tensor, pyramids: list[tuple[Tensor, ...]]) -> Tensor:
+        return torch.stack([level for (level,) in pyramids], 1)
+
+
+class WithoutThreeDA(nn.Module):
+    """One 1x1 convolution over the stacked sections, then residual blocks."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(params.window * params.width, params.width, 1)
+        with torch.device("meta"):
+            size = count(ThreeDA(params)) - count(nn.Conv2d(params.window * params.width, params.width, 1))
+        self.blocks = blocks(params.width, size)
+
+    def forward(self, aligned: Tensor) -> Tensor:
+        return self.blocks(self.reduce(aligned.flatten(1, 2).contiguous(memory_format=torch.channels_last)))  # type: ignore[no-any-return]

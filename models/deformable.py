@@ -1,0 +1,78 @@
+"""Modulated deformable 3x3 convolution, by torchvision's operator or by plain gathers and one matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.layers import conv3
+
+TAPS = 9
+
+
+class DeformableConv(nn.Module):
+    """3x3 convolution whose taps are moved and weighted by what a 3x3 convolution reads in another feature map."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(width, width, 3, 3).uniform_(-((TAPS * width) ** -0.5), (TAPS * width) ** -0.5))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.offsets = conv3(width, 3 * TAPS * groups)
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.offsets.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        """Two (B, C, H, W) -> (B, C, H, W)."""
+        head = self.offsets(guide)
+        if x.device.type == "cpu":
+            return gathered(x, head, self.weight, self.bias, self.groups)
+        return by_torchvision(x, head, self.weight, self.bias, self.groups)
+
+
+def by_torchvision(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """`head` (B, 27 * groups, H, W): per group and tap y and x of the offset, then per group and tap the mask's logit."""
+    from torchvision.ops import deform_conv2d
+
+    offset, mask = head[:, : 2 * TAPS * groups], head[:, 2 * TAPS * groups :]
+    out: Tensor = deform_conv2d(x.contiguous(), offset.contiguous(), weight, bias, padding=1, mask=torch.sigmoid(mask).contiguous())
+    return out
+
+
+def gathered(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """The same numbers to float32 rounding. torchvision's CPU operator runs in one thread and reads channel by channel;
+    here each bilinear sample is a weighted bag of four rows of the channels-last map (row: one position of one group).
+    """
+    return torch.cat([_gathered_one(x[i : i + 1], head[i : i + 1], weight, bias, groups) for i in range(len(x))])
+
+
+def _gathered_one(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    _, channels, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(h * w * groups, channels // groups)
+    head = head[0].permute(1, 2, 0)
+    offset = head[..., : 2 * TAPS * groups].reshape(h, w, groups, TAPS, 2)
+    mask = torch.sigmoid(head[..., 2 * TAPS * groups :]).view(h, w, groups, TAPS)
+    tap = torch.arange(3, device=x.device) - 1
+    y_index, y_weight = _corners(offset[..., 0], torch.arange(h, device=x.device).view(h, 1, 1, 1) + tap.repeat_interleave(3), h)
+    x_index, x_weight = _corners(offset[..., 1], torch.arange(w, device=x.device).view(w, 1, 1) + tap.repeat(3), w)
+    group = torch.arange(groups, device=x.device, dtype=torch.int32).view(groups, 1)
+    y_weight = [weight * mask for weight in y_weight]
+    bags = torch.stack([(y * w + x) * groups + group for y in y_index for x in x_index], -1)
+    shares = torch.stack([y * x for y in y_weight for x in x_weight], -1)
+    samples = functional.embedding_bag(bags.view(-1, 4), rows, mode="sum", per_sample_weights=shares.view(-1, 4))
+    kernel = weight.view(len(weight), groups, channels // groups, TAPS).permute(1, 3, 2, 0).reshape(-1, len(weight))
+    out = torch.addmm(bias, samples.view(h * w, -1), kernel)
+    return out.view(1, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _corners(offset: Tensor, base: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Index and weight of the two neighbours of base + offset along one axis; a neighbour outside 0..size-1 weighs nothing."""
+    at = base + offset
+    low = at.floor()
+    share = at - low
+    indices, weights = [], []
+    for corner, weight in ((low, 1 - share), (low + 1, share)):
+        indices.append(corner.int().clamp_(0, size - 1))
+        weights.append(weight * ((corner >= 0) & (corner < size)))
+    return indices, weights

@@ -1,0 +1,35 @@
+"""Rec: fused LR features become the HR residual by sub-pixel convolution (network.md, section 3, step 14)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.config import Params
+from models.layers import Residual, conv3, in_bands, lrelu
+
+
+class Reconstruction(nn.Module):
+    """Residual trunk, doublings by pixel shuffle, two convolutions at HR size."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        width = params.width
+        self.trunk = nn.Sequential(*(Residual(width) for _ in range(params.trunk_blocks)))
+        self.up = nn.ModuleList(conv3(width, 4 * width) for _ in range(params.scale.bit_length() - 1))
+        self.hr = conv3(width, width)
+        self.last = conv3(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 1, rH, rW)."""
+        x = self.trunk(features)
+        for up in self.up[:-1]:
+            x = _double(up, x)
+        return in_bands(self._to_image, x, reach=3, peak=4 * self.hr.in_channels)
+
+    def _to_image(self, x: Tensor) -> Tensor:
+        return self.last(lrelu(self.hr(_double(self.up[-1], x))))  # type: ignore[no-any-return]
+
+
+def _double(up: nn.Module, x: Tensor) -> Tensor:
+    return lrelu(functional.pixel_shuffle(up(x), 2))

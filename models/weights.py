@@ -1,0 +1,138 @@
+"""Weights in and out: safetensors of ours, the authors' files, VGG19 and SPyNet from where users have them. Never a pickled object."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models import published
+from models.config import preset_name
+from models.flow import MEAN, STD
+from models.mask import VGGFeatures
+from models.metadata import Metadata, WeightsError, read_metadata
+from models.network import SuperResolver
+from models.pod import POD
+
+State = dict[str, Tensor]
+SHOWN = 8
+"""Names listed in one message; a file of another network would fill pages."""
+
+
+def save(path: Path, network: SuperResolver, licence: str, card: str = "", half: bool = False) -> Metadata:
+    """Write all weights, those of prior, mask features and flow among them. `licence` is the training data's; `half` stores
+    float16, which `load` turns back into float32.
+    """
+    state = {name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous() for name, value in network.state_dict().items()}
+    metadata = Metadata(network.params, preset_name(network.params) or "", licence, digest(state), card)
+    save_file(state, path, metadata=metadata.to_header())
+    return metadata
+
+
+def load(path: Path, network: SuperResolver) -> Metadata:
+    """Read what `save` wrote into a network of the same parameters. Raises WeightsError, OSError."""
+    metadata = read_metadata(path)
+    if metadata.params != network.params:
+        raise WeightsError(
+            f"{path} holds x{metadata.scale} {metadata.preset or 'custom'} weights; the network is x{network.params.scale} "
+            f"{preset_name(network.params) or 'custom'}. Set network.scale and network.preset to the file's"
+        )
+    state = read_state(path)
+    if digest(state) != metadata.sha256:
+        raise WeightsError(f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again")
+    _fill(network, state, str(path))
+    return metadata
+
+
+def digest(state: State) -> str:
+    """sha256 over names, types, shapes and values, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def read_state(path: Path) -> State:
+    """The tensors of a .safetensors file, or of a PyTorch file that holds nothing else. Raises WeightsError, OSError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again") from None
+    except Exception as error:  # pickle.UnpicklingError among others: what a hostile file raises is not foreseeable
+        raise WeightsError(f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict") from None
+    for wrapper in ("params_ema", "params", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(f"{path} holds no flat dictionary of tensors. Save the network's state dict")
+    return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def load_published(network: nn.Module, state: State) -> None:
+    """Fill `network` from the authors' dictionary: stage III for a SuperResolver (with or without the tensors that nobody
+    reads), stage I for a VQGAN, stage II for an Indexer. Raises WeightsError that names all that is missing, too much or of another shape.
+    """
+    theirs = {published.ours(name, network): name for name in state if not published.unused(name, network)}
+    for name, expected in (("mean", MEAN), ("std", STD)):
+        if (key := theirs.pop(f"align_module.spynet.{name}", None)) and not torch.allclose(state[key].flatten(), torch.tensor(expected), atol=1e-3):
+            raise WeightsError(f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. This is a checkpoint of another network")
+    _fill(network, {mine: state[name] for mine, name in theirs.items()}, "published weights", theirs)
+
+
+def load_vgg19(network: SuperResolver, state: State) -> None:
+    """The first two convolutions of torchvision's VGG19, `features.0` and `features.2`, or the same without the prefix."""
+    features = network.mask.features if network.params.mpf else None
+    if not isinstance(features, VGGFeatures):
+        raise WeightsError("this network's mask does not use VGG19 features. Remove the VGG19 weights, or choose preset paper")
+    names = {0: "conv1", 2: "conv2"}
+    wanted = {f"{mine}.{kind}": _either(state, f"features.{i}.{kind}", f"{i}.{kind}") for i, mine in names.items() for kind in ("weight", "bias")}
+    _fill(features, {mine: state[name] for mine, name in wanted.items()}, "VGG19 weights", wanted)
+
+
+def load_spynet(network: SuperResolver, state: State) -> None:
+    """SPyNet in BasicSR's names (`basic_module.0.basic_module.0.weight`) or those of its source, pytorch-spynet
+    (`moduleBasic`, `netBasic`).
+    """
+    if not isinstance(network.pod, POD):
+        raise WeightsError("this network has no optical flow (pod is off). Remove the SPyNet weights")
+    part = r"(?:basic_module|moduleBasic|netBasic)"
+    names = {re.sub(rf"^(?:spynet\.)?{part}\.(\d+)\.{part}\.", r"levels.\1.", name): name for name in state if name not in ("mean", "std")}
+    _fill(network.pod.flow, {mine: state[name] for mine, name in names.items()}, "SPyNet weights", names)
+
+
+def _either(state: State, *names: str) -> str:
+    found = [name for name in names if name in state]
+    if not found:
+        raise WeightsError(f"VGG19 weights: no {' or '.join(names)}. Use torchvision's vgg19 state dict")
+    return found[0]
+
+
+def _fill(network: nn.Module, state: State, source: str, names: dict[str, str] | None = None) -> None:
+    """Copy `state` into all of `network`; `names` are the file's own names for a message."""
+    wanted = network.state_dict()
+    told = names or {}
+    complaints = {
+        "missing": [name for name in wanted if name not in state],
+        "of another shape": [
+            f"{told.get(n, n)} is {tuple(state[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in wanted if n in state and state[n].shape != wanted[n].shape
+        ],
+        "not of this network": [told.get(name, name) for name in state if name not in wanted],
+        "not finite": [told.get(n, n) for n in wanted if n in state and not torch.isfinite(state[n]).all()],
+    }
+    if any(complaints.values()):
+        lines = [f"{len(c)} {what}: {', '.join(c[:SHOWN])}{', ...' if len(c) > SHOWN else ''}" for what, c in complaints.items() if c]
+        raise WeightsError(f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset")
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(state[name])

@@ -1,0 +1,117 @@
+"""The network against reference vectors of the authors' one (EMSR_SHARED/golden), and its parameter counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+
+from models import weights
+from models.config import X8, X8_SMALL, X16, X16_SMALL, Params
+from models.flow import MEAN, STD
+from models.metadata import WeightsError
+from models.network import SuperResolver
+
+GOLDEN = SHARED / "golden"
+NAMES = ["gpemsr_x8_16x24_seed1", "gpemsr_x16_16x16_seed1"]
+
+
+def golden(name: str) -> tuple[Any, dict[str, torch.Tensor], SuperResolver]:
+    """(arrays, the authors' dictionary as filled by the rule, our network without weights)."""
+    if not (GOLDEN / f"{name}.npz").exists():
+        pytest.skip(f"no reference vectors at {GOLDEN} (set EMSR_SHARED)")
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    rule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rule)
+    arrays = np.load(GOLDEN / f"{name}.npz")
+    state = {}
+    for key, shape in json.loads(bytes(arrays["parameters_json"]).decode()).items():
+        fixed = {"mean": MEAN, "std": STD}.get(key.rsplit(".", 1)[-1]) if "spynet" in key else None
+        state[key] = torch.tensor(fixed).view(shape) if fixed else torch.from_numpy(rule.fill(key, tuple(shape), 1))
+    return arrays, state, SuperResolver(X8 if "_x8_" in name else X16).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_vectors(name: str) -> None:
+    arrays, state, network = golden(name)
+    weights.load_published(network, state)
+    window = torch.from_numpy(arrays["input"])
+    sections = window[0]
+    with torch.inference_mode():
+        reference = [network.prior(s[None]) for s in sections]
+        features = [network.features(s[None]) for s in sections]
+        masks = [network.mask(s[None], r.image) for s, r in zip(sections, reference, strict=True)]
+        cosine = [network.mask.cosine(s[None], r.image) for s, r in zip(sections, reference, strict=True)]
+        states = [network.encode_section(s[None]) for s in sections]
+        aligned = network.pod(window, [s.pyramid for s in states])
+        found = {
+            "reference": torch.stack([r.image for r in reference], 1),
+            "lr_features": torch.cat(features),
+            "mask_cosine": torch.cat(cosine),
+            "mask": torch.cat(masks),
+            "mpf_output": torch.cat([s.pyramid[0] for s in states]),
+            "aligned": aligned,
+            "fused": network.fusion(aligned),
+            "sr": network.fuse_window(states),
+        }
+        whole = network(window)
+    for key, value in found.items():
+        expected = arrays[key]
+        assert np.abs(value.reshape(expected.shape).numpy() - expected).max() < 1e-4, key
+    assert np.abs(whole.numpy() - arrays["sr"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_indices(name: str) -> None:
+    """The codes that the indexer reads off each section equal the authors' exactly."""
+    arrays, state, network = golden(name)
+    weights.load_published(network, state)
+    with torch.inference_mode():
+        indices = torch.cat([network.prior.indices(s[None]) for s in torch.from_numpy(arrays["input"])[0]])
+    assert (indices.reshape(arrays["indices"].shape).numpy() == arrays["indices"]).all()
+
+
+def test_what_does_not_fit_is_named() -> None:
+    _, state, network = golden(NAMES[0])
+    key = next(k for k in state if k.startswith("recon_trunk"))
+    for change, words in (({key: None}, "missing"), ({key: torch.zeros(3)}, "of another shape"), ({"stranger": torch.zeros(3)}, "stranger")):
+        broken = {k: v for k, v in (state | change).items() if v is not None}
+        with pytest.raises(WeightsError, match=words):
+            weights.load_published(network, broken)
+
+
+def count(network: SuperResolver, trained: bool) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad == trained)
+
+
+@pytest.mark.parametrize(("params", "trained", "paper"), [(X16, 5_610_430, 5.4627e6), (X8, 4_573_438, 4.4257e6)])
+def test_parameter_counts_and_the_papers(params: Params, trained: int, paper: float) -> None:
+    """The paper's numbers leave out the own weights and biases of the four deformable convolutions: 4 x (64 x 64 x 9 + 64)."""
+    network = SuperResolver(params)
+    assert count(network, True) == trained
+    assert round((trained - 4 * (64 * 64 * 9 + 64)) / 1e6, 4) == paper / 1e6
+
+
+@pytest.mark.parametrize("params", [X8_SMALL, X16_SMALL])
+def test_small_presets_are_small(params: Params) -> None:
+    network = SuperResolver(params)
+    assert count(network, True) + count(network, False) <= 5_000_000
+
+
+def test_saved_weights_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first, second = SuperResolver(X8_SMALL).eval(), SuperResolver(X8_SMALL).eval()
+    metadata = weights.save(tmp_path / "w.safetensors", first, licence="CC BY 4.0")
+    assert (metadata.scale, metadata.preset, metadata.licence) == (8, "small", "CC BY 4.0")
+    assert weights.load(tmp_path / "w.safetensors", second) == metadata
+    window = torch.rand(1, 5, 1, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(first(window), second(window))
