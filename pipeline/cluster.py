@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import dask
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
@@ -31,17 +32,22 @@ _SETTINGS = {
 
 
 def worker_count(config: ClusterConfig) -> int:
-    """Local workers: as asked, else one per visible GPU, else one per two cores."""
-    if config.workers is not None:
-        return config.workers
-    gpus = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
-    return len(gpus) or max(1, len(os.sched_getaffinity(0)) // 2)
+    """Local workers: as asked, else one per visible GPU, else one per core."""
+    return config.workers or visible_gpus() or len(os.sched_getaffinity(0))
+
+
+def visible_gpus() -> int:
+    """NVIDIA devices that a process here would see, without asking torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([d for d in named.split(",") if d.strip() and d.strip() != "-1"])
+    return len([d for d in Path("/dev").glob("nvidia[0-9]*") if d.name[6:].isdigit()])
 
 
 @contextmanager
 def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     """A client whose workers run `in_flight` slabs each. Raises ClusterError where no scheduler answers."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    _quiet()
     with dask.config.set(_SETTINGS):
         if config.kind == "address":
             assert config.address is not None
@@ -58,8 +64,6 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
                 client.close(timeout=10)
             return
         workers = worker_count(config)
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
-        environ = {"EMSR_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         with (
             LocalCluster(
                 n_workers=workers,
@@ -68,12 +72,28 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",
                 silence_logs=logging.CRITICAL,
-                env=environ,
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             client.register_plugin(_IgnoreInterrupts())
+            client.register_plugin(_OneDevice())
             yield client
+
+
+def _quiet() -> None:
+    """Dask's own logs and tracebacks are not for users; several of its loggers have levels of their own."""
+    for name in ["distributed", "tornado", "asyncio", *logging.root.manager.loggerDict]:
+        if name.split(".")[0] in ("distributed", "tornado", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+class _OneDevice(WorkerPlugin):  # type: ignore[misc]
+    """Local workers are numbered; each takes the GPU of its number."""
+
+    name = "emsr-device"
+
+    def setup(self, worker: Worker) -> None:
+        os.environ["EMSR_DEVICE"] = str(worker.name)
 
 
 class _IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]

@@ -214,20 +214,29 @@ def load(path: str | Path) -> Config:
         raise ConfigError(_problems(error, str(path), lines)) from None
     base = path.resolve().parent
     problems, changed = [], {}
-    for where, url in (("source", config.source.url), ("target", config.target.url), ("source.mask", config.source.mask.url if config.source.mask else None)):
+    weights = config.network.weights
+    named = {
+        "source": config.source.url,
+        "target": config.target.url,
+        "source.mask": config.source.mask.url if config.source.mask else None,
+        "network": None if weights is None or weights.split(":")[0] == "builtin" else weights,
+    }
+    for where, url in named.items():
         if url is None:
             continue
+        key = "weights" if where == "network" else "url"
         try:
             changed[where] = urls.normalise(url, base)
         except UserError as error:
-            problems.append(f"{path}:{_line(lines, (*where.split('.'), 'url'))}: {where}.url: {error}")
+            problems.append(f"{path}:{_line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
     if problems:
         raise ConfigError(problems)
     source = config.source.model_copy(update={"url": changed["source"]})
     if source.mask is not None:
         source = source.model_copy(update={"mask": source.mask.model_copy(update={"url": changed["source.mask"]})})
     target = config.target.model_copy(update={"url": changed["target"]})
-    return config.model_copy(update={"source": source, "target": target})
+    network = config.network.model_copy(update={"weights": changed.get("network", config.network.weights)})
+    return config.model_copy(update={"source": source, "target": target, "network": network})
 
 
 _Path = tuple[str | int, ...]

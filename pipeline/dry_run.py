@@ -47,7 +47,8 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
     if sample is not None:
         busy = max(sample.network_s, sample.write_s, sample.read_s)
         hours = plan.slabs * busy / 3600
-        say(f"memory   {_size(memory_bytes(plan, in_flight, sample.base_bytes))} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
+        memory = memory_bytes(plan, in_flight, sample.base_bytes, sample.stored_share[0])
+        say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
         say(f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)")
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
 

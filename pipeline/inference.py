@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from pipeline.config import NetworkConfig
 from pipeline.errors import NetworkError
 from pipeline.geometry import ZYX, Box
 from pipeline.plan import Lattice, Plan, Slab
+from pipeline.weights import locate
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +28,9 @@ DEVICE_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network by everything that changes its output. `weights_sha256` is empty for networks without weights."""
+    """A network by everything that changes its output. `weights_sha256` is empty for networks without weights; `weights` is
+    only where they lie, and changes nothing.
+    """
 
     name: str
     scale: int
@@ -33,6 +38,7 @@ class NetworkSpec:
     weights_sha256: str
     precision: str
     lattice: Lattice
+    weights: str = ""
 
 
 def describe(config: NetworkConfig) -> NetworkSpec:
@@ -41,12 +47,6 @@ def describe(config: NetworkConfig) -> NetworkSpec:
     if traits is None:
         known = ", ".join(models.NETWORKS)
         raise NetworkError(f"network.name {config.name} is not in this version", f"one of {known}", "Set network.name to one of them")
-    if not traits.weights:
-        given = [key for key in ("preset", "weights", "sha256") if getattr(config, key) is not None]
-        if given:
-            raise NetworkError(f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}")
-        if config.precision != "float32":
-            raise NetworkError(f"network.precision {config.precision} for {config.name}", "float32", "Remove network.precision")
     cell = traits.cell if config.cell is None else config.cell
     halo = traits.halo if config.halo is None else config.halo
     if halo < traits.min_halo:
@@ -54,41 +54,115 @@ def describe(config: NetworkConfig) -> NetworkSpec:
             f"network.halo {halo} would show the cell borders of {config.name}", f"at least {traits.min_halo} LR voxels", "Raise or remove network.halo"
         )
     lattice = Lattice(cell, halo, traits.window, traits.padding)
-    return NetworkSpec(config.name, config.scale, config.preset, "", config.precision, lattice)
+    if traits.weights:
+        preset = config.preset or "paper"
+        return NetworkSpec(config.name, config.scale, preset, _weights_sha256(config, preset), config.precision, lattice, config.weights or "")
+    given = [key for key in ("preset", "weights", "sha256") if getattr(config, key) is not None]
+    if given:
+        raise NetworkError(f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}")
+    if config.precision != "float32":
+        raise NetworkError(f"network.precision {config.precision} for {config.name}", "float32", "Remove network.precision")
+    return NetworkSpec(config.name, config.scale, None, "", config.precision, lattice)
+
+
+def _weights_sha256(config: NetworkConfig, preset: str) -> str:
+    """The hash of the weights file, after a look at what its head says. Raises NetworkError."""
+    weights = config.weights
+    if weights is None or weights == "builtin" or weights.startswith("builtin:"):
+        raise NetworkError(
+            f"network.weights is {weights or 'not given'}, and no weights of {config.name} come with this version", "a weights file", "Give its path"
+        )
+    path, sha256 = locate(weights, config.sha256)
+    if path.suffix == ".safetensors":
+        with _as_network_errors():
+            metadata = models.read_metadata(path)
+        if (metadata.scale, metadata.preset) != (config.scale, preset):
+            raise NetworkError(
+                f"network.weights {path} is for scale {metadata.scale}, preset {metadata.preset or 'custom'}",
+                f"scale {config.scale}, preset {preset}",
+                "Set network.scale and network.preset to the file's, or take another file",
+            )
+    return sha256
+
+
+@contextmanager
+def _as_network_errors() -> Iterator[None]:
+    try:
+        yield
+    except models.WeightsError as error:
+        raise NetworkError(str(error)) from None
+    except OSError as error:
+        raise NetworkError(f"network.weights cannot be read: {error}", "a readable file", "Check the path") from None
 
 
 class Network:
-    """A network on its device, ready to run. Building it is slow; run it under DEVICE_LOCK."""
+    """A network on its device, ready to run. Building it is slow; run it under DEVICE_LOCK.
+
+    One process uses one device: GPU number EMSR_DEVICE (0) where torch sees one, else one core: more cores are more workers.
+    """
 
     def __init__(self, spec: NetworkSpec) -> None:
         import torch
 
         self.spec = spec
-        self.device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(max(1, int(os.environ.get("EMSR_THREADS", "0")) or len(os.sched_getaffinity(0))))
-        self.module = models.build(spec.name, spec.scale, spec.preset).to(self.device).eval()
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("EMSR_DEVICE", "0")) % torch.cuda.device_count())
+        else:
+            torch.set_num_threads(1)  # the number of threads changes the last bits of transposed convolutions (law 1)
+        self.module = models.build(spec.name, spec.scale, spec.preset)
+        if spec.weights:
+            path, _ = locate(spec.weights, spec.weights_sha256)
+            with _as_network_errors():
+                models.load(path, self.module)
+        self.module.to(self.device).eval()
 
-    def tile(self, sections: NDArray[np.uint8], out: NDArray[np.uint8], keep: tuple[slice, slice]) -> None:
+    def tile(self, sections: NDArray[np.uint8], ids: Sequence[int], out: NDArray[np.uint8], keep: tuple[slice, slice], ring: Ring) -> None:
         """One tile through all its sections: (D + window - 1, T, T) uint8 in, (D, rh, rw) uint8 into `out`.
 
-        `keep` cuts the cell out of the (rT, rT) output. Each section is encoded once; a ring of `window` states slides over z.
+        `ids` name the sections; `keep` cuts the cell out of the (rT, rT) output. Each section is encoded once: `ring` holds the
+        states that the last windows used, from an earlier call for the sections that follow each other in z too.
         """
         import torch
 
         window = self.spec.lattice.window
-        ring: list[object] = []
-        with torch.inference_mode():
-            for z in range(len(sections)):
-                section = torch.from_numpy(sections[z]).to(self.device).float().div_(255)[None, None]
-                ring.append(self.module.encode_section(section))  # type: ignore[operator]
-                if len(ring) == window:
-                    sr = self.module.fuse_window(ring)  # type: ignore[operator]
-                    out[z - window + 1] = _quantise(sr[0, 0][keep])
-                    ring.pop(0)
+        with torch.inference_mode(), self._precision():
+            for z in range(len(out)):
+                names = ids[z : z + window]
+                for at, name in enumerate(names, start=z):
+                    if name not in ring:
+                        ring[name] = self.module.encode_section(self._to_device(sections[at]))  # type: ignore[operator]
+                for old in [name for name in ring if name not in names]:
+                    del ring[old]
+                sr = self.module.fuse_window([ring[name] for name in names])  # type: ignore[operator]
+                out[z] = _quantise(sr[0, 0][keep])
+
+    def _to_device(self, section: NDArray[np.uint8]) -> torch.Tensor:
+        """(T, T) uint8 -> (1, 1, T, T) in 0..1 on the device; one byte per voxel crosses the bus."""
+        import torch
+
+        host = torch.from_numpy(section)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True).float().div_(255)[None, None]
+
+    def _precision(self) -> AbstractContextManager[object]:
+        import torch
+
+        if self.spec.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.spec.precision))
+
+
+Ring = dict[int, object]
+"""Encoded sections of one tile by section number."""
+
+Rings = dict[tuple[int, int], Ring]
+"""A ring for every tile, by the (y, x) of its cell: carried from slab to slab of a lease, so that a z-halo costs no network time."""
 
 
 def _quantise(sr: torch.Tensor) -> NDArray[np.uint8]:
+    """0..1 to grey levels, rounded, on the device: one byte per voxel comes back."""
     import torch
 
     grey: NDArray[np.uint8] = sr.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
@@ -114,10 +188,12 @@ def _sources(start: int, stop: int, low: int, high: int, mode: str) -> NDArray[n
     return np.where(i < n, i, 2 * n - 1 - i)
 
 
-def super_resolve(network: Network, lr: NDArray[np.uint8], plan: Plan, slab: Slab) -> NDArray[np.uint8]:
-    """SR voxels of `slab`. `lr` holds its sections with z-halo (ends and bad sections already replaced), laterally slab.read.
+def super_resolve(network: Network, lr: NDArray[np.uint8], ids: Sequence[int], plan: Plan, slab: Slab, rings: Rings | None = None) -> NDArray[np.uint8]:
+    """SR voxels of `slab`. `lr` holds its sections with z-halo (ends and bad sections already replaced: `ids` are the numbers
+    of the sections that stand there), laterally slab.read.
 
-    Works tile by tile on the lattice, so the result is the same for every slab that contains a voxel (law 1).
+    Works tile by tile on the lattice, so the result is the same for every slab that contains a voxel (law 1). `rings` of the
+    slab before in z save encoding the shared sections again; the bytes are the same with and without.
     """
     lattice, scale = plan.lattice, plan.scale
     have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
@@ -127,7 +203,8 @@ def super_resolve(network: Network, lr: NDArray[np.uint8], plan: Plan, slab: Sla
         tile = pad_laterally(lr[_crop(want, have)], have.intersect(_laterally(want, have)), want, lattice.padding)
         keep = cell.lateral(scale).slices(want.start.lateral(scale))
         place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))
-        network.tile(np.ascontiguousarray(tile), out[place], keep[1:])
+        ring: Ring = {} if rings is None else rings.setdefault((cell.start.y, cell.start.x), {})
+        network.tile(np.ascontiguousarray(tile), ids, out[place], keep[1:], ring)
     return out
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from pipeline.geometry import ZYX, Box, tiles
 
-
 BLOCK_SIDE = 2048
 
 

@@ -162,7 +162,7 @@ def _spec(config: Config, info: VolumeInfo, mask: VolumeInfo | None, plan: Plan,
             },
             "skip_empty": source.skip_empty,
         },
-        "network": {k: v for k, v in dataclasses.asdict(network).items() if k != "lattice"},
+        "network": {k: v for k, v in dataclasses.asdict(network).items() if k not in ("lattice", "weights")},
         "lattice": dataclasses.asdict(network.lattice),
         "target": {
             "format": config.target.format,

@@ -36,23 +36,47 @@ def _along(plan: Plan, axis: str) -> list[Slab]:
     return [plan.slab(plan.slab_at(plan.region.start + shift * i)) for i in range(count)]
 
 
-def memory_bytes(plan: Plan, in_flight: int, base: int) -> int:
-    """Peak resident bytes promised for one worker: `base` (the process with its network) and the slabs in flight.
+def memory_bytes(plan: Plan, in_flight: int, base: int, share: float) -> int:
+    """Peak resident bytes promised for one worker: `base` (the process with the job open) and the slabs in flight.
 
-    One slab computes (its LR voxels and its SR voxels), one encodes (its SR voxels, the level being encoded staged in the
-    store's buffers, and the encoded objects of all levels), any others hold encoded objects or LR voxels.
+    Of these one computes (LR and SR voxels), one encodes (SR voxels, mip 0's objects so far, and the largest of them twice more:
+    in the store's buffers and while it is copied out), and others put (objects of all levels, and the copy that is being sent).
+    `share` is stored over raw bytes. Tasks of the second pass, later, may need more. Activations of networks are not counted. The constants are what warm libraries keep and the bounded cache of source chunks.
     """
     slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
     sr, lr = slab.write.size, slab.read.shape.product
-    encoded = int(sr * ENCODED_SHARE)
+    first, held = int(sr * share), int(_slab_output(plan, slab) * share)
+    largest = min(first, int(plan.levels[0].shard.product * share))
     computing = lr + sr
-    encoding = sr + sr + encoded + slab.lr.size
-    waiting = max(0, in_flight - 2) * (encoded + lr)
-    return base + (computing + encoding + waiting if in_flight > 1 else max(computing, encoding))
+    encoding = lr + sr + first + 2 * largest
+    putting = 2 * held
+    if in_flight == 1:
+        slabs = max(computing, encoding, putting + largest)
+    elif in_flight == 2:
+        slabs = encoding + max(computing, putting)
+    else:
+        slabs = computing + encoding + putting + (in_flight - 3) * max(computing, putting)
+    slabs = max(slabs, in_flight * 2 * _second_pass_read(plan))
+    return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
 
 
-ENCODED_SHARE = 0.7
-"""Encoded over raw bytes assumed in the memory promise (lossless EM: 0.6 to 0.8)."""
+WARM_BYTES = 24 << 20
+READ_CACHE_BYTES = 64 << 20
+
+
+def stored_share(plan: Plan, stored: int, voxels: int) -> float:
+    """Stored over raw bytes, from `stored` bytes of all levels for `voxels` SR voxels of mip 0; 1 where there are none yet."""
+    return stored / (voxels / plan.levels[0].shape.product * output_voxels(plan)) if voxels else 1.0
+
+
+def _second_pass_read(plan: Plan) -> int:
+    """Voxels that the largest task of the second pass reads: it holds them once decoded and once as they arrive."""
+    return max((plan.pyramid_block(stage.start).read.size for stage in plan.stages()[1:]), default=0)
+
+
+def _slab_output(plan: Plan, slab: Slab) -> int:
+    """Voxels of everything that a slab writes."""
+    return sum(plan.level_box(slab, level).size for level in range(plan.in_memory)) + (slab.lr.size if plan.fidelity else 0)
 
 
 def output_voxels(plan: Plan) -> int:

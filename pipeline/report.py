@@ -14,7 +14,7 @@ from pipeline.contact_sheet import contact_sheet
 from pipeline.errors import EmsrError
 from pipeline.geometry import ZYX, Box
 from pipeline.prepare import Prepared
-from pipeline.price import memory_bytes
+from pipeline.price import memory_bytes, stored_share
 from pipeline.schedule import Outcome
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
@@ -32,6 +32,7 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
     plan = prepared.job.plan
     wall = time.time() - began
     failures = [i for _, i in zip(range(FAILURES), ledger.indices(QUARANTINED), strict=False)]
+    promise = memory_bytes(plan, config.work.in_flight, outcome.base_bytes, stored_share(plan, outcome.bytes, outcome.voxels))
     body: dict[str, Any] = {
         "run": run_id,
         "emsr": __version__,
@@ -48,7 +49,7 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
         "voxels": outcome.voxels,
         "voxels_per_s": outcome.voxels / wall if wall else 0.0,
         "stored_bytes": outcome.bytes,
-        "memory": {"promised": memory_bytes(plan, config.work.in_flight, outcome.base_bytes) if outcome.base_bytes else None, "peak": outcome.peak_bytes},
+        "memory": {"promised": promise if outcome.base_bytes else None, "peak": outcome.peak_bytes},
         "bad_sections": {z: plan.section(z) for z in plan.bad_sections},
         "failures": [{"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i)} for i in failures],
     }

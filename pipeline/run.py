@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.dry_run import print_price
 from pipeline.prepare import Prepared, check_place, claim, prepare, sidecar
 from pipeline.progress import RunProgress
-from pipeline.schedule import Outcome, drive
+from pipeline.schedule import Outcome, drive, rehearse
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
 from pipeline.storage.target_lease import TargetLease
@@ -55,6 +55,7 @@ def run(config: Config, dry_run: bool = False) -> int:
             print(f"{prepared.job.target.url} is complete: {_sum(ledger)}")
             return 0
     with connect(config.cluster, config.work.in_flight) as client:  # before anything is written: a mistake there leaves no trace
+        rehearse(client, prepared.job)
         held.acquire()
         try:
             claim(prepared, store)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from distributed import Client, Future, KilledWorker
 
+from pipeline import worker
 from pipeline.errors import ClusterError, EmsrError, LedgerError
 from pipeline.plan import Plan
 from pipeline.storage.ledger import PENDING, QUARANTINED, Entry, Ledger
@@ -23,6 +24,16 @@ LEASE_MOST = 64
 NO_WORKER_S = 300.0
 
 Work = Callable[[Job, int, int], LeaseResult]
+
+
+def rehearse(client: Client, job: Job) -> None:
+    """One worker opens the job: its mistakes (a path it does not see, weights that do not fit) come before anything is written."""
+    try:
+        client.submit(worker.rehearse, job, key=f"rehearse-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
+    except TimeoutError:
+        raise ClusterError(f"no worker answered in {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again") from None
+    except KilledWorker:
+        raise ClusterError("workers die while they open the job", "workers with memory for the network", "See their logs") from None
 
 
 @dataclass
@@ -90,7 +101,10 @@ def _stage(
                 break
             window.submit(span)
         if not window.pending:
-            return
+            suspect = None if stop.is_set() else todo.next_suspect()
+            if suspect is None:
+                return
+            window.submit(suspect)
         receipts, dead = window.collect(timeout=0.5)
         entries: list[Entry] = []
         for receipt in receipts:
@@ -124,7 +138,8 @@ class _Todo:
         self._indices: Iterator[int] = ledger.indices(PENDING, stage)
         self._ahead: int | None = next(self._indices, None)
         self._again: deque[range] = deque()
-        self._deaths: Counter[int] = Counter()
+        self._suspects: deque[int] = deque()
+        self._alone: set[int] = set()
         self._left = ledger.count(PENDING, stage)
 
     def left(self) -> int:
@@ -145,10 +160,21 @@ class _Todo:
         self._left -= stop - start
         return range(start, stop)
 
+    def next_suspect(self) -> range | None:
+        """A task whose workers died, to be run with nothing beside it: what shared a worker with the guilty one is innocent."""
+        if not self._suspects:
+            return None
+        index = self._suspects.popleft()
+        self._alone.add(index)
+        return range(index, index + 1)
+
     def killed(self, span: range) -> Receipt | None:
-        """A lease whose workers died again and again: its tasks one by one, so that only the guilty one is given up."""
+        """A lease whose workers died again and again: its tasks one by one, then alone; only one that dies alone is given up."""
         if len(span) > 1:
             self._again.extend(range(i, i + 1) for i in span)
+            return None
+        if span.start not in self._alone:
+            self._suspects.append(span.start)
             return None
         return Receipt(
             span.start, QUARANTINED, error=f"its worker died on every try (out of memory or killed): task {span.start}, {self._plan_box(span.start)}"

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 import tenacity
 
+from pipeline import allocator
 from pipeline.config import SourceConfig
 from pipeline.errors import DataError, EmsrError, TransientError, UserError
 from pipeline.geometry import ZYX, Box
-from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, back_projection_error, super_resolve
+from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
 from pipeline.plan import Plan, Slab
 from pipeline.pyramid import halve
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
@@ -92,21 +93,24 @@ class OpenJob:
         return self.job.plan
 
 
-def process_slab(job: OpenJob, index: int) -> Receipt:
-    """Read a halo-padded slab, run the network, write whole shards. Receipt first when every object is durable."""
+def process_slab(job: OpenJob, index: int, rings: Rings | None = None) -> Receipt:
+    """Read a halo-padded slab, run the network, write whole shards. Receipt first when every object is durable.
+
+    `rings` are the encoded sections that the slab before in z left, and that this one leaves.
+    """
     slab = job.plan.slab(index)
     began = time.perf_counter()
     mask = job.mask
     if mask is not None and not _retrying(job, lambda: mask.read(_mask_box(job, slab))).any():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
-    lr = read_padded(job, slab)
+    lr, sections = read_padded(job, slab)
     owned = _owned(job.plan, slab, lr)
     if job.job.source.skip_empty and owned.min() == owned.max():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     read = time.perf_counter()
     with DEVICE_LOCK:
         locked = time.perf_counter()
-        sr = super_resolve(job.network, lr, job.plan, slab)
+        sr = super_resolve(job.network, lr, sections, job.plan, slab, rings)
         computed = time.perf_counter()
     with ENCODE_LOCK:
         objects = encode_slab(job, slab, owned, sr)
@@ -136,18 +140,27 @@ def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
     Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks).
     """
     opened = open_job(job)
-    receipts = tuple(_attempt(opened, index) for index in range(start, stop))
-    return LeaseResult(receipts, _peak_bytes(), opened.base_bytes)
+    rings: Rings | None = {} if job.plan.lattice.window > 1 else None
+    receipts = []
+    for index in range(start, stop):
+        receipts.append(_attempt(opened, index, rings))
+        allocator.give_back()
+    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes)
 
 
-def read_padded(job: OpenJob, slab: Slab) -> Uint8Array:
-    """The slab's sections with z-halo, in order; ends of the volume and bad sections are replaced by plan.section."""
+def rehearse(job: Job) -> int:
+    """Open the job as every worker will, before anything is written. UserError where this worker cannot; else its resident bytes."""
+    return open_job(job).base_bytes
+
+
+def read_padded(job: OpenJob, slab: Slab) -> tuple[Uint8Array, list[int]]:
+    """The slab's sections with z-halo, in order, and their numbers; plan.section replaces those beyond the ends and bad ones."""
     plan, halo = job.plan, job.plan.lattice.z_halo
     wanted = [plan.section(z) for z in range(slab.lr.start.z - halo, slab.lr.stop.z + halo)]
     low, high = min(wanted), max(wanted) + 1
     box = Box(ZYX(low, slab.read.start.y, slab.read.start.x), ZYX(high, slab.read.stop.y, slab.read.stop.x))
     voxels = _retrying(job, lambda: job.source.read(box))
-    return voxels if wanted == list(range(low, high)) else voxels[[z - low for z in wanted]]
+    return (voxels if wanted == list(range(low, high)) else voxels[[z - low for z in wanted]]), wanted
 
 
 def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
@@ -186,11 +199,11 @@ def try_slab(job: Job) -> Sample:
     plan = job.plan
     slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
     with DEVICE_LOCK:  # once unmeasured: the first call builds caches
-        super_resolve(opened.network, read_padded(opened, slab), plan, slab)
+        super_resolve(opened.network, *read_padded(opened, slab), plan, slab)
     marks = [time.perf_counter()]
-    lr = read_padded(opened, slab)
+    lr, sections = read_padded(opened, slab)
     marks.append(time.perf_counter())
-    sr = super_resolve(opened.network, lr, plan, slab)
+    sr = super_resolve(opened.network, lr, sections, plan, slab)
     marks.append(time.perf_counter())
     objects = encode_slab(opened, slab, _owned(plan, slab, lr), sr)
     marks.append(time.perf_counter())
@@ -243,13 +256,12 @@ def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
     return retryer(call)
 
 
-def _attempt(job: OpenJob, index: int) -> Receipt:
+def _attempt(job: OpenJob, index: int, rings: Rings | None = None) -> Receipt:
     """The task's receipt, whatever happens: bad data at once, anything unforeseen after `retries` more tries."""
-    process = process_slab if index < job.plan.slabs else process_pyramid_block
     began = time.perf_counter()
     for left in range(job.job.retries, -1, -1):
         try:
-            return process(job, index)
+            return process_slab(job, index, rings) if index < job.plan.slabs else process_pyramid_block(job, index)
         except (DataError, TransientError, UserError) as error:
             return Receipt(index, QUARANTINED, error=_why(error), seconds=time.perf_counter() - began)
         except Exception as error:
@@ -271,6 +283,7 @@ def open_job(job: Job) -> OpenJob:
     with _open_lock:
         if job.digest not in _open_jobs:
             _open_jobs.clear()
+            allocator.settle()
             source = open_source(job.source)
             if source.info.fingerprint != job.source_fingerprint:
                 raise EmsrError(f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again")

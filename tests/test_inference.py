@@ -15,20 +15,20 @@ import models
 from pipeline.config import NetworkConfig
 from pipeline.errors import NetworkError
 from pipeline.geometry import ZYX, Box
-from pipeline.inference import Network, back_projection_error, describe, pad_laterally, super_resolve
+from pipeline.inference import Network, Rings, back_projection_error, describe, pad_laterally, super_resolve
 from pipeline.plan import Lattice, Plan, Slab
 from pipeline.pyramid import halve
 
 
-def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box) -> np.ndarray:
+def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box, rings: Rings | None = None) -> np.ndarray:
     """SR of `box` as one slab of a volume whose first voxel is `origin`."""
     lattice = network.spec.lattice
     bounds = Box.at(origin, ZYX.of(volume.shape))
     plan = Plan(bounds, bounds, box.shape, network.spec.scale, lattice, (), None)
     slab = Slab(0, box, lattice.padded(box).intersect(bounds), box)
-    sections = [plan.section(z) - origin.z for z in range(box.start.z - lattice.z_halo, box.stop.z + lattice.z_halo)]
+    sections = [plan.section(z) for z in range(box.start.z - lattice.z_halo, box.stop.z + lattice.z_halo)]
     _, rows, cols = slab.read.slices(origin)
-    return super_resolve(network, volume[sections][:, rows, cols], plan, slab)
+    return super_resolve(network, volume[[z - origin.z for z in sections]][:, rows, cols], sections, plan, slab, rings)
 
 
 def whole_bicubic(volume: np.ndarray, scale: int) -> np.ndarray:
@@ -101,7 +101,12 @@ def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"name": "gpemsr"}, "is not in this version"),
+        ({"name": "edvr"}, "is not in this version"),
+        ({"name": "gpemsr"}, "network.weights is not given"),
+        ({"name": "gpemsr", "weights": "builtin"}, "come with this version"),
+        ({"name": "gpemsr", "weights": "file:///nowhere/w.safetensors"}, "is not there"),
+        ({"name": "gpemsr", "weights": "file:///nowhere/w.onnx"}, "no known ending"),
+        ({"name": "gpemsr", "weights": "https://127.0.0.1/w.safetensors"}, r"without network\.sha256"),
         ({"name": "bicubic", "weights": "builtin"}, "Remove network.weights"),
         ({"name": "bicubic", "halo": 0}, "cell borders"),
         ({"name": "nearest", "precision": "float16"}, "Remove network.precision"),
@@ -125,8 +130,11 @@ def test_describing_a_network_does_not_import_torch() -> None:
 
 
 def test_every_network_builds() -> None:
-    for name in models.NETWORKS:
-        assert models.build(name, 8).fuse_window([torch.rand(1, 1, 8, 8)] * models.NETWORKS[name].window).shape == (1, 1, 64, 64)
+    for name, traits in models.NETWORKS.items():
+        network = models.build(name, 8, "small" if traits.weights else None).eval()
+        with torch.inference_mode():
+            states = [network.encode_section(torch.rand(1, 1, 16, 16)) for _ in range(traits.window)]
+            assert network.fuse_window(states).shape == (1, 1, 128, 128)
 
 
 def test_threads_do_not_change_the_bytes() -> None:
@@ -144,3 +152,19 @@ def test_threads_do_not_change_the_bytes() -> None:
             assert (results[0] == results[2]).all()
     finally:
         torch.set_num_threads(before)
+
+
+def test_carried_rings_change_no_byte_and_save_the_halo() -> None:
+    """Slabs that follow each other in z: each section is encoded once per tile, not once per slab and tile."""
+    volume = texture((9, 32, 32))
+    network = stand_in(Lattice(16, 8, 5, "mirror"))
+    calls: list[int] = []
+    encode = network.module.encode_section
+    network.module.encode_section = lambda section: calls.append(1) or encode(section)
+    boxes = [Box.of((z, 0, 0), (z + 3, 32, 32)) for z in (0, 3, 6)]
+    alone = [compute(network, volume, ZYX(0, 0, 0), box) for box in boxes]
+    plain, rings = len(calls), {}
+    calls.clear()
+    carried = [compute(network, volume, ZYX(0, 0, 0), box, rings) for box in boxes]
+    assert all((a == b).all() for a, b in zip(alone, carried, strict=True))
+    assert (plain, len(calls)) == (4 * (5 + 7 + 5), 4 * 9)

@@ -103,7 +103,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("target.mips", 0, "1"),
     ("target.mips", 15, "one voxel"),
     ("target.mips", "some", "auto"),
-    ("network.name", "gpemsr", "not in this version"),
+    ("network.name", "gpemsr", "network.weights is not given"),
     ("network.name", "edvr", "not in this version"),
     ("network.name", "bicubc", "bicubic"),
     ("network.scale", 4, "8"),

@@ -62,6 +62,10 @@ def private_context() -> ts.Context:
 
 
 def stored_objects(context: ts.Context) -> dict[str, bytes]:
-    """All objects of a private_context's memory store, sorted by key."""
+    """All objects of a private_context's memory store, sorted by key. Each leaves the store as it is taken: none is held twice."""
     store = ts.KvStore.open({"driver": "memory"}, context=context).result()
-    return {key.decode(): bytes(store.read(key).result().value) for key in sorted(store.list().result())}
+    objects = {}
+    for key in sorted(store.list().result()):
+        objects[key.decode()] = bytes(store.read(key).result().value)
+        store.write(key, None).result()
+    return objects

@@ -1,0 +1,41 @@
+"""glibc's malloc, told how slabs allocate: chunk buffers are reused, and what a slab freed goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+MMAP_BYTES = 4 << 20
+"""From this size on an allocation is a mapping of its own, gone when it is freed. Encoders' buffers are smaller (a chunk, 512 KiB by
+default) and come from the heap: else each is mapped, faulted in page by page and unmapped again, which doubles blosc's time
+(benchmarks/encode.py). Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
+"""
+
+TRIM_BYTES = 256 << 20
+"""More than this at a heap's top is given back at once; the rest by `give_back`, once a slab instead of once a chunk."""
+
+
+def settle() -> None:
+    """Set both thresholds for this process. Does nothing where the C library is not glibc."""
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES)
+
+
+def give_back() -> None:
+    """Return freed pages of every thread's heap to the system: a few ms.
+
+    Without it each thread keeps as much as its largest slab ever needed (tensorstore copies an object that it writes into pieces of
+    4 KiB), and a worker's peak is the sum over its threads instead of what is alive at one time.
+    """
+    malloc_trim = _glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
