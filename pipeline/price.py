@@ -41,7 +41,8 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float) -> int:
 
     Of these one computes (LR and SR voxels), one encodes (SR voxels, mip 0's objects so far, and the largest of them twice more:
     in the store's buffers and while it is copied out), and others put (objects of all levels, and the copy that is being sent).
-    `share` is stored over raw bytes. Tasks of the second pass, later, may need more. Activations of networks are not counted. The constants are what warm libraries keep and the bounded cache of source chunks.
+    `share` is stored over raw bytes. Tasks of the second pass, later, may need more. Activations of networks are not counted.
+    The constants are what warm libraries keep and the bounded cache of source chunks.
     """
     slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
     sr, lr = slab.write.size, slab.read.shape.product
