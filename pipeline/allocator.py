@@ -14,8 +14,8 @@ default) and come from the heap: else each is mapped, faulted in page by page an
 (benchmarks/encode.py). Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
 """
 
-TRIM_BYTES = 256 << 20
-"""More than this at a heap's top is given back at once; the rest by `give_back`, once a slab instead of once a chunk."""
+TRIM_BYTES = 4 << 20
+"""More than this at the top of a heap is given back at once, anything below it by `give_back`. A larger one saves little time and holds memory."""
 
 
 def settle() -> None:
