@@ -10,8 +10,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 MMAP_BYTES = 4 << 20
 """From this size on an allocation is a mapping of its own, gone when it is freed. Encoders' buffers are smaller (a chunk, 512 KiB by
-default) and come from the heap: else each is mapped, faulted in page by page and unmapped again, which doubles blosc's time
-(benchmarks/encode.py). Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
+default) and come from the heap: else each is mapped, faulted in page by page and unmapped again, which doubles blosc's time.
+Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
 """
 
 TRIM_BYTES = 4 << 20

@@ -26,7 +26,7 @@ _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.comm.timeouts.connect": "30s",
-    # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper (benchmarks/encode.py).
+    # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper.
     "distributed.nanny.pre-spawn-environ.GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
