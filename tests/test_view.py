@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -168,12 +169,23 @@ def test_flags_are_few(volume: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert end.value.code == 2
 
 
+def two_free_ports() -> int:
+    """A port that is free together with the next one."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            second.bind(("127.0.0.1", port + 1))
+            return port
+
+
 def test_a_port_in_use(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving({"x": volume.parent}) as bases:
-        port = urlsplit(bases["x"]).port or 0
-        for given in (port, port - 1):
-            assert main([str(volume), "--port", str(given)]) == 2
-            assert re.search(rf"port {port} .*--port", capsys.readouterr().err)
+    """The viewer takes the given port, and the next one for the volumes."""
+    port = two_free_ports()
+    for taken in (port, port + 1):
+        with socket.create_server(("127.0.0.1", taken)):
+            assert main([str(volume), "--port", str(port)]) == 2
+            assert re.search(rf"port {taken} .*--port", capsys.readouterr().err)
 
 
 def test_without_the_viewer_package(volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
