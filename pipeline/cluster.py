@@ -26,6 +26,9 @@ _SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.comm.timeouts.connect": "30s",
+    # LocalCluster looks once, this long after a worker's death, and ends the worker for good if it is restarting just then.
+    # Nannies restart their workers; a run must not be left without any.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
     # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper.
     "distributed.nanny.pre-spawn-environ.GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
