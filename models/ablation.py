@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.config import Params
 from models.fusion import ThreeDA
-from models.layers import Residual
+from models.layers import Residual, pointwise
 from models.mask import Mask
 from models.mpf import MPF
 from models.pod import POD
@@ -59,9 +59,9 @@ class WithoutThreeDA(nn.Module):
 
     def __init__(self, params: Params) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(params.window * params.width, params.width, 1)
+        self.reduce = pointwise(params.window * params.width, params.width)
         with torch.device("meta"):
-            size = count(ThreeDA(params)) - count(nn.Conv2d(params.window * params.width, params.width, 1))
+            size = count(ThreeDA(params)) - count(pointwise(params.window * params.width, params.width))
         self.blocks = blocks(params.width, size)
 
     def forward(self, aligned: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import Params
-from models.layers import bilinear, conv3, lrelu
+from models.layers import bilinear, conv3, lrelu, pointwise
 
 
 class SectionMix(nn.Module):
@@ -16,7 +16,7 @@ class SectionMix(nn.Module):
     def __init__(self, sections: int, width: int) -> None:
         super().__init__()
         self.mix = nn.Conv3d(sections, sections, 1)
-        self.reduce = nn.Conv2d(sections * width, width, 1)
+        self.reduce = pointwise(sections * width, width)
 
     def forward(self, window: Tensor) -> Tensor:
         """(B, N, C, H, W) -> (B, C, H, W)."""
@@ -30,16 +30,16 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, sections: int, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(sections * width, width, 1)
-        self.conv2 = nn.Conv2d(2 * width, width, 1)
+        self.conv1 = pointwise(sections * width, width)
+        self.conv2 = pointwise(2 * width, width)
         self.conv3 = conv3(width, width)
-        self.conv4 = nn.Conv2d(width, width, 1)
+        self.conv4 = pointwise(width, width)
         self.conv5 = conv3(width, width)
-        self.low1 = nn.Conv2d(width, width, 1)
+        self.low1 = pointwise(width, width)
         self.low2 = conv3(2 * width, width)
         self.low3 = conv3(width, width)
-        self.add1 = nn.Conv2d(width, width, 1)
-        self.add2 = nn.Conv2d(width, width, 1)
+        self.add1 = pointwise(width, width)
+        self.add2 = pointwise(width, width)
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N * C, H, W) -> two (B, C, H, W)."""
@@ -58,10 +58,10 @@ class ThreeDA(nn.Module):
         width, sections = params.width, params.window
         self.query = conv3(width, width)
         self.key = conv3(width, width)
-        self.fuse = nn.Conv2d(sections * width, width, 1)
+        self.fuse = pointwise(sections * width, width)
         self.mix1 = SectionMix(sections, width)
         self.mix2 = SectionMix(sections, width)
-        self.refine = nn.Conv2d(width, width, 1)
+        self.refine = pointwise(width, width)
         self.spatial = SpatialAttention(sections, width)
 
     def forward(self, aligned: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import PriorParams
-from models.layers import NormResidual, SelfAttention, channels_last, conv3, up2, weights_channels_last
+from models.layers import NormResidual, SelfAttention, Up, channels_last, conv3, pointwise, weights_channels_last
 
 
 class Indexer(nn.Module):
@@ -25,7 +25,7 @@ class Indexer(nn.Module):
                 body.append(NormResidual(outputs, outputs, groups))
         self.body = nn.Sequential(*body, SelfAttention(last, groups))
         self.head = nn.Sequential(*(NormResidual(last, last, groups) for _ in range(3)))
-        self.project = nn.Conv2d(last, params.code_width, 1)
+        self.project = pointwise(last, params.code_width)
         self.logits = nn.Linear(params.code_width, params.codes)
         weights_channels_last(self)
 
@@ -40,5 +40,5 @@ def _widen(inputs: int, outputs: int, groups: int, place: int, halvings: int) ->
     if place >= 3 - halvings:
         return conv3(inputs, outputs, stride=2)
     if place == 2 and halvings < 0:
-        return up2(inputs, outputs)
+        return Up(inputs, outputs)
     return NormResidual(inputs, outputs, groups)

@@ -16,9 +16,11 @@ def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, 1)
 
 
-def up2(inputs: int, outputs: int) -> nn.ConvTranspose2d:
-    """Transposed convolution to twice the size."""
-    return nn.ConvTranspose2d(inputs, outputs, 3, 2, 1, output_padding=1)
+def pointwise(inputs: int, outputs: int) -> nn.Conv2d:
+    """1x1 convolution. A dilation means nothing to one tap, but keeps PyTorch from choosing the operator, and with it the
+    rounding, by the number of threads and of images.
+    """
+    return nn.Conv2d(inputs, outputs, 1, dilation=2)
 
 
 def lrelu(x: Tensor) -> Tensor:
@@ -46,6 +48,59 @@ def bilinear(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
+class Up(nn.ConvTranspose2d):
+    """3x3 transposed convolution to twice the size."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, 2, 1, output_padding=1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W).
+
+        On a CPU as four convolutions, one for each parity of row and column: as many multiplications and as fast, but
+        oneDNN's transposed operator rounds differently for different numbers of threads.
+
+            even: tap 1 of i        odd: tap 2 of i and tap 0 of i + 1
+        """
+        if not _by_hand(x):
+            return super().forward(x, output_size)
+        b, _, h, w = x.shape
+        weight = self.weight.transpose(0, 1)
+        padded = functional.pad(x, (0, 1, 0, 1))
+        out = x.new_empty(b, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)
+        for row, rows in enumerate(([1], [2, 0])):
+            for column, columns in enumerate(([1], [2, 0])):
+                kernel = channels_last(weight[:, :, rows][:, :, :, columns])
+                single = len(rows) * len(columns) == 1
+                seen = x if single else padded[:, :, : h - 1 + len(rows), : w - 1 + len(columns)]
+                out[:, :, row::2, column::2] = functional.conv2d(seen, kernel, self.bias, dilation=2 if single else 1)
+        return out
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm with eps 1e-6."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__(min(groups, width), width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On a CPU by sums per channel: PyTorch's operator adds up per thread, so its rounding depends on their number."""
+        if not _by_hand(x):
+            return super().forward(x)
+        b, c, h, w = x.shape
+        sums = torch.stack([x.sum((2, 3)), x.square().sum((2, 3))]).double()
+        mean, square = sums.view(2, b, self.num_groups, -1).sum(-1, keepdim=True) / (h * w * c // self.num_groups)
+        deviation = ((square - mean.square()).clamp_min_(0) + self.eps).sqrt()
+        scale = self.weight.view(self.num_groups, -1) / deviation
+        shift = self.bias.view(self.num_groups, -1) - mean * scale
+        return torch.addcmul(shift.to(x.dtype).view(b, c, 1, 1), x, scale.to(x.dtype).view(b, c, 1, 1))
+
+
+def _by_hand(x: Tensor) -> bool:
+    """Where results must not depend on the number of threads; gradients and other devices take PyTorch's operators."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
 class Residual(nn.Module):
     """Residual block without norm (Stage III); starts near the identity."""
 
@@ -68,10 +123,10 @@ class NormResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
         self.conv1 = conv3(inputs, outputs)
-        self.norm1 = group_norm(outputs, groups)
+        self.norm1 = GroupNorm(outputs, groups)
         self.conv2 = conv3(outputs, outputs)
-        self.norm2 = group_norm(outputs, groups)
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.norm2 = GroupNorm(outputs, groups)
+        self.skip = pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu_(self.norm1(self.conv1(x)))
@@ -79,20 +134,16 @@ class NormResidual(nn.Module):
         return y + self.skip(x)  # type: ignore[no-any-return]
 
 
-def group_norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(groups, width), width, eps=1e-6)
-
-
 class SelfAttention(nn.Module):
     """One head over all positions of a tile, added to the input; scores are never held whole."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(width, groups)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.project = nn.Conv2d(width, width, 1)
+        self.norm = GroupNorm(width, groups)
+        self.q = pointwise(width, width)
+        self.k = pointwise(width, width)
+        self.v = pointwise(width, width)
+        self.project = pointwise(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape

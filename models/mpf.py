@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import Params
-from models.layers import Residual, bilinear, conv3, in_bands, lrelu, up2
+from models.layers import Residual, Up, bilinear, conv3, in_bands, lrelu, pointwise
 
 
 class Fusion(nn.Module):
@@ -29,10 +29,10 @@ class MPF(nn.Module):
         width, levels = params.width, params.scale.bit_length() - 1
         reference = [*params.prior.widths[1:], *[0] * levels][:levels]  # a small patch's prior has no coarse features
         above = [level * width for level in range(levels)]
-        self.up = nn.ModuleList(up2(width, width) for _ in range(levels - 1))
+        self.up = nn.ModuleList(Up(width, width) for _ in range(levels - 1))
         self.fuse = nn.ModuleList(Fusion(width + r + a, width) for r, a in zip(reference, above, strict=True))
         self.down = nn.ModuleList(conv3(width + a, width + a, stride=2) for a in above[:-1])
-        self.reduce = nn.Conv2d(width + above[-1] + width, width, 1)
+        self.reduce = pointwise(width + above[-1] + width, width)
 
     def forward(self, features: Tensor, reference: list[Tensor], mask: Tensor) -> Tensor:
         """F_LR (B, C, H, W), F_Ref from the decoder, M (B, 1, rH/16, rW/16) -> F^Out (B, C, H, W)."""

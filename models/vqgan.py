@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import PriorParams
-from models.layers import NormResidual, SelfAttention, channels_last, conv3, in_bands, up2, weights_channels_last
+from models.layers import NormResidual, SelfAttention, Up, channels_last, conv3, in_bands, pointwise, weights_channels_last
 
 
 class Encoder(nn.Module):
@@ -25,7 +25,7 @@ class Encoder(nn.Module):
             body += [NormResidual(width, width, groups), conv3(width, following, stride=2)]
         self.body = nn.Sequential(*body, SelfAttention(widths[-1], groups))
         self.head = nn.Sequential(*(NormResidual(widths[-1], widths[-1], groups) for _ in range(3)))
-        self.project = nn.Conv2d(widths[-1], params.code_width, 1)
+        self.project = pointwise(widths[-1], params.code_width)
 
     def forward(self, section: Tensor) -> Tensor:
         x = functional.relu_(self.input(channels_last(section)))
@@ -62,11 +62,11 @@ class Decoder(nn.Module):
     def __init__(self, params: PriorParams) -> None:
         super().__init__()
         widths, groups = params.widths, params.norm_groups
-        self.project = nn.Conv2d(params.code_width, widths[-1], 1)
+        self.project = pointwise(params.code_width, widths[-1])
         self.head = nn.Sequential(*(NormResidual(widths[-1], widths[-1], groups) for _ in range(3)))
         self.attention = SelfAttention(widths[-1], groups)
         self.blocks = nn.ModuleList(NormResidual(width, width, groups) for width in widths[:0:-1])
-        self.ups = nn.ModuleList(up2(width, wider) for width, wider in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.ups = nn.ModuleList(Up(width, wider) for width, wider in zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.output = conv3(widths[0], 1)
 
     def forward(self, latent: Tensor) -> Decoded:
