@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 from pipeline.geometry import ZYX, Box, tiles
 
 BLOCK_SIDE = 2048
+"""Rows and columns of a second-pass block, about."""
+STRIP_ROWS = 512
+"""Rows of the finer level that a block reads at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,13 @@ class Plan:
                 read = write.lateral(2).intersect(Box(ZYX(0, 0, 0), self.levels[level - 1].shape))
                 return PyramidBlock(index, level, write, read)
         raise IndexError(f"task {index} of {self.tasks}")
+
+    def strips(self, block: PyramidBlock) -> list[Box]:
+        """`block.read` in strips of whole rows of chunks, each about STRIP_ROWS high and of an even number of rows."""
+        finer = self.levels[block.level - 1]
+        step = lcm(finer.chunk.y, 2)
+        rows = step * max(1, STRIP_ROWS // step)
+        return list(tiles(block.read, ZYX(finer.shard.z, rows, finer.shape.x)))
 
     def column_end(self, index: int) -> int:
         """One past the last number of the z column that holds this task: where a lease must end."""

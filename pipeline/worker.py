@@ -21,7 +21,7 @@ from pipeline.config import SourceConfig
 from pipeline.errors import DataError, EmsrError, TransientError, UserError
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
-from pipeline.plan import Plan, Slab
+from pipeline.plan import Plan, PyramidBlock, Slab
 from pipeline.pyramid import halve
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
 from pipeline.storage.sources import open_mask, open_source
@@ -125,11 +125,11 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
     """Whole shards of a second-pass level, averaged from the level before. Absent shards there are slabs that were skipped."""
     began = time.perf_counter()
     block = job.plan.pyramid_block(index)
-    skips = job.mask is not None or job.job.source.skip_empty
-    finer = _retrying(job, lambda: job.target.read(block.level - 1, block.read, absent=0 if skips else None))
+    coarser = _read_halved(job, block)
     read = time.perf_counter()
     with ENCODE_LOCK:
-        objects = job.target.encode(block.level, block.write, halve(finer))
+        objects = job.target.encode(block.level, block.write, coarser)
+    del coarser
     _put(job, objects)
     return _receipt(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
 
@@ -220,6 +220,16 @@ def _owned(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
     halo = plan.lattice.z_halo
     _, rows, cols = slab.lr.slices(slab.read.start)
     return lr[halo : len(lr) - halo, rows, cols]
+
+
+def _read_halved(job: OpenJob, block: PyramidBlock) -> Uint8Array:
+    """The block's averages, from strips of the finer level: that is four times as large and never held whole."""
+    skips = job.mask is not None or job.job.source.skip_empty
+    coarser = np.empty(tuple(block.write.shape), np.uint8)
+    for strip in job.plan.strips(block):
+        finer = _retrying(job, lambda strip=strip: job.target.read(block.level - 1, strip, absent=0 if skips else None))  # type: ignore[misc]
+        coarser[strip.coarser(2).slices(block.write.start)] = halve(finer)
+    return coarser
 
 
 def _mask_box(job: OpenJob, slab: Slab) -> Box:
