@@ -9,7 +9,7 @@ five states --> POD --> 3DA --> Rec --> + enlarged centre --> SR        fuse_win
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,21 @@ class SuperResolver(nn.Module):
         aligned = self.pod(sections, [state.pyramid for state in states])
         return self.reconstruct(self.fusion(aligned)).add_(bilinear(centre, self.params.scale))  # type: ignore[no-any-return]
 
-    def forward(self, window: Tensor) -> Tensor:
-        """(B, 5, 1, H, W) in 0..1 -> (B, 1, rH, rW)."""
-        return self.with_references(window)[0]
+    def forward(self, window: Tensor, all_centres: bool = False) -> Any:
+        """(B, 5, 1, H, W) in 0..1 -> (B, 1, rH, rW). With `all_centres` what `with_references` gives, for training."""
+        return self.with_references(window) if all_centres else self.with_references(window)[0][:, 0]
 
-    def with_references(self, window: Tensor) -> tuple[Tensor, Tensor]:
-        """SR as `forward` gives it, and I_Ref of the five sections, (B, 5, 1, rH, rW), for the loss of eq. 8."""
-        b, n, _, _, _ = window.shape
-        state, references = self._encode(window.flatten(0, 1))
-        states = [SectionState(state.section[i::n], tuple(level[i::n] for level in state.pyramid)) for i in range(n)]
-        return self.fuse_window(states), references.reshape(b, n, *references.shape[1:])
+    def with_references(self, sections: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, 1, H, W), N >= 5 -> SR of the N - 4 centres, (B, N - 4, 1, rH, rW), and I_Ref of all N, for the loss of eq. 8."""
+        b, n = sections.shape[:2]
+        centres = n - self.params.window + 1
+        state, references = self._encode(sections.flatten(0, 1))
+        states = []
+        for i in range(self.params.window):
+            parts = [part.reshape(b, n, *part.shape[1:])[:, i : i + centres].flatten(0, 1) for part in (state.section, *state.pyramid)]
+            states.append(SectionState(parts[0], tuple(channels_last(level) for level in parts[1:])))
+        sr = self.fuse_window(states)
+        return sr.reshape(b, centres, *sr.shape[1:]), references.reshape(b, n, *references.shape[1:])
 
     def _encode(self, section: Tensor) -> tuple[SectionState, Tensor]:
         multiple = self.params.multiple

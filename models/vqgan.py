@@ -91,12 +91,14 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(params)
         weights_channels_last(self)
 
-    def forward(self, section: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, section: Tensor, quantise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1, H, W) in 0..1 -> I_HRref of the same shape, Z_e and Z_d (eq. 1), for eq. 5.
 
-        Gradients pass from Z_d to Z_e as they are (straight through).
+        Gradients pass from Z_d to Z_e as they are (straight through). Where `quantise` (B, 1, h, w) is false
+        the decoder is given Z_e.
         """
         latent = self.encoder(section)
         quantised = self.codebook.lookup(self.codebook.nearest(latent))
-        image = self.decoder(latent + (quantised - latent).detach()).image
+        straight_through = latent + (quantised - latent).detach()
+        image = self.decoder(straight_through if quantise is None else torch.where(quantise, straight_through, latent)).image
         return image, latent, quantised

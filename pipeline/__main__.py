@@ -11,6 +11,8 @@ COMMANDS = {
     "verify": "read the target again and compare",
     "view": "look at it in Neuroglancer",
     "convert": "TIFF or PNG sections into OME-Zarr",
+    "train": "train one stage of the network on your volume",
+    "evaluate": "score volumes against ground truth",
 }
 
 

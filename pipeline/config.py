@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import types
-import typing
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from pipeline import urls
+from pipeline import urls, yaml_file
 from pipeline.errors import ConfigError, UserError
 from pipeline.geometry import ZYX, Box
 
@@ -72,7 +67,7 @@ Count = Annotated[StrictInt, Field(ge=1)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = yaml_file.MODEL
 
 
 class BoxConfig(_Model):
@@ -203,15 +198,7 @@ class Config(_Model):
 def load(path: str | Path) -> Config:
     """Read and check volume.yaml. URLs come back normalised (file:// absolute). ConfigError names every problem at once."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}). Give the path of a volume.yaml"]) from None
-    raw, lines = _parse(text, str(path))
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(_problems(error, str(path), lines)) from None
+    config, lines = yaml_file.read(path, Config, "volume.yaml")
     base = path.resolve().parent
     problems, changed = [], {}
     weights = config.network.weights
@@ -228,7 +215,7 @@ def load(path: str | Path) -> Config:
         try:
             changed[where] = urls.normalise(url, base)
         except UserError as error:
-            problems.append(f"{path}:{_line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
+            problems.append(f"{path}:{yaml_file.line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
     if problems:
         raise ConfigError(problems)
     source = config.source.model_copy(update={"url": changed["source"]})
@@ -239,125 +226,6 @@ def load(path: str | Path) -> Config:
     return config.model_copy(update={"source": source, "target": target, "network": network})
 
 
-_Path = tuple[str | int, ...]
-
-
-def _parse(text: str, name: str) -> tuple[Any, dict[_Path, int]]:
-    """The YAML text as plain values, and the line (from 1) of every key path."""
-    lines: dict[_Path, int] = {}
-    problems: list[str] = []
-
-    def build(node: yaml.Node, path: _Path) -> Any:
-        lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > 12:
-            raise ConfigError([f"{name}:{node.start_mark.line + 1}: nested too deeply. See docs/volume-yaml.md for the keys"])
-        if isinstance(node, yaml.MappingNode):
-            out: dict[Any, Any] = {}
-            for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
-                line = key_node.start_mark.line + 1
-                if not isinstance(key, str):
-                    problems.append(f"{name}:{line}: {_dotted(path)}: saw a key that is no word. Wanted the keys of docs/volume-yaml.md")
-                    continue
-                if key in out:
-                    problems.append(f"{name}:{line}: {_dotted((*path, key))}: given twice. Keep one")
-                lines[(*path, key)] = line
-                out[key] = build(value_node, (*path, key))
-            return out
-        if isinstance(node, yaml.SequenceNode):
-            return [build(child, (*path, i)) for i, child in enumerate(node.value)]
-        return loader.construct_object(node)
-
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        value = build(root, ()) if root is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError([f"{name}:{line}: not YAML: {error.problem or error}. Check the indentation and quotes there"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{name}: not YAML: {' '.join(str(error).split())}"]) from None
-    if problems:
-        raise ConfigError(problems)
-    if not isinstance(value, dict):
-        seen = "nothing" if value is None else type(value).__name__
-        raise ConfigError([f"{name}:1: saw {seen}, wanted the keys source, target, network (and work, cluster). See examples/quickstart.yaml"])
-    return value, lines
-
-
-def _dotted(path: _Path) -> str:
-    return ".".join(str(p) for p in path) or "(top)"
-
-
-def _line(lines: Mapping[_Path, int], path: _Path) -> int:
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path, 1)
-
-
-def keys(model: type[BaseModel] = Config, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
+def keys() -> dict[tuple[str, ...], list[str]]:
     """Every mapping of volume.yaml with the keys it may hold."""
-    found = {path: list(model.model_fields)}
-    for name, field in model.model_fields.items():
-        for sub in _models_in(field.annotation):
-            found |= keys(sub, (*path, name))
-    return found
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
-    return []
-
-
-def _problems(error: ValidationError, name: str, lines: Mapping[_Path, int]) -> list[str]:
-    """pydantic's errors, one line per place: several branches of a union that failed at one key become one line."""
-    known = keys()
-    by_place: dict[_Path, list[tuple[str, str, Any]]] = {}
-    for item in error.errors(include_url=False):
-        *parents, last = item["loc"] or ("",)
-        path: _Path = tuple(p for p in parents if isinstance(p, int) or _is_key(str(p)))
-        if last != "" and (isinstance(last, int) or item["type"] == "extra_forbidden" or _is_key(str(last))):
-            path = (*path, last)
-        by_place.setdefault(path, []).append((item["type"], item["msg"], item["input"]))
-    out = []
-    for path, faults in by_place.items():
-        where = f"{name}:{_line(lines, path)}: {_dotted(path)}"
-        kind, _, value = faults[0]
-        if kind == "extra_forbidden":
-            allowed = known.get(tuple(str(p) for p in path[:-1]), [])
-            near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else ""
-            out.append(f"{where}: unknown key. Allowed here: {', '.join(allowed)}. {hint}".rstrip())
-        elif kind == "missing":
-            out.append(f"{where}: missing. It is required")
-        else:
-            wanted = " or ".join(dict.fromkeys(_wanted(k, msg) for k, msg, _ in faults if k != "missing"))
-            seen = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
-            out.append(f"{where}: {seen}wanted {wanted}")
-    return out
-
-
-def _is_key(part: str) -> bool:
-    """pydantic puts the names of union branches into the location; keys of ours are plain words of the models."""
-    return bool(re.fullmatch(r"[a-z][a-z0-9_]*", part)) and not part.startswith(("literal[", "function-")) and part not in ("int", "str", "bool", "float")
-
-
-def _wanted(kind: str, message: str) -> str:
-    message = re.sub(r"^Value error, ", "", message)
-    message = re.sub(r"^Input should be (a )?(valid )?", "", message)
-    return {
-        "int_type": "a whole number",
-        "bool_type": "true or false",
-        "string_type": "text",
-        "string_pattern_mismatch": "64 hexadecimal digits (sha256)",
-        "model_type": "a mapping of keys",
-        "model_attributes_type": "a mapping of keys",
-    }.get(kind, message)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return yaml_file.keys(Config)

@@ -39,7 +39,11 @@ def contact_sheet(pairs: Sequence[tuple[Plane, Plane]], scale: int, labels: Sequ
     if not pairs:
         raise ValueError("a contact sheet needs at least one pair of sections")
     chosen = range(len(pairs)) if len(pairs) <= ROWS else (0, len(pairs) // 2, len(pairs) - 1)
-    rows = [_row(*pairs[i], scale, f"{labels[i]}: " if labels else "", fidelity[i] if fidelity else None) for i in chosen]
+    return compose([_row(*pairs[i], scale, f"{labels[i]}: " if labels else "", fidelity[i] if fidelity else None) for i in chosen])
+
+
+def compose(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> bytes:
+    """Rows of captioned panels as one PNG."""
     columns = max(len(row) for row in rows)
     width = max(panel.width for row in rows for _, panel in row)
     heights = [max(panel.height for _, panel in row) for row in rows]
@@ -71,7 +75,7 @@ def _row(lr: Plane, sr: Plane, scale: int, label: str, fidelity: Plane | None) -
         if fidelity.shape not in (lr.shape, sr.shape):
             raise ValueError(f"fidelity {fidelity.shape} is neither LR {lr.shape} nor SR {sr.shape}")
         part = fidelity[fine] if fidelity.shape == sr.shape else _enlarged(fidelity[coarse], scale)
-        row.append((f"{label}SR against LR, 0 to {HEAT_TOP} grey levels", Image.fromarray(_heat(part))))
+        row.append((f"{label}SR against LR, 0 to {HEAT_TOP} grey levels", heat(part)))
     return row
 
 
@@ -79,11 +83,11 @@ def _enlarged(plane: Plane, scale: int) -> Plane:
     return plane.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def _heat(plane: Plane) -> Plane:
-    levels = np.linspace(0, HEAT_TOP, len(_HEAT))
+def heat(plane: Plane, top: int = HEAT_TOP) -> Image.Image:
+    """Small numbers as colours, dark violet for 0, yellow from `top` on."""
+    levels = np.linspace(0, top, len(_HEAT))
     table = np.stack([np.interp(np.arange(256), levels, _HEAT[:, c]) for c in range(3)], axis=1)
-    coloured: Plane = np.rint(table).astype(np.uint8)[plane]
-    return coloured
+    return Image.fromarray(np.rint(table).astype(np.uint8)[plane])
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -1,0 +1,1 @@
+"""Scores of images against ground truth: arrays in, numbers out."""

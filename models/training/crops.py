@@ -1,0 +1,124 @@
+"""Random crops of consecutive sections, HR and LR. Sample i of step s depends on (seed, s, i) alone: a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.degrade import REACH, degrade
+
+Bytes = NDArray[np.uint8]
+Read = Callable[[slice, slice, slice], Bytes]
+"""Voxels of a volume by z, y and x slices, uint8."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """HR sections `hr` of `shape` (z, y, x); `lr` of the same tissue, each side a scale smaller, where LR was really scanned;
+    `good` says per section whether it may be used.
+    """
+
+    shape: tuple[int, int, int]
+    hr: Read
+    good: NDArray[np.bool_]
+    lr: Read | None = None
+
+    def starts(self, sections: int) -> NDArray[np.intp]:
+        """First sections of runs of that many good ones."""
+        runs = np.lib.stride_tricks.sliding_window_view(self.good, sections).all(1) if len(self.good) >= sections else np.zeros(0, bool)
+        return np.flatnonzero(runs)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """`flips`: horizontal, vertical, transpose, each for half of the samples and all sections alike (network.md, section 4).
+    `drift`: each section is shifted by up to so many HR voxels. `noise`: deviation of Gaussian
+    noise on LR, in grey values.
+    """
+
+    flips: bool = True
+    drift: int = 0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Samples of `sections` consecutive sections, `size` HR voxels square."""
+
+    volumes: list[Volume]
+    sections: int
+    size: int
+    scale: int
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def batch(self, seed: int, step: int, count: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+        """LR (B, N, 1, h, w) and HR (B, N, 1, H, W) in 0..1."""
+        pairs = [self.sample(np.random.default_rng([seed, step, rank, i])) for i in range(count)]
+        lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[:, :, None] for part in zip(*pairs, strict=True))
+        return lr, hr
+
+    def sample(self, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+        """LR (N, h, w) and HR (N, H, W). Volumes are drawn by their number of windows."""
+        starts = [volume.starts(self.sections) for volume in self.volumes]
+        ends = np.cumsum([len(s) for s in starts])
+        drawn = int(rng.integers(ends[-1]))
+        which = int(np.searchsorted(ends, drawn, side="right"))
+        volume, z = self.volumes[which], int(starts[which][drawn - ends[which]])
+        step = self.scale if volume.lr is not None else 1
+        drift = self.augmentation.drift // step * step
+        low, high = np.array((drift, drift)), np.array(volume.shape[1:]) - self.size - drift
+        y, x = (int(rng.integers(a, b + 1)) * step for a, b in zip(-(-low // step), high // step, strict=True))
+        lr: list[Bytes] = []
+        hr: list[Bytes] = []
+        for i in range(self.sections):
+            dy, dx = (int(d) // step * step for d in rng.integers(-drift, drift + 1, 2))
+            for part, image in zip((lr, hr), pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size)), strict=True):
+                part.append(image)
+        return self._augmented(rng, np.stack(lr), np.stack(hr))
+
+    def _augmented(self, rng: np.random.Generator, lr: Bytes, hr: Bytes) -> tuple[Bytes, Bytes]:
+        if self.augmentation.flips:
+            vertical, horizontal, transposed = rng.random(3) < 0.5
+            if vertical:
+                lr, hr = lr[:, ::-1], hr[:, ::-1]
+            if horizontal:
+                lr, hr = lr[:, :, ::-1], hr[:, :, ::-1]
+            if transposed:
+                lr, hr = lr.transpose(0, 2, 1), hr.transpose(0, 2, 1)
+        if self.augmentation.noise:
+            lr = np.rint(lr + rng.normal(0, self.augmentation.noise, lr.shape)).clip(0, 255).astype(np.uint8)
+        return np.ascontiguousarray(lr), np.ascontiguousarray(hr)
+
+
+def pair(volume: Volume, scale: int, z: int, corner: tuple[int, int], size: tuple[int, int]) -> tuple[Bytes, Bytes]:
+    """LR and HR of a rectangle of one section, in HR voxels. LR is cut from that of a larger crop: it is what the whole section gives."""
+    (y, x), (h, w), r = corner, size, scale
+    if volume.lr is not None:
+        lr = volume.lr(slice(z, z + 1), slice(y // r, (y + h) // r), slice(x // r, (x + w) // r))
+        return lr[0], volume.hr(slice(z, z + 1), slice(y, y + h), slice(x, x + w))[0]
+    _, height, width = volume.shape
+    up, left = min(REACH, y // r), min(REACH, x // r)
+    down, right = min(REACH, (height - y - h) // r), min(REACH, (width - x - w) // r)
+    wide = volume.hr(slice(z, z + 1), slice(y - up * r, y + h + down * r), slice(x - left * r, x + w + right * r))[0]
+    lr = degrade(wide, r)[up : up + h // r, left : left + w // r]
+    return lr, wide[up * r : up * r + h, left * r : left * r + w]
+
+
+def centre_windows(volume: Volume, sections: int, size: int, scale: int, most: int) -> list[tuple[Tensor, Tensor]]:
+    """For validation: up to `most` windows, evenly spread in z, of the middle of the volume, at most `size` HR voxels square:
+    LR (1, N, 1, h, w) and HR (1, N, 1, H, W) in 0..1.
+    """
+    starts = volume.starts(sections)
+    height, width = (min(size, length) // (4 * scale) * (4 * scale) for length in volume.shape[1:])
+    corner = ((volume.shape[1] - height) // 2 // scale * scale, (volume.shape[2] - width) // 2 // scale * scale)
+    windows = []
+    for z in starts[np.unique(np.linspace(0, len(starts) - 1, most).round().astype(int))] if len(starts) else []:
+        pairs = [pair(volume, scale, int(z) + i, corner, (height, width)) for i in range(sections)]
+        lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[None, :, None] for part in zip(*pairs, strict=True))
+        windows.append((lr, hr))
+    return windows

@@ -1,0 +1,208 @@
+"""The one training loop: Adam, cosine with restarts, EMA, validation, the best kept, resumed to the same losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from models.training.crops import Crops
+from models.training.stages import Batch, Stage
+
+LOWEST_RATE = 1e-7
+AVERAGED_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a run. `periods` are the lengths of the cosine's cycles in steps; the last is repeated.
+    `average` is EMA's decay per step, 0 without.
+    """
+
+    steps: int
+    batch: int
+    rate: float = 4e-4
+    periods: tuple[int, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.99)
+    average: float = 0.0
+    seed: int = 0
+    validate_every: int = 5000
+    checkpoint_every: int = 5000
+
+
+@dataclass
+class Progress:
+    """After a step: means of the losses over the last steps, and at validation the scores and images."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+    rate: float
+    steps_per_s: float
+    scores: dict[str, float] = field(default_factory=dict)
+    images: list[Tensor] = field(default_factory=list)
+    best: list[str] = field(default_factory=list)
+
+
+Save = Callable[[str, nn.Module, dict[str, Any]], None]
+"""Name (`last`, `best-psnr`, ...), weights, facts for the card."""
+
+
+def learning_rate(step: int, recipe: Recipe, start: int = 0) -> float:
+    """Cosine from `rate` to 1e-7 over each period, then back up (SGDR, Loshchilov and Hutter, 2017)."""
+    periods = recipe.periods or (max(1, recipe.steps - start),)
+    at, place = step - start, 0
+    while at >= periods[min(place, len(periods) - 1)]:
+        at -= periods[min(place, len(periods) - 1)]
+        place += 1
+    share = at / periods[min(place, len(periods) - 1)]
+    return LOWEST_RATE + (recipe.rate - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Loop:
+    """State of one training: what a checkpoint holds, and what a step does to it."""
+
+    def __init__(self, fabric: Fabric, stage: Stage, recipe: Recipe, folder: Path, digest: str) -> None:
+        self.fabric, self.stage, self.recipe, self.folder, self.digest = fabric, stage, recipe, folder, digest
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.critic: Any = None
+        trained = [p for p in stage.network.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas)
+        self.network, self.adam = fabric.setup(stage.network, adam)
+        if stage.critic is not None:
+            self.critic, self.critic_adam = fabric.setup(stage.critic, torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas))
+            self.critic_started: int | None = None
+        self.averaged = {n: p.detach().clone() for n, p in stage.network.named_parameters() if p.requires_grad} if recipe.average else {}
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint, if there is one. Raises ValueError where it is of another configuration."""
+        if not self.checkpoint.exists():
+            return False
+        state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
+        if state["digest"] != self.digest:
+            raise ValueError(f"{self.checkpoint} was written by another configuration")
+        self.step, self.best = state["step"], state["best"]
+        self.stage.network.load_state_dict(state["network"])
+        self.adam.load_state_dict(state["adam"])
+        if self.critic is not None:
+            assert self.stage.critic is not None
+            self.stage.critic.load_state_dict(state["critic"])
+            self.critic_adam.load_state_dict(state["critic_adam"])
+            self.critic_started = state["critic_started"]
+        for name, value in state["averaged"].items():
+            self.averaged[name].copy_(value)
+        if "usage" in state:
+            self.stage.usage.counts.copy_(state["usage"])  # type: ignore[attr-defined]
+        return True
+
+    def keep(self) -> None:
+        """Write the checkpoint; a run that is killed meanwhile finds the one before."""
+        state: dict[str, Any] = {"digest": self.digest, "step": self.step, "best": self.best, "averaged": self.averaged}
+        state |= {"network": self.stage.network.state_dict(), "adam": self.adam.state_dict()}
+        if self.critic is not None:
+            assert self.stage.critic is not None
+            state |= {"critic": self.stage.critic.state_dict(), "critic_adam": self.critic_adam.state_dict(), "critic_started": self.critic_started}
+        if (usage := getattr(self.stage, "usage", None)) is not None:
+            state["usage"] = usage.counts
+        if self.fabric.is_global_zero:
+            unfinished = self.checkpoint.with_suffix(".unfinished")
+            torch.save(state, unfinished)
+            os.replace(unfinished, self.checkpoint)
+        self.fabric.barrier()
+
+    def run(self, crops: Crops, windows: list[Batch], save: Save, tell: Callable[[Progress], None], stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the last step; False where `stopped` said so before. The checkpoint is written in both cases."""
+        recent: list[dict[str, float]] = []
+        began, first = time.monotonic(), self.step
+        while self.step < self.recipe.steps and not stopped():
+            rate = learning_rate(self.step, self.recipe)
+            recent = [*recent[1 - AVERAGED_STEPS :], self._one_step(crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank), rate)]
+            self.step += 1
+            told = Progress(self.step, self.recipe.steps, _means(recent), rate, (self.step - first) / (time.monotonic() - began))
+            if not all(math.isfinite(value) for value in recent[-1].values()):
+                raise FloatingPointError(f"step {self.step}: the loss is not finite ({recent[-1]})")
+            if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
+                self._validate(windows, save, told)
+            tell(told)
+            if self.step % self.recipe.checkpoint_every == 0:
+                self.keep()
+        self.keep()
+        with _Averaged(self):
+            save("last", self.stage.network, {"steps": self.step})
+        return self.step >= self.recipe.steps
+
+    def _one_step(self, batch: Batch, rate: float) -> dict[str, float]:
+        moved: Batch = self.fabric.to_device(batch)
+        self.network.train()
+        found = self.stage.losses(self.network, self.critic, moved, self.step)
+        self._descend(self.adam, found["loss"], rate)
+        if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
+            self.critic_started = self.step if self.critic_started is None else self.critic_started
+            self._descend(self.critic_adam, of_critic["critic_loss"], learning_rate(self.step, self.recipe, self.critic_started))
+            found |= of_critic
+        with torch.no_grad():
+            for name, parameter in self.stage.network.named_parameters():
+                if name in self.averaged:
+                    self.averaged[name].lerp_(parameter, 1 - self.recipe.average)
+        return {name: float(value.detach()) for name, value in found.items()}
+
+    def _descend(self, adam: Any, loss: Tensor, rate: float) -> None:
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.zero_grad()
+        self.fabric.backward(loss)
+        adam.step()
+
+    def _validate(self, windows: list[Batch], save: Save, told: Progress) -> None:
+        self.network.eval()
+        with torch.no_grad(), _Averaged(self):
+            told.scores, told.images = self.stage.validate(self.stage.network, [self.fabric.to_device(w) for w in windows])
+            for name, sign in self.stage.better.items():
+                value = told.scores.get(name)
+                if value is not None and sign * value > sign * self.best.get(name, -sign * math.inf):
+                    self.best[name] = value
+                    told.best.append(name)
+                    save(f"best-{name.replace('_', '-')}", self.stage.network, {"steps": self.step, "scores": told.scores})
+
+
+class _Averaged:
+    """EMA weights in place of the trained ones, while it lasts."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._parameters = {n: p for n, p in loop.stage.network.named_parameters() if n in loop.averaged}
+        self._averaged = loop.averaged
+        self._trained: dict[str, Tensor] = {}
+
+    def __enter__(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                self._trained[name] = parameter.clone()
+                parameter.copy_(self._averaged[name])
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._trained[name])
+
+
+def _means(recent: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name in recent[-1] if (values := [r[name] for r in recent if name in r])}
+
+
+def to_json(told: Progress) -> str:
+    """One line of metrics.jsonl."""
+    return json.dumps({"step": told.step, "rate": told.rate, **told.losses, **told.scores})

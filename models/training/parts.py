@@ -1,0 +1,94 @@
+"""What a stage hands on to the next: its weights in a safetensors file that says what they are and what they were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.config import Params, from_json, to_json
+from models.metadata import WeightsError
+from models.network import SuperResolver
+
+FORMAT = "emsr-part-1"
+VQGAN, INDEXER, FLOW = "vqgan", "indexer", "flow"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`kind` is vqgan, indexer or flow; `params` the network it was made for; `facts` are free: licence, scores, parents."""
+
+    kind: str
+    params: Params
+    licence: str
+    state: dict[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def save_part(path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    header = {"format": FORMAT, "kind": kind, "params": to_json(params), "training_data_licence": licence, "facts": json.dumps(dict(facts), sort_keys=True)}
+    save_file(state, path, metadata=header)
+
+
+def load_part(path: Path, kind: str) -> Part:
+    """Raises WeightsError where the file is none of ours or of another stage, or not there."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is not there. Train stage {kind} first, or correct the path") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read as weights ({error}). Name a file that `emsr train` wrote") from None
+    if header.get("format") != FORMAT or header.get("kind") != kind:
+        raise WeightsError(f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. Name the file that the {kind} stage wrote")
+    return Part(kind, from_json(header["params"]), header["training_data_licence"], state, json.loads(header["facts"]))
+
+
+def fill(network: nn.Module, part: Part, path: Path) -> None:
+    """Copy a part into the network it is of. Raises WeightsError where shapes differ: another preset or scale."""
+    wanted = network.state_dict()
+    wrong = [n for n in wanted.keys() | part.state.keys() if n not in wanted or n not in part.state or wanted[n].shape != part.state[n].shape]
+    if wrong:
+        raise WeightsError(f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). Use the same preset and scale in all stages")
+    network.load_state_dict(part.state)
+
+
+def assemble(network: SuperResolver, vqgan: Part | None, indexer: Part | None, flow: Part | None, paths: Mapping[str, Path]) -> None:
+    """Put the frozen parts into stage III's network: codebook, decoder and mask features from the VQGAN, indexer, flow."""
+    if vqgan is not None and network.params.mpf:
+        for module, prefix in ((network.prior.codebook, "codebook."), (network.prior.decoder, "decoder.")):
+            fill(module, _below(vqgan, prefix), paths[VQGAN])
+        if network.params.mask == "encoder":
+            first = {"encoder.input.": "input.", "encoder.body.0.": "block."}
+            state = {new + n[len(old) :]: v for old, new in first.items() for n, v in vqgan.state.items() if n.startswith(old)}
+            fill(network.mask.features, Part(VQGAN, vqgan.params, vqgan.licence, state, {}), paths[VQGAN])
+    if indexer is not None and network.params.mpf:
+        fill(network.prior.indexer, indexer, paths[INDEXER])
+    if flow is not None and network.params.pod:
+        fill(network.pod.flow, flow, paths[FLOW])  # type: ignore[arg-type]
+
+
+def start_from(network: SuperResolver, state: dict[str, Tensor]) -> int:
+    """Take over the trained tensors that fit, such as those of the other scale; returns how many. The frozen parts stay."""
+    frozen = {id(p) for part in network.frozen() for p in part.state_dict(keep_vars=True).values()}
+    taken = 0
+    with torch.no_grad():
+        for name, value in network.state_dict(keep_vars=True).items():
+            if id(value) not in frozen and name in state and state[name].shape == value.shape:
+                value.copy_(state[name])
+                taken += 1
+    return taken
+
+
+def _below(part: Part, prefix: str) -> Part:
+    state = {name[len(prefix) :]: value for name, value in part.state.items() if name.startswith(prefix)}
+    return Part(part.kind, part.params, part.licence, state, part.facts)

@@ -1,0 +1,281 @@
+"""What each stage trains, on what, against which loss. A stage knows its networks and scores; the loop knows optimisers and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.config import Params
+from models.discriminator import Discriminator
+from models.flow import SPyNet
+from models.indexer import Indexer
+from models.network import SuperResolver
+from models.training.codes import CodeUsage
+from models.training.losses import codebook_loss, critic_loss, generator_loss, index_loss, r1_penalty, reference_loss
+from models.training.warps import endpoint_error, warped_pair
+from models.vqgan import VQGAN
+
+Batch = tuple[Tensor, Tensor]
+Losses = dict[str, Tensor]
+"""The first entry, `loss`, is what is minimised; the others are its parts, for the eye."""
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""(B, 1, H, W) twice -> (B,) distances, such as LPIPS."""
+
+
+class Stage(Protocol):
+    """`network` is trained; `critic` against it, if any. A sample takes `sections` consecutive ones, a
+    validation window `validated`. `better` names scores to keep the best weights by: +1 larger, -1 smaller."""
+
+    network: nn.Module
+    critic: nn.Module | None
+    sections: int
+    validated: int
+    better: dict[str, int]
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses: ...
+
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None: ...
+
+    def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        """Mean scores, and images (1, H, W) to look at."""
+        ...
+
+
+@dataclass
+class FlowStage:
+    """SPyNet on sections whose warp is known (its published weights may not be passed on)."""
+
+    params: Params
+    shift: float = 16.0
+    bend: float = 4.0
+    seed: int = 0
+    sections: int = 2
+    validated: int = 2
+    critic: nn.Module | None = None
+    better: dict[str, int] = field(default_factory=lambda: {"endpoint_error": -1})
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = SPyNet(self.params.flow_widths, self.params.flow_levels)
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+        first, second, flow = self._pair(batch, np.random.default_rng([self.seed, step, 1]))
+        return {"loss": endpoint_error(network(first, second), flow)}
+
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
+        return None
+
+    def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        found, still = [], []
+        for i, batch in enumerate(windows):
+            first, second, flow = self._pair(batch, np.random.default_rng([self.seed, i, 2]))
+            found.append(float(endpoint_error(network(first, second), flow)))
+            still.append(float(endpoint_error(torch.zeros_like(flow), flow)))
+        return {"endpoint_error": float(np.mean(found)), "endpoint_error_of_no_flow": float(np.mean(still))}, []
+
+    def _pair(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        lr, hr = batch
+        first, second, flow = warped_pair(lr.cpu(), hr.cpu(), self.params.scale, rng, self.shift, self.bend)
+        return first.to(lr.device), second.to(lr.device), flow.to(lr.device)
+
+
+@dataclass
+class VQGANStage:
+    """Stage I, eq. 5: L1 + codebook_weight * codebook + adversarial * GAN from step `adversarial_from` on.
+
+    Until step `quantise_from` it is a plain autoencoder; then all rows of the codebook are put on outputs of the encoder, and
+    over as many steps again a growing share of tokens is quantised. In short runs this keeps the codes from falling together
+    at zero. `revive_every` moves rows that nobody used.
+    """
+
+    params: Params
+    codebook_weight: float = 10.0
+    adversarial: float = 0.05
+    adversarial_from: int = 40_000
+    r1: float = 1e-4
+    r1_every: int = 16
+    perceptual_weight: float = 0.0
+    perceptual: Perceptual | None = None
+    quantise_from: int = 0
+    revive_every: int = 0
+    critic_width: int = 64
+    seed: int = 0
+    sections: int = 1
+    validated: int = 1
+    better: dict[str, int] = field(default_factory=lambda: {"psnr": 1, "lpips": -1})
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = VQGAN(self.params.prior)
+        self.critic: nn.Module | None = Discriminator(self.critic_width) if self.adversarial else None
+        self.usage = CodeUsage(self.params.prior.codes)
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+        real = batch[1].flatten(0, 1)
+        share = 1.0 if not self.quantise_from else min(1.0, step / self.quantise_from - 1)
+        image, latent, quantised = network(real, self._tokens(real, share, step))
+        parts = {"l1": functional.l1_loss(image, real)}
+        loss = parts["l1"]
+        if share > 0:
+            parts["codebook"] = codebook_loss(latent, quantised)
+            loss = loss + self.codebook_weight * parts["codebook"]
+        if self.perceptual is not None and self.perceptual_weight:
+            parts["perceptual"] = self.perceptual(image, real).mean()
+            loss = loss + self.perceptual_weight * parts["perceptual"]
+        self._pair = None
+        if critic is not None and step >= self.adversarial_from:
+            critic.requires_grad_(False)
+            parts["generator"] = generator_loss(critic(image))
+            critic.requires_grad_(True)
+            loss = loss + self.adversarial * parts["generator"]
+            self._pair = real, image.detach()
+        self._watch(network, latent.detach(), step)
+        return {"loss": loss, **parts}
+
+    def _tokens(self, real: Tensor, share: float, step: int) -> Tensor | None:
+        """Which tokens are quantised: that share of them, drawn anew in each step; None for all."""
+        if share >= 1:
+            return None
+        b, _, h, w = real.shape
+        patch = self.params.prior.patch
+        drawn = np.random.default_rng([self.seed, step, 4]).random((b, 1, h // patch, w // patch)) < share
+        return torch.from_numpy(drawn).to(real.device)
+
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
+        if self._pair is None:
+            return None
+        real, fake = self._pair
+        parts = {"critic": critic_loss(critic(real), critic(fake))}
+        loss = parts["critic"]
+        if step % self.r1_every == 0:
+            parts["r1"] = r1_penalty(critic, real, self.r1, self.r1_every)
+            loss = loss + parts["r1"]
+        return {"critic_loss": loss, **parts}
+
+    def _watch(self, network: nn.Module, latent: Tensor, step: int) -> None:
+        vqgan = cast(VQGAN, getattr(network, "module", network))
+        self.usage.count(vqgan.codebook.nearest(latent))
+        if step == self.quantise_from - 1:
+            self.usage.counts.zero_()  # all rows move onto what the encoder says by now
+        if step == self.quantise_from - 1 or (self.revive_every and (step + 1) % self.revive_every == 0):
+            self.usage.revive(vqgan.codebook, latent, np.random.default_rng([self.seed, step, 3]))
+
+    def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        images, scores, seen = [], [], []
+        vqgan = cast(VQGAN, getattr(network, "module", network))
+        for _, hr in windows:
+            real = hr.flatten(0, 1)
+            image, latent, _ = vqgan(real)
+            seen.append(vqgan.codebook.nearest(latent).flatten())
+            scores.append(image_scores(image, real, self.perceptual))
+            images.append(torch.cat([real, image.clamp(0, 1)], 3)[0])
+        return mean_scores(scores) | CodeUsage.health(torch.cat(seen), self.params.prior.codes), images
+
+
+@dataclass
+class IndexerStage:
+    """Stage II, eq. 6: the LR section's logits against the codes that the frozen encoder gives for the HR section."""
+
+    params: Params
+    vqgan: VQGAN
+    sections: int = 1
+    validated: int = 1
+    critic: nn.Module | None = None
+    better: dict[str, int] = field(default_factory=lambda: {"cross_entropy": -1, "psnr": 1})
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = Indexer(self.params.prior, self.params.scale)
+        self.vqgan.requires_grad_(False)
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+        lr, hr = (part.flatten(0, 1) for part in batch)
+        logits = network(lr)
+        indices = self._indices(hr)
+        return {"loss": index_loss(logits, indices), "right": (logits.argmax(1) == indices).float().mean()}
+
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
+        return None
+
+    def _indices(self, hr: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.vqgan.to(hr.device)
+            return self.vqgan.codebook.nearest(self.vqgan.encoder(hr))
+
+    def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        images, scores = [], []
+        for window in windows:
+            lr, hr = (part.flatten(0, 1) for part in window)
+            logits, indices = network(lr), self._indices(hr)
+            reference = self.vqgan.decoder(self.vqgan.codebook.lookup(logits.argmax(1))).image
+            right = float((logits.argmax(1) == indices).float().mean())
+            scores.append({"cross_entropy": float(index_loss(logits, indices)), "right": right} | image_scores(reference, hr, None))
+            images.append(torch.cat([hr, reference.clamp(0, 1)], 3)[0])
+        return mean_scores(scores), images
+
+
+@dataclass
+class NetworkStage:
+    """Stage III, eq. 9: L1 + reference_weight * multi-reference fidelity; prior, mask features and flow stay as they are.
+
+    `centres` consecutive centre sections are trained at once: they share the encoding of the sections between them.
+    """
+
+    params: Params
+    centres: int = 1
+    reference_weight: float = 0.0
+    features: nn.Module | None = None
+    perceptual_weight: float = 0.0
+    perceptual: Perceptual | None = None
+    critic: nn.Module | None = None
+    better: dict[str, int] = field(default_factory=lambda: {"psnr": 1, "lpips": -1})
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = SuperResolver(self.params)
+        self.sections, self.validated = self.params.window + self.centres - 1, self.params.window
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+        lr, hr = batch
+        half = self.params.window // 2
+        sr, references = network(lr, all_centres=True)
+        wanted = hr[:, half : half + self.centres]
+        parts = {"l1": functional.l1_loss(sr, wanted)}
+        loss = parts["l1"]
+        if self.features is not None and self.reference_weight:
+            parts["reference"] = torch.stack([reference_loss(self.features, sr[:, i], references[:, i : i + 2 * half + 1]) for i in range(self.centres)]).mean()
+            loss = loss + self.reference_weight * parts["reference"]
+        if self.perceptual is not None and self.perceptual_weight:
+            parts["perceptual"] = self.perceptual(sr.flatten(0, 1), wanted.flatten(0, 1)).mean()
+            loss = loss + self.perceptual_weight * parts["perceptual"]
+        return {"loss": loss, **parts}
+
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
+        return None
+
+    def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        images, scores, half = [], [], self.params.window // 2
+        for lr, hr in windows:
+            sr, real = network(lr), hr[:, half]
+            enlarged = functional.interpolate(lr[:, half], scale_factor=self.params.scale, mode="bicubic").clamp(0, 1)
+            scores.append(image_scores(sr, real, self.perceptual) | {"bicubic_psnr": psnr(enlarged, real)})
+            images.append(torch.cat([enlarged, sr.clamp(0, 1), real], 3)[0])
+        return mean_scores(scores), images
+
+
+def psnr(image: Tensor, real: Tensor) -> float:
+    """dB of images in 0..1 after rounding to 256 grey values."""
+    error = (image.clamp(0, 1) * 255).round() - (real * 255).round()
+    return float(20 * np.log10(255) - 10 * error.double().square().mean().clamp_min(1e-10).log10())
+
+
+def image_scores(image: Tensor, real: Tensor, perceptual: Perceptual | None) -> dict[str, float]:
+    found = {"psnr": psnr(image, real)}
+    return found if perceptual is None else found | {"lpips": float(perceptual(image.clamp(0, 1), real).mean())}
+
+
+def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([s[name] for s in scores])) for name in (scores[0] if scores else {})}
