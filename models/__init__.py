@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.catalog import BUILTIN_PRESET as BUILTIN_PRESET
 from models.catalog import NETWORKS as NETWORKS
+from models.catalog import builtin as builtin
 from models.config import preset as find_preset
 from models.metadata import WeightsError as WeightsError
 from models.metadata import read_metadata as read_metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,18 @@ NETWORKS: dict[str, Traits] = {
     "nearest": Traits(window=1, padding="edge", cell=64, halo=0, min_halo=0, weights=False),
     "bicubic": Traits(window=1, padding="edge", cell=64, halo=8, min_halo=8, weights=False),
 }
+
+BUILTIN_PRESET = "small"
+DEFAULT_TISSUE = "flyem-medulla"
+"""What `builtin` alone means: trained on data that may be used for anything, with attribution."""
+
+
+def builtin(weights: str, scale: int) -> Path:
+    """The file of `builtin` or `builtin:TISSUE` weights. Raises ValueError that lists what there is."""
+    tissue = weights.partition(":")[2] or DEFAULT_TISSUE
+    folder = Path(__file__).parent / "builtin"
+    path = folder / f"{tissue}-x{scale}.safetensors"
+    if path.parent != folder or not path.is_file():
+        there = ", ".join(f"builtin:{name} (x{at})" for name, _, at in sorted(f.stem.rpartition("-x") for f in folder.glob("*.safetensors")))
+        raise ValueError(f"no {weights} at scale {scale}; there are {there}")
+    return path

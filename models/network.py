@@ -78,19 +78,23 @@ class SuperResolver(nn.Module):
         centre = states[len(states) // 2].section
         sections = torch.stack([state.section for state in states], 1)
         aligned = self.pod(sections, [state.pyramid for state in states])
-        return self.reconstruct(self.fusion(aligned)).add_(bilinear(centre, self.params.scale))  # type: ignore[no-any-return]
+        return bilinear(centre, self.params.scale).add_(self.reconstruct(self.fusion(aligned)))  # float32 also where autocast computes the rest
 
-    def forward(self, window: Tensor, all_centres: bool = False) -> Any:
+    def forward(self, window: Tensor, all_centres: bool = False, alone: bool = False) -> Any:
         """(B, 5, 1, H, W) in 0..1 -> (B, 1, rH, rW). With `all_centres` what `with_references` gives, for training."""
-        return self.with_references(window) if all_centres else self.with_references(window)[0][:, 0]
+        sr, references = self.with_references(window, alone)
+        return (sr, references) if all_centres else sr[:, 0]
 
-    def with_references(self, sections: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, 1, H, W), N >= 5 -> SR of the N - 4 centres, (B, N - 4, 1, rH, rW), and I_Ref of all N, for the loss of eq. 8."""
+    def with_references(self, sections: Tensor, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, N, 1, H, W), N >= 5 -> SR of the N - 4 centres, (B, N - 4, 1, rH, rW), and I_Ref of all N, for the loss of eq. 8.
+
+        `alone` fills every window with its centre: what the neighbours are worth is the difference.
+        """
         b, n = sections.shape[:2]
         centres = n - self.params.window + 1
         state, references = self._encode(sections.flatten(0, 1))
         states = []
-        for i in range(self.params.window):
+        for i in [self.params.window // 2] * self.params.window if alone else range(self.params.window):
             parts = [part.reshape(b, n, *part.shape[1:])[:, i : i + centres].flatten(0, 1) for part in (state.section, *state.pyramid)]
             states.append(SectionState(parts[0], tuple(channels_last(level) for level in parts[1:])))
         sr = self.fuse_window(states)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,7 @@ DEVICE_LOCK = threading.Lock()
 @dataclass(frozen=True)
 class NetworkSpec:
     """A network by everything that changes its output. `weights_sha256` is empty for networks without weights; `weights` is
-    only where they lie, and changes nothing.
+    only where they lie, and changes nothing. `weights_licence` is that of the data they were trained on, for the provenance.
     """
 
     name: str
@@ -39,6 +40,7 @@ class NetworkSpec:
     precision: str
     lattice: Lattice
     weights: str = ""
+    weights_licence: str = ""
 
 
 def describe(config: NetworkConfig) -> NetworkSpec:
@@ -55,8 +57,7 @@ def describe(config: NetworkConfig) -> NetworkSpec:
         )
     lattice = Lattice(cell, halo, traits.window, traits.padding)
     if traits.weights:
-        preset = config.preset or "paper"
-        return NetworkSpec(config.name, config.scale, preset, _weights_sha256(config, preset), config.precision, lattice, config.weights or "")
+        return _with_weights(config, lattice)
     given = [key for key in ("preset", "weights", "sha256") if getattr(config, key) is not None]
     if given:
         raise NetworkError(f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}")
@@ -65,14 +66,21 @@ def describe(config: NetworkConfig) -> NetworkSpec:
     return NetworkSpec(config.name, config.scale, None, "", config.precision, lattice)
 
 
-def _weights_sha256(config: NetworkConfig, preset: str) -> str:
+def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
     """The hash of the weights file, after a look at what its head says. Raises NetworkError."""
     weights = config.weights
-    if weights is None or weights == "builtin" or weights.startswith("builtin:"):
-        raise NetworkError(
-            f"network.weights is {weights or 'not given'}, and no weights of {config.name} come with this version", "a weights file", "Give its path"
-        )
-    path, sha256 = locate(weights, config.sha256)
+    if weights is None:
+        raise NetworkError(f"network.weights is not given, and {config.name} needs weights", "builtin, or a weights file", "Give one of them")
+    builtin = weights.partition(":")[0] == "builtin"
+    preset = config.preset or (models.BUILTIN_PRESET if builtin else "paper")
+    file = weights
+    if builtin:
+        try:
+            file = models.builtin(weights, config.scale).as_uri()
+        except ValueError as error:
+            raise NetworkError(f"network.weights: {error}", "one of them", "Set network.weights and network.scale to one of them") from None
+    path, sha256 = locate(file, config.sha256)
+    licence = ""
     if path.suffix == ".safetensors":
         with _as_network_errors():
             metadata = models.read_metadata(path)
@@ -82,7 +90,15 @@ def _weights_sha256(config: NetworkConfig, preset: str) -> str:
                 f"scale {config.scale}, preset {preset}",
                 "Set network.scale and network.preset to the file's, or take another file",
             )
-    return sha256
+        licence = metadata.licence
+    return NetworkSpec(config.name, config.scale, preset, sha256, config.precision, lattice, weights, licence)
+
+
+def _weights_file(spec: NetworkSpec) -> Path:
+    """Where this machine has the weights: those that come with emsr lie wherever it is installed."""
+    if spec.weights.partition(":")[0] == "builtin":
+        return models.builtin(spec.weights, spec.scale)
+    return locate(spec.weights, spec.weights_sha256)[0]
 
 
 @contextmanager
@@ -112,7 +128,7 @@ class Network:
             torch.set_num_threads(1)  # the number of threads changes the last bits of transposed convolutions (law 1)
         self.module = models.build(spec.name, spec.scale, spec.preset)
         if spec.weights:
-            path, _ = locate(spec.weights, spec.weights_sha256)
+            path = _weights_file(spec)
             with _as_network_errors():
                 models.load(path, self.module)
         self.module.to(self.device).eval()

@@ -63,12 +63,14 @@ class NetworkConfig(_Model):
     indexer: Path | None = None
     flow: Path | None = None
     vgg19: Path | None = None
+    alone: StrictBool = False
     start: Path | None = None
 
 
 class LossConfig(_Model):
     """Weights of the losses beside the stage's first, and the files of the networks that they need."""
 
+    squares: StrictBool = False
     codebook: Weight = 10.0
     adversarial: Weight = 0.05
     adversarial_from: Annotated[StrictInt, Field(ge=0)] = 40_000

@@ -223,10 +223,13 @@ class NetworkStage:
     """Stage III, eq. 9: L1 + reference_weight * multi-reference fidelity; prior, mask features and flow stay as they are.
 
     `centres` consecutive centre sections are trained at once: they share the encoding of the sections between them.
+    `squares` takes the mean squared error in place of L1; `alone` shows the network the centre section five times.
     """
 
     params: Params
     centres: int = 1
+    squares: bool = False
+    alone: bool = False
     reference_weight: float = 0.0
     features: nn.Module | None = None
     perceptual_weight: float = 0.0
@@ -241,10 +244,10 @@ class NetworkStage:
     def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
         lr, hr = batch
         half = self.params.window // 2
-        sr, references = network(lr, all_centres=True)
+        sr, references = network(lr, all_centres=True, alone=self.alone)
         wanted = hr[:, half : half + self.centres]
-        parts = {"l1": functional.l1_loss(sr, wanted)}
-        loss = parts["l1"]
+        parts = {"l2": functional.mse_loss(sr, wanted)} if self.squares else {"l1": functional.l1_loss(sr, wanted)}
+        loss = parts["l2" if self.squares else "l1"]
         if self.features is not None and self.reference_weight:
             parts["reference"] = torch.stack([reference_loss(self.features, sr[:, i], references[:, i : i + 2 * half + 1]) for i in range(self.centres)]).mean()
             loss = loss + self.reference_weight * parts["reference"]
@@ -259,7 +262,7 @@ class NetworkStage:
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         images, scores, half = [], [], self.params.window // 2
         for lr, hr in windows:
-            sr, real = network(lr), hr[:, half]
+            sr, real = network(lr, alone=self.alone), hr[:, half]
             enlarged = functional.interpolate(lr[:, half], scale_factor=self.params.scale, mode="bicubic").clamp(0, 1)
             scores.append(image_scores(sr, real, self.perceptual) | {"bicubic_psnr": psnr(enlarged, real)})
             images.append(torch.cat([enlarged, sr.clamp(0, 1), real], 3)[0])
