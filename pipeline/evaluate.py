@@ -140,7 +140,12 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
     try:
         network: Any = getattr(perceptual, name)(*files[name])
     except (OSError, WeightsError, KeyError) as error:
-        raise NetworkError(f"weights of {name} cannot be read: {error}", "the safetensors files of docs/evaluation.md", "Check the paths") from None
+        fetched = None in files[name]
+        raise NetworkError(
+            f"weights of {name} cannot be {'fetched' if fetched else 'read'}: {error}",
+            "the files of docs/evaluation.md",
+            "Name them under weights" if fetched else "Check the paths",
+        ) from None
 
     def score(image: Uint8Array, truth: Uint8Array) -> float:
         with torch.no_grad():

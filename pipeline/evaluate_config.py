@@ -37,7 +37,7 @@ class VolumeConfig(_Model):
 
 
 class WeightsConfig(_Model):
-    """Files of the networks behind the perceptual metrics."""
+    """Files of the networks behind the perceptual metrics; what is not named is fetched where there is internet."""
 
     lpips_alex: Path | None = None
     vgg16: Path | None = None
@@ -53,12 +53,7 @@ class TableConfig(_Model):
     weights: WeightsConfig = WeightsConfig()
 
     @model_validator(mode="after")
-    def _files(self) -> TableConfig:
-        needs = {"lpips_alex": ("lpips_alex",), "lpips_vgg": ("vgg16",), "dists": ("vgg16", "dists")}
-        for metric in self.metrics:
-            for key in needs.get(metric, ()):
-                if getattr(self.weights, key) is None:
-                    raise ValueError(f"weights.{key}, the file of a network, for metric {metric}")
+    def _names(self) -> TableConfig:
         names = [volume.name for volume in self.volumes]
         if len(set(names)) < len(names):
             raise ValueError("a name of its own for every volume")

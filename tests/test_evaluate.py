@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, SHARED, texture, write_lr
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -131,6 +132,24 @@ def test_perceptual_metrics_are_those_of_their_authors(name: str) -> None:
 
 
 @needs_weights
+@pytest.mark.parametrize("name", ["lpips_alex", "lpips_vgg", "dists"])
+def test_weights_that_are_not_named_are_fetched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backbones from torchvision's cache, as after a download; heads from the packages. Without a cache, here, a message."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    arguments = [None] * (2 if name == "dists" else 1)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    with pytest.raises(OSError, match="urlopen"):
+        getattr(perceptual, name)(*arguments)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for key, cached in {"lpips_alex": "alexnet-owt-7be5be79.pth", "vgg16": "vgg16-397923af.pth"}.items():
+        backbone = {k: v for k, v in load_file(FILES[key]).items() if k.startswith("features.")}
+        torch.save(backbone, tmp_path / "hub" / "checkpoints" / cached)
+    first, second = pairs()
+    assert getattr(perceptual, name)(*arguments)(first, second).tolist() == pytest.approx(REFERENCE[name], abs=1e-3)
+
+
+@needs_weights
 def test_perceptual_columns(volumes: Path) -> None:
     metrics = ["lpips_alex", "lpips_vgg", "dists"]
     path = table_yaml(volumes, {"sections": [0, 1]}, metrics=metrics, weights={key: str(value) for key, value in FILES.items()})
@@ -158,7 +177,6 @@ def fewer(folder: Path) -> dict[str, Any]:
         (lambda folder: {"sr": "nothing.zarr"}, {}, "nothing.zarr"),
         (lambda folder: {"sections": [0, 5]}, {}, "sections within [0, 4]"),
         (lambda folder: {}, {"metrics": ["mse"]}, "metrics"),
-        (lambda folder: {}, {"metrics": ["dists"]}, "weights.vgg16"),
         (lambda folder: {}, {"metrics": ["lpips_alex"], "weights": {"lpips_alex": "none.safetensors"}}, "none.safetensors"),
         (lambda folder: {"ground_truth": "gt.zarr"}, {}, "unknown key"),
     ],

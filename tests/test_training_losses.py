@@ -21,6 +21,7 @@ from models.training import losses
 from models.training.codes import CodeUsage
 from models.training.crops import Augmentation, Crops, Volume, centre_windows, pair
 from models.training.loop import LOWEST_RATE, Recipe, learning_rate
+from models.training.stages import NetworkStage
 from models.training.warps import warped_pair
 from models.vqgan import VQGAN, Codebook
 
@@ -242,3 +243,24 @@ def test_all_centres_at_once_are_the_windows_one_by_one() -> None:
         assert references.shape == (2, 7, 1, 64, 96)
         for i in range(3):
             assert torch.allclose(sr[:, i], network(sections[:, i : i + 5]), atol=1e-5)
+
+
+def test_alone_every_window_is_its_centre_five_times() -> None:
+    torch.manual_seed(0)
+    network = SuperResolver(X8_SMALL)
+    sections = torch.rand(1, 6, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in network.reconstruct.parameters():
+            parameter.mul_(3)
+        sr, _ = network(sections, all_centres=True, alone=True)
+        for i in range(2):
+            assert torch.allclose(sr[:, i], network(sections[:, i + 2 : i + 3].repeat(1, 5, 1, 1, 1)), atol=1e-5)
+            assert not torch.allclose(sr[:, i], network(sections[:, i : i + 5]), atol=1e-5)
+
+
+def test_squares_take_the_place_of_l1() -> None:
+    stage = NetworkStage(X8_SMALL, squares=True)
+    answer = torch.tensor([0.5, 0.1]).view(1, 1, 1, 1, 2), torch.zeros(1, 5, 1, 1, 2)
+    batch = torch.zeros(1, 5, 1, 1, 1), torch.zeros(1, 5, 1, 1, 2)
+    found = stage.losses(lambda lr, **_: answer, None, batch, 0)  # type: ignore[arg-type]
+    assert {name: round(float(value), 6) for name, value in found.items()} == {"loss": 0.13, "l2": 0.13}  # (0.25 + 0.01) / 2

@@ -1,25 +1,30 @@
 """The weights that come with emsr, from the data on: the whole recipe, as it was run.
 
-    python examples/train/builtin.py flyem-medulla WORK            trains x8 and x16, then writes models/builtin/flyem-medulla-x8.safetensors, ...
-    python examples/train/builtin.py drosophila-vnc WORK --only network-x8       one stage; the same command goes on with a stage that was interrupted
+    python examples/train/builtin.py flyem-medulla WORK            trains x8 and x16, scores them, writes models/builtin/flyem-medulla-x8.safetensors, ...
+    python examples/train/builtin.py drosophila-vnc WORK --only network-x8       one stage
 
-Needs `pip install '.[train,evaluate]'` and EMSR_SHARED, the folder with `data/` and `weights/` (LPIPS' AlexNet is a training loss; none of its values
-is in the result). In WORK each stage leaves its stage.yaml, so that `emsr train` alone can repeat it.
+The same command goes on where it was interrupted. Needs `pip install '.[train,evaluate]'` and EMSR_SHARED, the folder with `data/` and `weights/`
+(LPIPS' AlexNet serves as a loss; none of its values is in the result). Each stage leaves its stage.yaml in WORK, for `emsr train`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from tifffile import imread
 
-from pipeline import train
+from models.degrade import degrade
+from pipeline import evaluate, run, train
 from pipeline.command import guarded
 from pipeline.convert import convert
 from pipeline.errors import UserError
@@ -27,14 +32,15 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Tissue:
-    """A stack of HR sections: which teach, which are held out, and what must be said of them."""
+    """A stack of HR sections: which teach, which are held out for choosing, what the scores in the card come from, what must be said of them."""
 
     stack: str
     voxel_size_nm: tuple[float, float, float]
     taught: tuple[int, int]
     held_out: tuple[int, int]
     licence: str
-    card: str
+    credit: str
+    tests: dict[str, tuple[str, tuple[int, int]]]
 
 
 TISSUES = {
@@ -44,7 +50,10 @@ TISSUES = {
         (0, 85),
         (85, 100),
         "CC BY 3.0 US",
-        "Data: FlyEM / Janelia (HHMI), Drosophila medulla, every fourth plane of a FIB-SEM volume (Takemura et al. 2013; Parag et al. 2015).",
+        "FlyEM project, Janelia Research Campus (HHMI): NeuroProof example data, Drosophila medulla, FIB-SEM at 10 nm, of which every fourth plane was "
+        "kept (github.com/janelia-flyem/neuroproof_examples, validation_sample). Takemura et al., Nature 500 (2013) 175-181; Parag et al., PLoS ONE 10 "
+        "(2015) e0125825",
+        {"held-out": ("flyem-medulla-z40", (85, 100)), "another-sample": ("flyem-medulla-labelled-z40", (0, 31))},
     ),
     "drosophila-vnc": Tissue(
         "drosophila-vnc-stack1",
@@ -52,12 +61,20 @@ TISSUES = {
         (0, 16),
         (16, 20),
         "CC BY-NC-SA 3.0",
-        "Data: Gerhard, Funke, Martel, Cardona, Fetter 2013, doi 10.6084/m9.figshare.856713, Drosophila larva, ventral nerve cord, ssTEM stack 1.",
+        "Gerhard, Funke, Martel, Cardona, Fetter: Segmented anisotropic ssTEM dataset of neural tissue, figshare, 2013, doi 10.6084/m9.figshare.856713: "
+        "Drosophila larva, ventral nerve cord, ssTEM, stack 1",
+        {"held-out": ("drosophila-vnc-stack1", (16, 20))},
     ),
 }
 
+BUILTIN = Path(__file__).resolve().parents[2] / "models" / "builtin"
+
 COMMON: dict[str, Any] = {"threads": 1, "seed": 1, "checkpoint_every": 200, "accelerator": "cpu"}
 """One thread of a CPU, so that the same machine gives the same weights again; two stages may run side by side."""
+
+PAIRS: dict[str, Any] = {"stage": "indexer", "crop": 256, "batch": 4, "steps": 1500, "rate": 5e-4, "validate_every": 300, "after": ["vqgan"]}
+WINDOWS: dict[str, Any] = {"stage": "network", "centres": 4, "validate_every": 250, "precision": "bf16-mixed"}
+"""What indexer stages, and what network stages have in common: `after` and `start` name the stages whose weights they take."""
 
 STAGES: dict[str, dict[str, Any]] = {
     "flow": {"stage": "flow", "crop": 128, "batch": 8, "steps": 3000, "rate": 1e-3, "validate_every": 500},
@@ -73,23 +90,49 @@ STAGES: dict[str, dict[str, Any]] = {
         "losses": {"codebook": 1.0, "adversarial": 0.0, "perceptual": 0.1},
         "precision": "bf16-mixed",
     },
-    "indexer-x8": {"stage": "indexer", "scale": 8, "crop": 256, "batch": 4, "steps": 1500, "rate": 5e-4, "validate_every": 300, "after": ["vqgan"]},
-    "network-x8": {
-        "stage": "network",
-        "scale": 8,
-        "crop": 128,
-        "batch": 2,
-        "centres": 4,
-        "steps": 2000,
-        "rate": 6e-4,
-        "average": 0.998,
-        "validate_every": 500,
-        "losses": {"squares": True},
-        "precision": "bf16-mixed",
-        "after": ["vqgan", "indexer-x8", "flow"],
-    },
-    "indexer-x16": {"stage": "indexer", "scale": 16, "crop": 256, "batch": 4, "steps": 1500, "rate": 5e-4, "validate_every": 300, "after": ["vqgan"]},
+    "indexer-x8": PAIRS | {"scale": 8},
+    "network-x8": WINDOWS
+    | {"scale": 8, "crop": 128, "batch": 2, "steps": 2000, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
+    | {"after": ["vqgan", "indexer-x8", "flow"]},
+    "finish-x8": WINDOWS
+    | {"scale": 8, "crop": 128, "batch": 2, "steps": 500, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
+    | {"after": ["vqgan", "indexer-x8", "flow"], "start": "network-x8"},
+    "indexer-x16": PAIRS | {"scale": 16},
+    "network-x16": WINDOWS
+    | {"scale": 16, "crop": 192, "batch": 2, "steps": 800, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
+    | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x8"},
+    "finish-x16": WINDOWS
+    | {"scale": 16, "crop": 192, "batch": 2, "steps": 300, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
+    | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x16"},
 }
+
+CARD = """# {name}-x{scale}
+
+Weights of `gpemsr`, scale {scale}, preset `small`, for
+
+    network: {{name: gpemsr, scale: {scale}, weights: "builtin:{name}"}}
+
+| | |
+|---|---|
+| Data | {tissue.credit} |
+| Licence | {tissue.licence}, that of the data; name their authors when you pass on these weights or what they make |
+| Learnt from | sections {tissue.taught[0]} to {last}, voxels of {tissue.voxel_size_nm} nm (z, y, x), reduced {scale} times in y and x by antialiased bicubic |
+| Recipe | `python examples/train/builtin.py {name} WORK`, seed {seed}, on one core: {stages} |
+| Contains | values trained by this recipe alone: prior, mask features and optical flow too; LPIPS' AlexNet served as a loss. Stored as float16 |
+
+## Scores
+
+{table}
+
+Whole volumes through `emsr run`, definitions in docs/evaluation.md; no section of them was learnt from. `held-out` are sections {tissue.held_out[0]} to
+{last_held_out} of the same stack; they also showed how training went.
+
+## Use
+
+For looking at and for developing on tissue, staining and voxel sizes like those above; other data want weights of their own (docs/training.md).
+**Detail is synthesised**: membranes and vesicles finer than a measured voxel are what such tissue usually looks like there, not what the microscope saw.
+Do not count, trace or measure structures that the measured volume does not support; the target's `fidelity/` says where the two disagree.
+"""
 
 
 def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
@@ -113,21 +156,73 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
 
 
 def make(name: str, work: Path, only: Sequence[str]) -> int:
-    """Convert, train; returns the first exit code that is not 0."""
-    shared = Path(os.environ.get("EMSR_SHARED", "../shared")).resolve()
-    tissue = TISSUES[name]
-    stack = shared / "data" / tissue.stack / "raw.tif"
-    if not stack.exists():
-        raise UserError(f"no {stack}", "the stack of HR sections", "Set EMSR_SHARED to the folder with data/ and weights/")
+    """Convert, train, and with all stages done score and install; returns the first exit code that is not 0."""
+    shared, tissue = Path(os.environ.get("EMSR_SHARED", "../shared")).resolve(), TISSUES[name]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "hr.zarr").exists():
-        convert(stack, work / "hr.zarr", tissue.voxel_size_nm)
+        convert(stack(shared, tissue.stack), work / "hr.zarr", tissue.voxel_size_nm)
     for stage in only or STAGES:
-        path = work / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(stage_yaml(stage, tissue, shared), sort_keys=False))
-        if code := train.main([str(path)]):
+        if code := train.main([str(write(work / f"{stage}.yaml", stage_yaml(stage, tissue, shared)))]):
             return code
+    for scale in () if only else (8, 16):
+        weights = work / f"finish-x{scale}" / "last.safetensors"
+        table = scores(work / f"scores-x{scale}", tissue, shared, scale, weights)
+        BUILTIN.mkdir(exist_ok=True)
+        shutil.copyfile(weights, BUILTIN / f"{name}-x{scale}.safetensors")
+        (BUILTIN / f"{name}-x{scale}.md").write_text(card(name, tissue, scale, work, table))
     return 0
+
+
+def stack(shared: Path, name: str) -> Path:
+    path = shared / "data" / name / "raw.tif"
+    if not path.exists():
+        raise UserError(f"no {path}", "a stack of HR sections", "Set EMSR_SHARED to the folder with data/ and weights/")
+    return path
+
+
+def write(path: Path, body: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return path
+
+
+def scores(folder: Path, tissue: Tissue, shared: Path, scale: int, weights: Path) -> str:
+    """Every test volume reduced, sent through the main job, and scored against what it was reduced from: table.md."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    volumes = []
+    for name, (from_stack, sections) in tissue.tests.items():
+        hr = imread(stack(shared, from_stack))[slice(*sections)]
+        side = [n // scale * scale for n in hr.shape[1:]]
+        lr = np.stack([degrade(np.ascontiguousarray(s[: side[0], : side[1]]), scale) for s in hr])
+        convert(hr, folder / f"{name}-hr.zarr", tissue.voxel_size_nm)
+        z, y, x = tissue.voxel_size_nm
+        convert(lr, folder / f"{name}-lr.zarr", (z, y * scale, x * scale))
+        network = {"name": "gpemsr", "scale": scale, "preset": "small", "weights": str(weights)}
+        volume = {"source": {"url": f"{name}-lr.zarr"}, "target": {"url": f"{name}-sr.zarr", "mips": 1}, "network": network, "cluster": {"workers": 2}}
+        if code := run.main([str(write(folder / f"{name}.yaml", volume))]):
+            raise UserError(f"{name} was not finished (exit code {code})", "", "See above")
+        volumes.append({"name": name, "sr": f"{name}-sr.zarr", "gt": f"{name}-hr.zarr", "lr": f"{name}-lr.zarr", "crop": True})
+    files = {"lpips_alex": "lpips-alex/alexnet_features_lpips_v0.1", "vgg16": "vgg16-conv/vgg16_features_lpips_v0.1", "dists": "dists/dists_alpha_beta"}
+    table = {
+        "volumes": volumes,
+        "output": ".",
+        "metrics": ["psnr", "ssim", "lpips_alex", "dists"],
+        "weights": {key: str(shared / "weights" / f"{file}.safetensors") for key, file in files.items()},
+    }
+    if code := evaluate.main([str(write(folder / "table.yaml", table))]):
+        raise UserError(f"the scores could not be made (exit code {code})", "", "See above")
+    return (folder / "table.md").read_text()
+
+
+def card(name: str, tissue: Tissue, scale: int, work: Path, table: str) -> str:
+    """What must be said of the weights wherever they go."""
+    told = []
+    for stage in STAGES:
+        if not stage.endswith(f"x{16 // scale * 8}"):
+            last = json.loads((work / stage / "metrics.jsonl").read_text().splitlines()[-1])
+            told.append(f"{stage} ({last['step']} steps, {last['step'] / last['steps_per_s'] / 60:.0f} minutes)")
+    ends = {"last": tissue.taught[1] - 1, "last_held_out": tissue.held_out[1] - 1, "seed": COMMON["seed"]}
+    return CARD.format(name=name, scale=scale, tissue=tissue, table=table.strip(), stages=", ".join(told), **ends)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.evaluation import fetch
 from models.weights import read_state
 
 Layer = tuple[int, int, int]
@@ -53,14 +54,14 @@ class LPIPS(nn.Module):
         return found
 
 
-def lpips_alex(path: Path) -> LPIPS:
-    """From a safetensors file with `features.N.*` as torchvision names AlexNet's and `linN.model.1.weight`. Raises WeightsError, OSError."""
-    return LPIPS(read_state(path), ALEX)
+def lpips_alex(path: Path | None) -> LPIPS:
+    """From a file with `features.N.*` as torchvision names AlexNet's and `linN.model.1.weight`; None fetches. Raises WeightsError, OSError."""
+    return LPIPS(read_state(path) if path else fetch.lpips("alex"), ALEX)
 
 
-def lpips_vgg(path: Path) -> LPIPS:
+def lpips_vgg(path: Path | None) -> LPIPS:
     """The same with VGG16."""
-    return LPIPS(read_state(path), VGG16)
+    return LPIPS(read_state(path) if path else fetch.lpips("vgg"), VGG16)
 
 
 def _conv(state: dict[str, Tensor], place: int, stride: int, padding: int) -> nn.Conv2d:
@@ -122,6 +123,6 @@ class DISTS(nn.Module):
         return found
 
 
-def dists(vgg: Path, weights: Path) -> DISTS:
-    """From VGG16's file (as `lpips_vgg` reads) and that of `alpha` and `beta`. Raises WeightsError, OSError."""
-    return DISTS(read_state(vgg), read_state(weights))
+def dists(vgg: Path | None, weights: Path | None) -> DISTS:
+    """From VGG16's file (as `lpips_vgg` reads) and that of `alpha` and `beta`; None fetches. Raises WeightsError, OSError."""
+    return DISTS(read_state(vgg) if vgg else fetch.vgg16(), read_state(weights) if weights else fetch.dists())

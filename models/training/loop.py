@@ -205,4 +205,4 @@ def _means(recent: list[dict[str, float]]) -> dict[str, float]:
 
 def to_json(told: Progress) -> str:
     """One line of metrics.jsonl."""
-    return json.dumps({"step": told.step, "rate": told.rate, **told.losses, **told.scores})
+    return json.dumps({"step": told.step, "rate": told.rate, "steps_per_s": told.steps_per_s, **told.losses, **told.scores})

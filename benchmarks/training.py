@@ -1,0 +1,91 @@
+"""What a training step costs: seconds, FLOPs and memory of each stage at the paper's crops, one sample a step, random weights and images.
+
+    python benchmarks/training.py [paper|small] [scale=8] [steps=2] [crop=the paper's, at least 128]
+
+Each stage runs in a fresh process, so that its peak (VmHWM) is its own. FLOPs are counted by torch (forward and backward, one multiply-add is two;
+sampling is not counted). The last column is no measurement: days for the paper's 480,000 steps of batch 8 on one GPU that does 312 TFLOP/s (bfloat16,
+dense) and is used to 30 %.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = {"flow": 256, "vqgan": 512, "indexer": 1024, "network": 256}
+"""HR voxels across a crop (network.md, section 4); the paper does not train the flow."""
+PAPER_STEPS, PAPER_BATCH = 480_000, 8
+GPU_FLOPS, UTILISATION = 312e12, 0.30
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    flops: float
+    before: int
+    peak: int
+
+
+def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int) -> Cost:
+    """One stage in this process: mean seconds of `steps` steps after one that is not counted."""
+    import torch
+    from lightning_fabric import Fabric
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from models.config import preset
+    from models.training.loop import Loop, Recipe
+    from models.training.losses import Features
+    from models.training.stages import FlowStage, IndexerStage, NetworkStage, VQGANStage
+    from models.vqgan import VQGAN
+
+    torch.manual_seed(0)
+    params = preset(scale, preset_name)
+    if stage_name == "network":
+        widths = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (256, 256)]
+        vgg = {}
+        for place, shape in zip((0, 2, 5, 7, 10, 12, 14, 16), widths, strict=True):
+            vgg |= {f"features.{place}.weight": 0.05 * torch.randn(*shape, 3, 3), f"features.{place}.bias": torch.zeros(shape[0])}
+        stage = NetworkStage(params, reference_weight=0.001, features=Features(vgg))
+    elif stage_name == "indexer":
+        stage = IndexerStage(params, VQGAN(params.prior))
+    else:
+        stage = FlowStage(params) if stage_name == "flow" else VQGANStage(params, adversarial_from=0)
+    loop = Loop(Fabric(accelerator="cpu"), stage, Recipe(steps=steps + 1, batch=1), Path("."), "")
+    lr, hr = torch.rand(1, stage.sections, 1, crop // scale, crop // scale), torch.rand(1, stage.sections, 1, crop, crop)
+    before = resident("VmRSS")
+    loop.step = 1  # not one of those, every sixteenth, that regularise the critic: the counter cannot follow them
+    with FlopCounterMode(display=False) as counter:
+        loop._one_step((lr, hr), 1e-4)
+    began = time.perf_counter()
+    for _ in range(steps):
+        loop._one_step((lr, hr), 1e-4)
+    return Cost((time.perf_counter() - began) / steps, counter.get_total_flops(), before, resident("VmHWM"))
+
+
+def resident(which: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{which}:"))
+
+
+def main(preset_name: str = "paper", scale: str = "8", steps: str = "2", crop: str = "") -> None:
+    print(f"preset {preset_name}, x{scale}, batch 1, float32, {multiprocessing.cpu_count()} cores")
+    print("| stage | crop, HR voxels | s per step | TFLOP per step | GFLOP/s | process before | peak | GPU days (estimate) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for stage, paper_crop in STAGES.items():
+        side = int(crop or paper_crop)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            cost = pool.submit(measure, stage, preset_name, int(scale), int(steps), side).result()
+        days = cost.flops * PAPER_BATCH * PAPER_STEPS / (GPU_FLOPS * UTILISATION) / 86400
+        print(
+            f"| {stage} | {side} | {cost.seconds:.2f} | {cost.flops / 1e12:.3f} | {cost.flops / cost.seconds / 1e9:.0f} "
+            f"| {cost.before / 2**30:.2f} GiB | {cost.peak / 2**30:.2f} GiB | {days:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
