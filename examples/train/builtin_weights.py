@@ -1,7 +1,7 @@
 """The weights that come with emsr, from the data on: the whole recipe, as it was run.
 
-    python examples/train/builtin.py flyem-medulla WORK            trains x8 and x16, scores them, writes models/builtin/flyem-medulla-x8.safetensors, ...
-    python examples/train/builtin.py drosophila-vnc WORK --only network-x8       one stage
+    python examples/train/builtin_weights.py flyem-medulla WORK            trains x8 and x16, scores them, writes models/builtin/flyem-medulla-x8.safetensors, ...
+    python examples/train/builtin_weights.py drosophila-vnc WORK --only network-x8       one stage
 
 The same command goes on where it was interrupted. Needs `pip install '.[train,evaluate]'` and EMSR_SHARED, the folder with `data/` and `weights/`
 (LPIPS' AlexNet serves as a loss; none of its values is in the result). Each stage leaves its stage.yaml in WORK, for `emsr train`.
@@ -117,7 +117,7 @@ Weights of `gpemsr`, scale {scale}, preset `small`, for
 | Data | {tissue.credit} |
 | Licence | {tissue.licence}, that of the data; name their authors when you pass on these weights or what they make |
 | Learnt from | sections {tissue.taught[0]} to {last}, voxels of {tissue.voxel_size_nm} nm (z, y, x), reduced {scale} times in y and x by antialiased bicubic |
-| Recipe | `python examples/train/builtin.py {name} WORK`, seed {seed}, on one core: {stages} |
+| Recipe | `python examples/train/builtin_weights.py {name} WORK`, seed {seed}, on one core: {stages} |
 | Contains | values trained by this recipe alone: prior, mask features and optical flow too; LPIPS' AlexNet served as a loss. Stored as float16 |
 
 ## Scores
