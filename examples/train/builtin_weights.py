@@ -1,6 +1,6 @@
 """The weights that come with emsr, from the data on: the whole recipe, as it was run.
 
-    python examples/train/builtin_weights.py flyem-medulla WORK            trains x8 and x16, scores them, writes models/builtin/flyem-medulla-x8.safetensors, ...
+    python examples/train/builtin_weights.py flyem-medulla WORK            trains, scores, writes models/builtin/flyem-medulla-x8.safetensors, ...
     python examples/train/builtin_weights.py drosophila-vnc WORK --only network-x8       one stage
 
 The same command goes on where it was interrupted. Needs `pip install '.[train,evaluate]'` and EMSR_SHARED, the folder with `data/` and `weights/`
