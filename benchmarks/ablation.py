@@ -3,7 +3,7 @@
     PYTHONPATH=.:examples/train EMSR_SHARED=... python benchmarks/ablation.py flyem-medulla WORK [steps=700] [whole alone mpf pod three_da]
 
 WORK is the folder in which examples/train/builtin_weights.py has trained flow, vqgan and indexer-x8. Scores are those of the held-out windows after the
-last step. `alone` shows the network the centre section five times; the others put residual blocks with as many parameters in place of a module (paper, table 5).
+last step. `alone` shows the network the centre section five times; the others put residual blocks with as many parameters in a module's place (paper, table 5).
 """
 
 from __future__ import annotations

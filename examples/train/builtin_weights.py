@@ -92,17 +92,17 @@ STAGES: dict[str, dict[str, Any]] = {
     },
     "indexer-x8": PAIRS | {"scale": 8},
     "network-x8": WINDOWS
-    | {"scale": 8, "crop": 128, "batch": 2, "steps": 2000, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
+    | {"scale": 8, "crop": 128, "batch": 2, "steps": 1600, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x8", "flow"]},
     "finish-x8": WINDOWS
-    | {"scale": 8, "crop": 128, "batch": 2, "steps": 500, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
+    | {"scale": 8, "crop": 128, "batch": 2, "steps": 400, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
     | {"after": ["vqgan", "indexer-x8", "flow"], "start": "network-x8"},
-    "indexer-x16": PAIRS | {"scale": 16},
+    "indexer-x16": PAIRS | {"scale": 16, "steps": 900},
     "network-x16": WINDOWS
-    | {"scale": 16, "crop": 192, "batch": 2, "steps": 800, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
+    | {"scale": 16, "crop": 192, "batch": 2, "steps": 700, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x8"},
     "finish-x16": WINDOWS
-    | {"scale": 16, "crop": 192, "batch": 2, "steps": 300, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
+    | {"scale": 16, "crop": 192, "batch": 2, "steps": 250, "rate": 2e-4, "average": 0.99, "losses": {"perceptual": 0.03}, "half": True}
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x16"},
 }
 
@@ -144,9 +144,10 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
     network: dict[str, Any] = {"scale": own.pop("scale", 8), "preset": "small"}
     network |= {earlier.partition("-")[0]: f"{earlier}/last.safetensors" for earlier in after}
     network |= {"start": f"{start}/last.safetensors"} if start else {}
+    reach = 2 if own["stage"] == "network" else 0  # neighbours of the first held-out centre are taught ones; they are only looked at
     data = {
         "train": [{"url": "hr.zarr", "sections": list(tissue.taught)}],
-        "validate_on": [{"url": "hr.zarr", "sections": list(tissue.held_out)}],
+        "validate_on": [{"url": "hr.zarr", "sections": [tissue.held_out[0] - reach, tissue.held_out[1]]}],
         "licence": tissue.licence,
         "crop": own.pop("crop"),
         "validation_crop": 512,
