@@ -20,7 +20,7 @@ from models.network import SuperResolver
 from models.training import losses
 from models.training.codes import CodeUsage
 from models.training.crops import Augmentation, Crops, Volume, centre_windows, pair
-from models.training.loop import LOWEST_RATE, Recipe, learning_rate
+from models.training.loop import LOWEST_RATE, Recipe, decay, learning_rate
 from models.training.stages import NetworkStage
 from models.training.warps import warped_pair
 from models.vqgan import VQGAN, Codebook
@@ -264,3 +264,8 @@ def test_squares_take_the_place_of_l1() -> None:
     batch = torch.zeros(1, 5, 1, 1, 1), torch.zeros(1, 5, 1, 1, 2)
     found = stage.losses(lambda lr, **_: answer, None, batch, 0)  # type: ignore[arg-type]
     assert {name: round(float(value), 6) for name, value in found.items()} == {"loss": 0.13, "l2": 0.13}  # (0.25 + 0.01) / 2
+
+
+def test_the_average_forgets_the_random_start() -> None:
+    recipe = Recipe(steps=10_000, batch=1, average=0.998)
+    assert [decay(step, recipe) for step in (0, 8, 9999)] == [0.1, 0.5, 0.998]

@@ -68,6 +68,11 @@ def learning_rate(step: int, recipe: Recipe, start: int = 0) -> float:
     return LOWEST_RATE + (recipe.rate - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def decay(step: int, recipe: Recipe) -> float:
+    """EMA's decay, smaller in the first steps so that the random weights of the start are soon forgotten."""
+    return min(recipe.average, (1 + step) / (10 + step))
+
+
 class Loop:
     """State of one training: what a checkpoint holds, and what a step does to it."""
 
@@ -157,7 +162,7 @@ class Loop:
         with torch.no_grad():
             for name, parameter in self.stage.network.named_parameters():
                 if name in self.averaged:
-                    self.averaged[name].lerp_(parameter, 1 - self.recipe.average)
+                    self.averaged[name].lerp_(parameter, 1 - decay(self.step, self.recipe))
         return {name: float(value.detach()) for name, value in found.items()}
 
     def _descend(self, adam: Any, loss: Tensor, rate: float) -> None:
