@@ -45,7 +45,7 @@ def _encode(params: Params, tile: int) -> float:
     held += n * r * r
     compared = 3 * n * r * r + 3 * _band(64, tile * r, reach=2) if params.mask == VGG19 else 5 * n * r * r * first
     mask = held + n * r * r + compared
-    pyramid = n * width * sum(4**level for level in range(1, r.bit_length() - 2))
+    pyramid = n * width * sum(1 << 2 * level for level in range(1, r.bit_length() - 2))
     fusing = max(3 * width, 2 * width + widths[1]) / width * _band(width, tile * r // 2, reach=4)
     mpf = held + pyramid + max(fusing + n * half, 3 * n * width * quarter)
     return max(decoder, mask, mpf)

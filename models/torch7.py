@@ -24,7 +24,7 @@ def read_spynet(path: Path) -> dict[str, Tensor]:
     Sets of five (those trained on Flying Chairs) give their fifth twice, as spynet.lua does. Raises WeightsError, OSError.
     """
     files = _set_of(path)
-    state = {}
+    state: dict[str, Tensor] = {}
     for level in range(LEVELS):
         for i, (weight, bias) in enumerate(_level(files[min(level, len(files) - 1)])):
             state |= {f"levels.{level}.{2 * i}.weight": weight, f"levels.{level}.{2 * i}.bias": bias}

@@ -73,7 +73,7 @@ class Transfer:
         if device.type == "cuda":
             self._sections = self._sections.pin_memory()
             self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
-            self._beside = torch.cuda.Stream(device)
+            self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fetched: dict[int, torch.Tensor] = {}
 
     def fetch(self, at: int) -> None:
