@@ -18,6 +18,8 @@ from typing import Any
 
 from tissue_job import drive_all, ready, write_source
 
+import models
+from models import weights
 from pipeline.cluster import connect
 from pipeline.config import ClusterConfig
 from pipeline.price import memory_bytes, stored_share
@@ -30,8 +32,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "precomputed": {"format": "precomputed", "encoding": "raw"},
     "jpeg": {"format": "precomputed", "encoding": "jpeg"},
 }
-SIDES = {32: (256, 256), 64: (256, 512), 128: (512, 512)}
-"""LR rows and columns of a slab of so many MiB of SR voxels."""
+SIDES = {2: (128, 128), 32: (256, 256), 64: (256, 512), 128: (512, 512)}
+"""LR rows and columns of a slab of so many MiB of SR voxels, at its case's depth."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,35 @@ class Case:
     target: str
     slab_mib: int
     in_flight: int
+    network: str = "bicubic"
+    depth: int = DEPTH
 
 
-FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3)]
-ALL = [Case(*each) for each in itertools.product(TARGETS, SIDES, (1, 2, 3))]
+GPEMSR = Case("blosc-zstd", 2, 2, "gpemsr", depth=2)
+"""Preset small, x8, random weights: what it holds does not depend on them."""
+FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3), GPEMSR]
+ALL = [*(Case(*each) for each in itertools.product(TARGETS, (32, 64, 128), (1, 2, 3))), GPEMSR]
 
 
-def measure(case: Case, slabs: int, network: str = "bicubic") -> dict[str, float]:
+def random_weights(folder: Path) -> dict[str, Any]:
+    """Keys of volume.yaml's `network`."""
+    network = models.build("gpemsr", 8, "small")
+    weights.save(folder / "random.safetensors", network, licence="CC0-1.0 (random)")
+    return {"preset": "small", "weights": str(folder / "random.safetensors")}
+
+
+def measure(case: Case, slabs: int) -> dict[str, float]:
     y, x = SIDES[case.slab_mib]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = write_source(folder / "lr", (DEPTH * slabs // 2, 2 * y, x), (DEPTH, 64, 64))
-        prepared = ready(folder, source, "sr", (DEPTH, y, x), {"name": network}, case.in_flight, **TARGETS[case.target])
+        source = write_source(folder / "lr", (case.depth * slabs // 2, 2 * y, x), (case.depth, 64, 64))
+        network = {"name": case.network} | (random_weights(folder) if case.network == "gpemsr" else {})
+        prepared = ready(folder, source, "sr", (case.depth, y, x), network, case.in_flight, **TARGETS[case.target])
         with connect(ClusterConfig(workers=1), case.in_flight) as client:
             outcome = drive_all(client, prepared).outcome
     plan = prepared.job.plan
     share = stored_share(plan, outcome.bytes, outcome.voxels)
-    promise = memory_bytes(plan, case.in_flight, outcome.base_bytes, share)
+    promise = memory_bytes(plan, case.in_flight, outcome.base_bytes, share, outcome.network)
     return {
         "base_mib": outcome.base_bytes / MIB,
         "peak_mib": outcome.peak_bytes / MIB,
@@ -69,7 +83,8 @@ def measure(case: Case, slabs: int, network: str = "bicubic") -> dict[str, float
 def main(which: str = "few", slabs: str = "6") -> None:
     for case in {"few": FEW, "all": ALL}[which]:
         found = measure(case, int(slabs))
-        print(f"{case.target} {case.slab_mib} MiB, {case.in_flight} in flight:", {key: round(value, 2) for key, value in found.items()}, flush=True)
+        title = f"{case.network}, {case.target} {case.slab_mib} MiB, {case.in_flight} in flight:"
+        print(title, {key: round(value, 2) for key, value in found.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from models.catalog import BUILTIN_PRESET as BUILTIN_PRESET
 from models.catalog import NETWORKS as NETWORKS
 from models.catalog import builtin as builtin
 from models.config import preset as find_preset
+from models.memory import WARM_BYTES, peak_bytes, state_bytes
 from models.metadata import WeightsError as WeightsError
 from models.metadata import read_metadata as read_metadata
 
@@ -30,6 +31,16 @@ def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
 
     builders = {"nearest": Nearest, "bicubic": Bicubic}
     return builders[name](scale)
+
+
+def held_bytes(name: str, scale: int, preset: str | None, tile: int, value: int = 4) -> tuple[int, int]:
+    """Bytes beyond its weights that a network holds for a tile `tile` LR voxels across: at its fullest, what the process then
+    keeps among them, and per encoded section. `value`: bytes per number. Imports no torch.
+    """
+    if name != "gpemsr":
+        return 9 * (scale * tile) ** 2, 0  # twice in float32 and once as grey levels
+    params = find_preset(scale, preset or "paper")
+    return peak_bytes(params, tile, value) + WARM_BYTES, state_bytes(params, tile, value)
 
 
 def load(path: Path, network: nn.Module) -> None:

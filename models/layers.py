@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BAND_BYTES = 16 << 20
-"""Working size of one band: what stays in a last-level cache, and below glibc's 32 MiB, where every buffer is mapped anew."""
+from models.memory import band_rows
 
 
 def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -154,7 +153,7 @@ class SelfAttention(nn.Module):
 
 
 def in_bands(chain: Callable[..., Tensor], *maps: Tensor, reach: int, peak: int) -> Tensor:
-    """chain(*maps), computed band of rows by band of rows where the whole would not fit BAND_BYTES.
+    """chain(*maps), computed band of rows by band of rows where the whole would not fit memory.BAND_BYTES.
 
     `maps` are (B, *, H, W) of one size. Each row of the result depends on rows at most `reach` away (a multiple of the
     chain's stride), so what a band's edge spoils is cut off. `peak` is the largest intermediate map's size, channels
@@ -163,7 +162,7 @@ def in_bands(chain: Callable[..., Tensor], *maps: Tensor, reach: int, peak: int)
         |...reach|----------band----------|reach...|
     """
     b, _, height, width = maps[0].shape
-    rows = max(16, BAND_BYTES // (4 * b * peak * width) // 16 * 16)
+    rows = band_rows(b, peak, width)
     if rows >= height:
         return chain(*maps)
     parts = []

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import published
+from models import published, torch7
 from models.config import preset_name
 from models.flow import MEAN, STD
 from models.mask import VGGFeatures
@@ -101,14 +101,25 @@ def load_vgg19(network: SuperResolver, state: State) -> None:
 
 
 def load_spynet(network: SuperResolver, state: State) -> None:
-    """SPyNet in BasicSR's names (`basic_module.0.basic_module.0.weight`) or those of its source, pytorch-spynet
-    (`moduleBasic`, `netBasic`).
-    """
+    """What `read_spynet` gives, or a dictionary in BasicSR's or pytorch-spynet's names."""
     if not isinstance(network.pod, POD):
         raise WeightsError("this network has no optical flow (pod is off). Remove the SPyNet weights")
-    part = r"(?:basic_module|moduleBasic|netBasic)"
-    names = {re.sub(rf"^(?:spynet\.)?{part}\.(\d+)\.{part}\.", r"levels.\1.", name): name for name in state if name not in ("mean", "std")}
+    names = {_of_spynet(name): name for name in state if name not in ("mean", "std")}
     _fill(network.pod.flow, {mine: state[name] for mine, name in names.items()}, "SPyNet weights", names)
+
+
+def read_spynet(path: Path) -> State:
+    """SPyNet in our names, `levels.0.0.weight`, from a file in those of BasicSR (`basic_module.0.basic_module.0.weight`) or its source,
+    pytorch-spynet (`moduleBasic`, `netBasic`), or from the original .t7 files. Raises WeightsError, OSError.
+    """
+    if path.is_dir() or path.suffix == ".t7":
+        return torch7.read_spynet(path)
+    return {_of_spynet(name): value for name, value in read_state(path).items() if name not in ("mean", "std")}
+
+
+def _of_spynet(name: str) -> str:
+    part = r"(?:basic_module|moduleBasic|netBasic)"
+    return re.sub(rf"^(?:spynet\.)?{part}\.(\d+)\.{part}\.", r"levels.\1.", name)
 
 
 def _either(state: State, *names: str) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import DataError
+from pipeline.inference import footprint
 from pipeline.price import input_voxels, memory_bytes
 from pipeline.storage.volume import FIDELITY, VolumeInfo
 from pipeline.worker import Job, Sample, try_slab
@@ -47,8 +48,15 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
     if sample is not None:
         busy = max(sample.network_s, sample.write_s, sample.read_s)
         hours = plan.slabs * busy / 3600
-        memory = memory_bytes(plan, in_flight, sample.base_bytes, sample.stored_share[0])
-        say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
+        memory = memory_bytes(plan, in_flight, sample.base_bytes, sample.stored_share[0], sample.network)
+        held = footprint(job.network)
+        rings = in_flight * held.rings(plan)
+        network = f"network's tile {_size(held.tile)}, encoded sections {_size(rings)}"
+        if sample.gpu_weights is None:
+            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)}, {network})")
+        else:
+            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
+            say(f"GPU      {_size(sample.gpu_weights + held.tile + rings)} per worker (weights {_size(sample.gpu_weights)}, {network})")
         say(f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)")
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
 

@@ -52,6 +52,10 @@ class NetworkError(UserError):
     """The network or its weights cannot be had."""
 
 
+class TooLargeError(UserError):
+    """A tile of the network needs more memory than its device has."""
+
+
 class ClusterError(UserError):
     """Dask workers cannot be had."""
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 import models
+from pipeline import allocator, device
 from pipeline.config import NetworkConfig
-from pipeline.errors import NetworkError
+from pipeline.errors import NetworkError, TooLargeError
 from pipeline.geometry import ZYX, Box
 from pipeline.plan import Lattice, Plan, Slab
+from pipeline.price import NOTHING, Footprint
 from pipeline.weights import locate
-
-if TYPE_CHECKING:
-    import torch
 
 DEVICE_LOCK = threading.Lock()
 """Held by one slab at a time around `super_resolve`: two slabs in flight overlap their I/O, never the device."""
@@ -94,6 +93,12 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
     return NetworkSpec(config.name, config.scale, preset, sha256, config.precision, lattice, weights, licence)
 
 
+def footprint(spec: NetworkSpec) -> Footprint:
+    """What the network holds beside its weights, by formula. Imports no torch."""
+    tile, state = models.held_bytes(spec.name, spec.scale, spec.preset, spec.lattice.tile, 4 if spec.precision == "float32" else 2)
+    return Footprint(tile, spec.lattice.window * state)
+
+
 def _weights_file(spec: NetworkSpec) -> Path:
     """Where this machine has the weights: those that come with emsr lie wherever it is installed."""
     if spec.weights.partition(":")[0] == "builtin":
@@ -121,10 +126,8 @@ class Network:
         import torch
 
         self.spec = spec
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("EMSR_DEVICE", "0")) % torch.cuda.device_count())
-        else:
+        self.device = device.pick()
+        if self.device.type == "cpu":
             torch.set_num_threads(1)  # the number of threads changes the last bits of transposed convolutions (law 1)
         self.module = models.build(spec.name, spec.scale, spec.preset)
         if spec.weights:
@@ -132,6 +135,18 @@ class Network:
             with _as_network_errors():
                 models.load(path, self.module)
         self.module.to(self.device).eval()
+        self.weight_bytes = sum(value.nbytes for value in self.module.state_dict().values())
+
+    @property
+    def resident(self) -> Footprint:
+        """What of the footprint is this process's own memory: nothing where a GPU holds it."""
+        return footprint(self.spec) if self.device.type == "cpu" else NOTHING
+
+    def refuse_too_large(self, plan: Plan) -> None:
+        """Raises TooLargeError where no slab of `plan` can be computed even with the device to itself."""
+        most = device.room(self.device).most
+        if _needed(self.spec, plan) > most:
+            raise _too_large(self.spec, plan, most)
 
     def tile(self, sections: NDArray[np.uint8], ids: Sequence[int], out: NDArray[np.uint8], keep: tuple[slice, slice], ring: Ring) -> None:
         """One tile through all its sections: (D + window - 1, T, T) uint8 in, (D, rh, rw) uint8 into `out`.
@@ -142,25 +157,28 @@ class Network:
         import torch
 
         window = self.spec.lattice.window
+        transfer = device.Transfer(self.device, sections, out)
         with torch.inference_mode(), self._precision():
             for z in range(len(out)):
                 names = ids[z : z + window]
                 for at, name in enumerate(names, start=z):
                     if name not in ring:
-                        ring[name] = self.module.encode_section(self._to_device(sections[at]))  # type: ignore[operator]
+                        ring[name] = self.module.encode_section(transfer.take(at))  # type: ignore[operator]
+                        self._settle()
                 for old in [name for name in ring if name not in names]:
                     del ring[old]
+                if z + 1 < len(out) and ids[z + window] not in ring:
+                    transfer.fetch(z + window)
                 sr = self.module.fuse_window([ring[name] for name in names])  # type: ignore[operator]
-                out[z] = _quantise(sr[0, 0][keep])
+                transfer.put(z, sr[0, 0][keep])
+                del sr
+                self._settle()
+        transfer.finish()
 
-    def _to_device(self, section: NDArray[np.uint8]) -> torch.Tensor:
-        """(T, T) uint8 -> (1, 1, T, T) in 0..1 on the device; one byte per voxel crosses the bus."""
-        import torch
-
-        host = torch.from_numpy(section)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True).float().div_(255)[None, None]
+    def _settle(self) -> None:
+        """Return what encoding or fusing left free in the heap: else each finds what the other left beside its own."""
+        if self.resident.ring:
+            allocator.give_back()
 
     def _precision(self) -> AbstractContextManager[object]:
         import torch
@@ -175,14 +193,6 @@ Ring = dict[int, object]
 
 Rings = dict[tuple[int, int], Ring]
 """A ring for every tile, by the (y, x) of its cell: carried from slab to slab of a lease, so that a z-halo costs no network time."""
-
-
-def _quantise(sr: torch.Tensor) -> NDArray[np.uint8]:
-    """0..1 to grey levels, rounded, on the device: one byte per voxel comes back."""
-    import torch
-
-    grey: NDArray[np.uint8] = sr.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
-    return grey
 
 
 def pad_laterally(voxels: NDArray[np.uint8], have: Box, want: Box, mode: str) -> NDArray[np.uint8]:
@@ -210,6 +220,8 @@ def super_resolve(network: Network, lr: NDArray[np.uint8], ids: Sequence[int], p
 
     Works tile by tile on the lattice, so the result is the same for every slab that contains a voxel (law 1). `rings` of the
     slab before in z save encoding the shared sections again; the bytes are the same with and without.
+
+    Raises TooLargeError where the device has no memory for a tile.
     """
     lattice, scale = plan.lattice, plan.scale
     have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
@@ -220,8 +232,39 @@ def super_resolve(network: Network, lr: NDArray[np.uint8], ids: Sequence[int], p
         keep = cell.lateral(scale).slices(want.start.lateral(scale))
         place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))
         ring: Ring = {} if rings is None else rings.setdefault((cell.start.y, cell.start.x), {})
-        network.tile(np.ascontiguousarray(tile), ids, out[place], keep[1:], ring)
+        with _as_too_large(network, plan):
+            network.tile(np.ascontiguousarray(tile), ids, out[place], keep[1:], ring)
     return out
+
+
+def _needed(spec: NetworkSpec, plan: Plan) -> int:
+    """Bytes beside the weights for one slab at a time."""
+    held = footprint(spec)
+    return held.tile + held.rings(dataclasses.replace(plan, lattice=spec.lattice))
+
+
+@contextmanager
+def _as_too_large(network: Network, plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not device.out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # the failed tile's maps are memory that is there
+        raise _too_large(network.spec, plan, device.room(network.device).now) from None
+
+
+def _too_large(spec: NetworkSpec, plan: Plan, there: int) -> TooLargeError:
+    """`there`: bytes beside the weights."""
+    lattice = spec.lattice
+    smaller = (dataclasses.replace(spec, lattice=dataclasses.replace(lattice, cell=cell)) for cell in range(lattice.cell - 8, 0, -8))
+    fits = next((s.lattice.cell for s in smaller if _needed(s, plan) <= there), None)
+    return TooLargeError(
+        f"network.cell {lattice.cell} with halo {lattice.halo}: a tile of {lattice.tile} x {lattice.tile} LR voxels, with the encoded sections of its slab, "
+        f"needs {_needed(spec, plan) / 1e9:.2f} GB beside the weights, and {there / 1e9:.2f} GB are there",
+        "a tile that fits" if fits is None else f"network.cell {fits} or less, with the same halo",
+        "Take another device, or a smaller work.slab_shape" if fits is None else "Set it, with another target.url; or free memory there",
+    )
 
 
 def _laterally(want: Box, have: Box) -> Box:

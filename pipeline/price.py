@@ -17,6 +17,23 @@ class Input:
     decoded: int
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beyond its weights that a network holds: for the `tile` that it computes, one at a time, and in the `ring` of encoded
+    sections that every tile of a slab hands on to the next slab in z.
+    """
+
+    tile: int = 0
+    ring: int = 0
+
+    def rings(self, plan: Plan) -> int:
+        """Of all tiles of a slab: what a lease carries."""
+        return self.ring * sum(1 for _ in plan.lattice.cells(_middle(plan).lr))
+
+
+NOTHING = Footprint()
+
+
 def input_voxels(plan: Plan, chunk: ZYX) -> Input:
     """Sums over all slabs; boxes are products of axes, so each sum is a product of three short ones."""
     owned = requested = decoded = 1
@@ -36,19 +53,21 @@ def _along(plan: Plan, axis: str) -> list[Slab]:
     return [plan.slab(plan.slab_at(plan.region.start + shift * i)) for i in range(count)]
 
 
-def memory_bytes(plan: Plan, in_flight: int, base: int, share: float) -> int:
-    """Peak resident bytes promised for one worker: `base` (the process with the job open) and the slabs in flight.
+def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: Footprint = NOTHING) -> int:
+    """Peak resident bytes promised for one worker: `base` (the process with the job open), the slabs in flight, and what
+    `network` holds in the worker's own memory: rings for each of them.
 
     Of these one computes (LR and SR voxels), one encodes (SR voxels, mip 0's objects so far, and the largest of them twice more:
     in the store's buffers and while it is copied out), and others put (objects of all levels, and the copy that is being sent).
-    `share` is stored over raw bytes. Tasks of the second pass, later, may need more. Activations of networks are not counted.
+    `share` is stored over raw bytes. Tasks of the second pass, later, may need more.
     The constants are what warm libraries keep and the bounded cache of source chunks.
     """
-    slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
+    slab = _middle(plan)
     sr, lr = slab.write.size, slab.read.shape.product
     first, held = int(sr * share), int(_slab_output(plan, slab) * share)
     largest = min(first, int(plan.levels[0].shard.product * share))
-    computing = lr + sr
+    computing = lr + sr + network.tile
+    waiting = lr + sr
     encoding = lr + sr + first + 2 * largest
     putting = 2 * held
     if in_flight == 1:
@@ -56,8 +75,8 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float) -> int:
     elif in_flight == 2:
         slabs = encoding + max(computing, putting)
     else:
-        slabs = computing + encoding + putting + (in_flight - 3) * max(computing, putting)
-    slabs = max(slabs, in_flight * 2 * _second_pass_read(plan))
+        slabs = computing + encoding + putting + (in_flight - 3) * max(waiting, putting)
+    slabs = max(slabs + in_flight * network.rings(plan), in_flight * 2 * _second_pass_read(plan))
     return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
 
 
@@ -68,6 +87,10 @@ READ_CACHE_BYTES = 64 << 20
 def stored_share(plan: Plan, stored: int, voxels: int) -> float:
     """Stored over raw bytes, from `stored` bytes of all levels for `voxels` SR voxels of mip 0; 1 where there are none yet."""
     return stored / (voxels / plan.levels[0].shape.product * output_voxels(plan)) if voxels else 1.0
+
+
+def _middle(plan: Plan) -> Slab:
+    return plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
 
 
 def _second_pass_read(plan: Plan) -> int:

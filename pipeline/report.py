@@ -32,7 +32,8 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
     plan = prepared.job.plan
     wall = time.time() - began
     failures = [i for _, i in zip(range(FAILURES), ledger.indices(QUARANTINED), strict=False)]
-    promise = memory_bytes(plan, config.work.in_flight, outcome.base_bytes, stored_share(plan, outcome.bytes, outcome.voxels))
+    share = stored_share(plan, outcome.bytes, outcome.voxels)
+    promise = memory_bytes(plan, config.work.in_flight, outcome.base_bytes, share, outcome.network)
     body: dict[str, Any] = {
         "run": run_id,
         "emsr": __version__,

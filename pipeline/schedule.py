@@ -14,6 +14,7 @@ from distributed import Client, Future, KilledWorker
 from pipeline import worker
 from pipeline.errors import ClusterError, EmsrError, LedgerError
 from pipeline.plan import Plan
+from pipeline.price import NOTHING, Footprint
 from pipeline.storage.ledger import PENDING, QUARANTINED, Entry, Ledger
 from pipeline.storage.target_lease import TargetLease
 from pipeline.worker import Job, LeaseResult, Receipt, process_lease
@@ -27,7 +28,9 @@ Work = Callable[[Job, int, int], LeaseResult]
 
 
 def rehearse(client: Client, job: Job) -> None:
-    """One worker opens the job: its mistakes (a path it does not see, weights that do not fit) come before anything is written."""
+    """One worker opens the job: its mistakes (a path it does not see, weights that do not fit, a cell larger than its memory) come
+    before anything is written.
+    """
     try:
         client.submit(worker.rehearse, job, key=f"rehearse-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
     except TimeoutError:
@@ -46,6 +49,7 @@ class Outcome:
     interrupted: bool = False
     peak_bytes: int = 0
     base_bytes: int = 0
+    network: Footprint = NOTHING
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "network": 0.0, "write": 0.0})
     voxels: int = 0
     bytes: int = 0
@@ -116,6 +120,7 @@ def _stage(
                 _count(outcome, given_up)
                 entries.append(given_up)
         outcome.peak_bytes, outcome.base_bytes = max(outcome.peak_bytes, window.peak_bytes), max(outcome.base_bytes, window.base_bytes)
+        outcome.network = window.network
         ledger.record(entries)
         ledger.tick()
         progress(outcome)
@@ -199,6 +204,7 @@ class _Window:
         self._futures: dict[str, Future] = {}
         self.peak_bytes = 0
         self.base_bytes = 0
+        self.network = NOTHING
 
     @property
     def pending(self) -> int:
@@ -230,6 +236,7 @@ class _Window:
         for result in self._gather(fine):
             receipts.extend(result.receipts)
             self.peak_bytes, self.base_bytes = max(self.peak_bytes, result.peak_bytes), max(self.base_bytes, result.base_bytes)
+            self.network = result.network
         for future in futures:
             span = self._spans.pop(future.key)
             self._futures.pop(future.key)

@@ -52,7 +52,7 @@ class DataConfig(_Model):
 
 
 class NetworkConfig(_Model):
-    """`vqgan`, `indexer` and `flow` are what the other stages wrote; `start` are weights of ours to go on from."""
+    """`vqgan`, `indexer` and `flow` are what the other stages wrote, `flow` perhaps SPyNet as published; `start` are weights of ours to go on from."""
 
     scale: Literal[8, 16]
     preset: Literal["paper", "small"] = "paper"

@@ -55,7 +55,8 @@ def prepare(config: StageConfig) -> Stage:
     if config.network.vgg19 is not None:
         weights.load_vgg19(network, weights.read_state(config.network.vgg19))
     paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(config.network, kind)) is not None}
-    parts.assemble(network, _part(config, "vqgan"), _part(config, "indexer"), _part(config, "flow"), paths)
+    flow = None if config.network.flow is None else parts.load_flow(config.network.flow, wanted)
+    parts.assemble(network, _part(config, "vqgan"), _part(config, "indexer"), flow, paths)
     return stage
 
 

@@ -22,6 +22,7 @@ from pipeline.errors import DataError, EmsrError, TransientError, UserError
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
 from pipeline.plan import Plan, PyramidBlock, Slab
+from pipeline.price import NOTHING, Footprint
 from pipeline.pyramid import halve
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
 from pipeline.storage.sources import open_mask, open_source
@@ -64,17 +65,23 @@ class LeaseResult:
     """Largest resident size of the worker's process so far."""
     base_bytes: int
     """Its resident size when the job was open and no slab had been read."""
+    network: Footprint = NOTHING
+    """What the network holds of the process's memory."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one slab cost: seconds by part, stored over raw bytes by level, resident bytes before it."""
+    """What one slab cost: seconds by part, stored over raw bytes by level, resident bytes before it, what the network holds of the
+    process's memory, and the bytes of its weights where a GPU has them.
+    """
 
     read_s: float
     network_s: float
     write_s: float
     stored_share: dict[int, float]
     base_bytes: int
+    network: Footprint
+    gpu_weights: int | None
 
 
 @dataclass
@@ -137,7 +144,7 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
 def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
     """Tasks start .. stop-1, one after another. A task that fails for good is a quarantined receipt, never an exception.
 
-    Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks).
+    Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks, too little memory).
     """
     opened = open_job(job)
     rings: Rings | None = {} if job.plan.lattice.window > 1 else None
@@ -145,7 +152,7 @@ def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
     for index in range(start, stop):
         receipts.append(_attempt(opened, index, rings))
         allocator.give_back()
-    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes)
+    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes, opened.network.resident)
 
 
 def rehearse(job: Job) -> int:
@@ -212,7 +219,8 @@ def try_slab(job: Job) -> Sample:
         box = plan.fidelity_box(slab) if level == FIDELITY else plan.level_box(slab, level)
         share[level] = sum(len(objects[key]) for key in opened.target.keys(level, box)) / box.size
     read_s, network_s, write_s = (b - a for a, b in itertools.pairwise(marks))
-    return Sample(read_s, network_s, write_s, share, opened.base_bytes)
+    gpu_weights = opened.network.weight_bytes if opened.network.device.type == "cuda" else None
+    return Sample(read_s, network_s, write_s, share, opened.base_bytes, opened.network.resident, gpu_weights)
 
 
 def _owned(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
@@ -299,6 +307,7 @@ def open_job(job: Job) -> OpenJob:
                 raise EmsrError(f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again")
             mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
             opened = OpenJob(job, source, open_target(job.target), mask, Network(job.network))
+            opened.network.refuse_too_large(job.plan)
             opened.base_bytes = _rss_bytes()
             _open_jobs[job.digest] = opened
         return _open_jobs[job.digest]

@@ -23,8 +23,9 @@ def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
     assert benchmark(name, *arguments)
 
 
-def test_a_workers_peak_is_within_15_percent_of_the_promise() -> None:
-    code = "import memory; print(memory.measure(memory.Case('blosc-zstd', 32, 1), 4)['peak_over_promise'])"
+@pytest.mark.parametrize(("case", "slabs"), [("Case('blosc-zstd', 32, 1)", 4), ("GPEMSR", 2)])
+def test_a_workers_peak_is_within_15_percent_of_the_promise(case: str, slabs: int) -> None:
+    code = f"import memory; print(memory.measure(memory.{case}, {slabs})['peak_over_promise'])"
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
     script = f"if __name__ == '__main__':\n    {code}\n"
     done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=200)

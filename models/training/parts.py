@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.config import Params, from_json, to_json
+from models import weights
+from models.config import X8, Params, from_json, to_json
 from models.metadata import WeightsError
 from models.network import SuperResolver
 
@@ -51,6 +52,25 @@ def load_part(path: Path, kind: str) -> Part:
     if header.get("format") != FORMAT or header.get("kind") != kind:
         raise WeightsError(f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. Name the file that the {kind} stage wrote")
     return Part(kind, from_json(header["params"]), header["training_data_licence"], state, json.loads(header["facts"]))
+
+
+def load_flow(path: Path, params: Params) -> Part:
+    """What stage flow wrote, or SPyNet as published, in any layout that `weights.read_spynet` reads. Raises WeightsError, OSError."""
+    if not path.exists() or _is_ours(path):
+        return load_part(path, FLOW)
+    if params.flow_widths != X8.flow_widths:
+        raise WeightsError(f"{path} is no file of stage flow, and SPyNet as published fits preset paper only. Train stage flow, or use preset paper")
+    return Part(FLOW, params, "", weights.read_spynet(path), {})
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return True  # load_part tells what is wrong
 
 
 def fill(network: nn.Module, part: Part, path: Path) -> None:

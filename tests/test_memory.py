@@ -1,0 +1,151 @@
+"""Memory of the five-section network: what the plan predicts, what a process takes, and what a user reads where it is not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import texture, tree, volume_yaml, write_lr
+
+import models
+from models import memory, weights
+from models.config import preset
+from models.network import SuperResolver
+from pipeline import device, run
+from pipeline.errors import TooLargeError
+from pipeline.geometry import ZYX, Box
+from pipeline.inference import NetworkSpec, footprint
+from pipeline.plan import Lattice, LevelSpec, Plan
+from pipeline.price import Footprint, memory_bytes
+
+_PEAK = """
+import sys
+import numpy as np
+from pipeline import allocator
+from pipeline.inference import Network, NetworkSpec, footprint
+from pipeline.plan import Lattice
+name, scale, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+allocator.settle()
+network = Network(NetworkSpec("gpemsr", scale, name, "", "float32", Lattice(tile - 16, 8, 5, "mirror")))
+sections = np.random.default_rng(0).integers(0, 256, (6, tile, tile), dtype=np.uint8)
+out, keep = np.zeros((2, scale * tile, scale * tile), np.uint8), (slice(None), slice(None))
+status = lambda key: next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+network.tile(sections, [0, 0, 0, 0, 1, 1], out, keep, {})
+held = network.resident
+print((status("VmHWM") - before) / (held.tile + 2 * held.ring / 5))
+"""
+"""Two different sections: one is encoded before the first window is fused, one after it, beside what fusing left."""
+
+FAST = [("small", 8, 80), ("small", 16, 48), ("paper", 8, 48)]
+SLOW = [("paper", 8, 80), ("paper", 16, 48), ("paper", 16, 64), ("small", 16, 80)]
+
+
+@pytest.mark.parametrize(("name", "scale", "tile"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_a_process_grows_by_what_is_predicted(name: str, scale: int, tile: int) -> None:
+    """Within 15 %, weights random and already there, in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", _PEAK, name, str(scale), str(tile)], capture_output=True, text=True, check=True)
+    assert 0.85 <= float(done.stdout) <= 1.15
+
+
+@pytest.mark.parametrize("scale", [8, 16])
+def test_a_state_is_as_large_as_predicted(scale: int) -> None:
+    params = preset(scale, "small")
+    with torch.inference_mode():
+        state = SuperResolver(params).encode_section(torch.rand(1, 1, 16, 16))
+    assert sum(part.nbytes for part in (state.section, *state.pyramid)) == memory.state_bytes(params, 16)
+
+
+def a_plan(lattice: Lattice) -> Plan:
+    box = Box.of((0, 0, 0), (4, 64, 64))
+    level = LevelSpec(ZYX(4, 512, 512), ZYX(4, 256, 256), ZYX(4, 512, 512))
+    return Plan(box, box, ZYX(4, 64, 64), 8, lattice, (level,), None)
+
+
+def test_the_promise_counts_one_tile_and_the_rings_of_every_slab_in_flight() -> None:
+    plan = a_plan(Lattice(32, 8, 5, "mirror"))  # four tiles a slab
+    held = Footprint(tile=10**9, ring=10**6)
+    assert held.rings(plan) == 4 * 10**6
+    for in_flight in (2, 3, 5):
+        more = memory_bytes(plan, in_flight, 0, 1.0, held) - memory_bytes(plan, in_flight, 0, 1.0)
+        assert more == pytest.approx(10**9 + in_flight * 4 * 10**6, abs=plan.levels[0].shape.product * 4)
+
+
+def test_lower_precision_needs_half() -> None:
+    whole, half = (footprint(NetworkSpec("gpemsr", 8, "paper", "", precision, Lattice(64, 8, 5, "mirror"))) for precision in ("float32", "bfloat16"))
+    assert half.tile - memory.WARM_BYTES == pytest.approx((whole.tile - memory.WARM_BYTES) / 2, rel=0.01)
+
+
+KEYS = {"network__name": "gpemsr", "network__preset": "small", "target__mips": 1}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    network = models.build("gpemsr", 8, "small")
+    assert isinstance(network, SuperResolver)
+    weights.save(tmp_path / "small.safetensors", network, licence="CC0-1.0 (random)")
+    write_lr(tmp_path / "lr.zarr", texture((4, 32, 32)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_cell_that_no_device_could_hold_is_refused_before_anything_is_written(small: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **KEYS, network__weights="small.safetensors", network__cell=4096)
+    before = tree(small)
+    assert run.main([str(path), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "a tile of 4112 x 4112 LR voxels" in said
+    assert "Wanted: network.cell" in said
+    assert "Traceback" not in said
+    assert tree(small) == before
+
+
+_SHORT = """
+import resource, sys
+from pipeline import config, device, worker
+from pipeline.prepare import prepare
+from pipeline.storage.ledger import WRITTEN
+job = prepare(config.load(sys.argv[1])).job
+assert worker.process_lease(job, 0, 1).receipts[0].state == WRITTEN
+opened = worker.open_job(job)
+vms = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:"))
+resource.setrlimit(resource.RLIMIT_AS, (vms + (int(sys.argv[2]) << 20), -1))
+print(worker.process_lease(job, 1, 2).receipts[0].error)
+"""
+
+
+def test_a_tile_without_memory_is_quarantined_at_once_and_says_what_would_fit(small: Path) -> None:
+    """A real limit, set on the process after its first slab."""
+    keys = KEYS | {"network__weights": "small.safetensors", "network__cell": 64, "work__slab_shape": [2, 32, 32]}
+    path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **keys)
+    done = subprocess.run([sys.executable, "-c", _SHORT, str(path), "100"], capture_output=True, text=True, check=True)
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("TooLargeError: network.cell 64 with halo 8: a tile of 80 x 80 LR voxels")
+    assert "GB are there. Wanted: network.cell " in first
+    cell = int(first.partition("Wanted: network.cell ")[2].split()[0])
+    assert cell % 8 == 0
+    assert 8 <= cell < 64
+
+
+def test_other_faults_are_not_taken_for_it() -> None:
+    assert device.out_of_memory(MemoryError())
+    assert device.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"))
+    assert not device.out_of_memory(RuntimeError("sizes differ"))
+    assert not device.out_of_memory(ValueError("DefaultCPUAllocator: "))
+    assert TooLargeError("a").exit_code == 2
+
+
+def test_sections_and_grey_levels_pass_as_they_are() -> None:
+    sections, out = texture((3, 8, 8)), np.zeros((2, 2, 4), np.uint8)
+    transfer = device.Transfer(torch.device("cpu"), sections, out[:, :, ::2])
+    transfer.fetch(2)
+    for at in (2, 0):
+        assert torch.equal(transfer.take(at)[0, 0], torch.from_numpy(sections[at]) / 255)
+    transfer.put(1, torch.tensor([[-1.0, 0.5], [100.4 / 255, 2.0]]))
+    transfer.finish()
+    assert out.tolist() == [[[0] * 4] * 2, [[0, 0, 128, 0], [100, 0, 255, 0]]]
