@@ -39,7 +39,9 @@ TELLING = 0.2
 """Correlation of neighbouring sections below which bad ones do not stand out: unrelated ones reach 0.15 at their best place."""
 ALIKE = (0.75, 0.65, 0.6)
 """Share of the usual resemblance, 1 .. LAGS sections apart, from which two show the same tissue."""
-ACROSS = (0.5,) * LAGS
+SPREAD = 4
+"""Or less, where resemblance varies by itself, in small or faint sections: so many times its median's distance from the upper quartile."""
+ACROSS = 0.5
 """The same, for two sections between which others resemble none but themselves."""
 PARTLY = 0.35
 """And the share from which a part of a section does."""
@@ -166,16 +168,18 @@ class _Links:
         usual = _usual(alike, 0.75)
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = _mean(np.where(usual >= WEAK, np.clip(alike / usual, 0, 1), np.nan))
-        self._kept = kept / _usual(kept, 0.75)  # how far blocks differ among themselves is no sign of damage
+        upper, middle = _usual(kept, 0.75), _usual(kept, 0.5)
+        self._kept = kept / upper  # how far blocks differ among themselves is no sign of damage
+        self._bars = np.fmin(ALIKE, 1 - SPREAD * (1 - middle / upper))
         self._moved = np.where(touched[..., None], np.nan, _median(found.moved, 2))
         far = np.abs(self._moved).max(-1)
         self._far = far
         self._reach = np.fmax(REACH, JITTER * _usual(far[:, 0], 0.5))
 
-    def alike(self, low: int, high: int, bars: tuple[float, ...] = ALIKE) -> bool:
-        """Whether section `high` shows what `low`, up to LAGS before it, shows; so too where nothing can be told."""
+    def alike(self, low: int, high: int, bar: float = 1.0) -> bool:
+        """Whether section `high` shows what `low`, up to LAGS before it, shows; so too where nothing can be told. `bar`: a lower one."""
         pair = high, high - low - 1
-        return bool(np.isnan(self._kept[pair]) or (self._kept[pair] >= bars[pair[1]] and self._far[pair] < self._reach[high]))
+        return bool(np.isnan(self._kept[pair]) or (self._kept[pair] >= min(bar, self._bars[pair]) and self._far[pair] < self._reach[high]))
 
     def runs(self) -> set[int]:
         """Sections that resemble a direct neighbour. Not two from elsewhere that resemble each other, and that those around them
@@ -213,7 +217,7 @@ class _Links:
             return "resembles no section near it"
         best = max(pairs, key=lambda pair: self._kept[pair])
         kept = self._kept[best]
-        if kept >= ALIKE[best[1]]:
+        if kept >= self._bars[best]:
             y, x = (round(float(d)) * step * (1 if best[0] == i else -1) for d in self._moved[best])
             return f"shifted by ({y}, {x}) LR voxels (y, x)"
         return f"resembles its neighbours by {kept:.0%} of what is usual" + (" (folded, torn, or partly lost)" if kept > PARTLY else "")

@@ -53,7 +53,7 @@ class Survey:
     def key(self) -> str:
         """Of everything that the measurements depend on."""
         s = self.source
-        parts = [VERSION, s.url, self.info.fingerprint, s.mip, s.array, s.intensity_window, s.model_dump(mode="json")["missing_chunks"]]
+        parts = [VERSION, self.step, s.url, self.info.fingerprint, s.mip, s.array, s.intensity_window, s.model_dump(mode="json")["missing_chunks"]]
         return hashlib.sha256(json.dumps([*parts, self.sections.start, self.sections.stop]).encode()).hexdigest()[:16]
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from conftest import run_here, tree, volume_yaml, write_lr
+from conftest import main_job, run_here, tree, volume_yaml, write_lr
 from section_damage import DAMAGES
 from test_section_quality import tissue
 
@@ -19,10 +19,11 @@ from models.degrade import degrade
 from models.evaluation.fidelity import psnr
 from pipeline import config, run, section_survey, status, verify
 from pipeline.errors import SourceError
-from pipeline.geometry import ZYX
+from pipeline.geometry import ZYX, Box
 from pipeline.plan import Lattice, Plan
 from pipeline.storage.kv import Store
 from pipeline.storage.sources import open_source
+from pipeline.storage.volume import VolumeInfo
 
 BAD = {5: "constant", 9: "resembles"}
 DETECT = {"source__bad_sections": {"detect": True}, "work__slab_shape": [4, 32, 32]}
@@ -126,7 +127,7 @@ def test_the_rule_refuse_tells_what_was_found_and_looks_again_at_mended_sections
     assert "2 bad sections, 5 (constant), 9 (resembles" in said
     assert not (tmp_path / "sr").exists()
     zarr.open_array(source / "0")[:] = tissue(12, 64, 1).astype(np.uint8)
-    assert main(path) == 0
+    main_job(path, "run")  # in a process that has not read the damaged ones
     assert provenance(tmp_path)["bad_sections"] == {}
 
 
@@ -154,7 +155,7 @@ def wanted(path: Path, box: tuple[int, int] | None = None) -> tuple[section_surv
 
 def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """Stopped in the third of its runs it reads the first two no more, and a damaged record of one only that one; the verdicts are the same."""
-    volume = tissue(100, 48, 2).astype(np.uint8)
+    volume = tissue(100, 64, 2).astype(np.uint8)
     volume[[40, 70]] = 0
     survey, source = wanted(write_lr(tmp_path / "lr.zarr", volume))
     undisturbed = section_survey.look(survey, source, Store(f"file://{tmp_path}/other/"), keep=False)
@@ -167,14 +168,14 @@ def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     counting = Counting(source)
     done: list[int] = []
     assert section_survey.look(survey, counting, store, keep=True, progress=done.append) == undisturbed
-    assert counting.voxels == (100 - 64 + 3) * 48 * 48
+    assert counting.voxels == (100 - 64 + 3) * 64 * 64
     assert done == [32, 64, 96, 100]
 
     file = sorted((tmp_path / "side").rglob("*.npz"))[1]
     file.write_bytes(file.read_bytes()[:300])
     counting = Counting(source)
     assert section_survey.look(survey, counting, store, keep=True) == undisturbed
-    assert counting.voxels <= (32 + 3) * 48 * 48
+    assert counting.voxels <= (32 + 3) * 64 * 64
 
 
 def test_only_what_is_read_and_its_surroundings_is_looked_at(tmp_path: Path) -> None:
@@ -191,9 +192,10 @@ def test_only_what_is_read_and_its_surroundings_is_looked_at(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("shape", "nm", "boxes", "side", "step"), [((3, 64, 200), 36.8, 1, 64, 1), ((3, 300, 1000), 36.8, 8, 128, 1), ((3, 2048, 2048), 8, 16, 512, 4)]
 )
-def test_a_section_costs_at_most_sixteen_boxes(shape: tuple[int, int, int], nm: float, boxes: int, side: int, step: int, tmp_path: Path) -> None:
+def test_a_section_costs_at_most_sixteen_boxes(shape: tuple[int, int, int], nm: float, boxes: int, side: int, step: int) -> None:
     """Inside the volume, one beside the other; finer voxels are averaged to 32 nm."""
-    survey, _ = wanted(write_lr(tmp_path / "lr.zarr", np.zeros(shape, np.uint8), (45.0, nm, nm)))
+    info = VolumeInfo("file:///em", "zarr3", Box.at(ZYX(0, 100, 7), ZYX.of(shape)), (45.0, nm, nm), (0.0, 0.0, 0.0), "uint8", ZYX(4, 16, 16), "")
+    survey = section_survey.Survey(config.SourceConfig(url=info.url), info, range(3), frozenset(), 0)
     found = survey.boxes()
     assert (len(found), found[0].shape.y, survey.step) == (boxes, side, step)
     bounds = survey.info.bounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_measurements_do_not_depend_on_the_runs_they_are_made_in(seed: int, cuts
     volume = tissue(14, 40, seed).astype(np.float32)[:, None].repeat(2, 1)
     whole = measure(volume)
     edges = [0, *sorted(cuts), 14]
-    parts = [measure(volume[max(0, a - LAGS) : b], a - max(0, a - LAGS)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [measure(volume[max(0, a - LAGS) : b], a - max(0, a - LAGS)) for a, b in itertools.pairwise(edges)]
     joined = Measured.joined(parts)
     for name in ("contrast", "black", "white", "alike", "moved"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name), equal_nan=True), name
