@@ -97,6 +97,7 @@ class BadSectionsConfig(_Model):
     list: tuple[StrictInt, ...] = ()
     detect: StrictBool = False
     rule: Literal["nearest", "refuse"] = "nearest"
+    output: Literal["neighbours", "empty"] = "neighbours"
 
 
 class MaskConfig(_Model):

@@ -89,7 +89,7 @@ class Plan:
     """Numbers 0 .. slabs-1 are slabs, the rest are blocks of the levels that slabs do not write.
 
     `lossy`: the encoding changes voxels. Then every level is averaged from the stored one before it, not from the slab in
-    memory: how far a slab's own memory reaches must not show (law 1).
+    memory: how far a slab's own memory reaches must not show (law 1). `leave_empty`: a bad section's own output is 0.
     """
 
     bounds: Box
@@ -101,6 +101,7 @@ class Plan:
     fidelity: LevelSpec | None
     bad_sections: tuple[int, ...] = ()
     lossy: bool = False
+    leave_empty: bool = False
 
     @property
     def grid(self) -> ZYX:
@@ -203,6 +204,10 @@ class Plan:
             return (index // self.grid.z + 1) * self.grid.z
         return next(stage.stop for stage in self.stages() if index in stage)
 
+    def empty_sections(self, slab: Slab) -> list[int]:
+        """Which of the slab's own sections, counted from its first, are left empty."""
+        return [z - slab.lr.start.z for z in self.bad_sections if slab.lr.start.z <= z < slab.lr.stop.z] if self.leave_empty else []
+
     def section(self, z: int) -> int:
         """The source section that stands in for `z`: the end section beyond the volume, the nearest good one for a bad one
         (of two as near, the lower).
@@ -214,4 +219,4 @@ class Plan:
             for near in (z - d, z + d):
                 if self.bounds.start.z <= near < self.bounds.stop.z and near not in self.bad_sections:
                     return near
-        raise ValueError("every section is listed as bad")
+        raise ValueError("every section is bad")

@@ -6,20 +6,24 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import __version__, layout, urls
+from pipeline import __version__, bad_sections, layout, urls
+from pipeline.bad_sections import Look
 from pipeline.config import Config, FillConfig
 from pipeline.errors import ClusterError, LedgerError, SourceError, TargetError, TransientError
 from pipeline.geometry import Box
 from pipeline.inference import NetworkSpec, describe
 from pipeline.plan import Plan
 from pipeline.price import output_voxels
+from pipeline.section_survey import Survey, survey
 from pipeline.storage.kv import Store
 from pipeline.storage.sources import open_mask, open_source
 from pipeline.storage.targets import is_empty, open_target
-from pipeline.storage.volume import TargetSpec, VolumeInfo
+from pipeline.storage.volume import Source, TargetSpec, VolumeInfo
 from pipeline.worker import Job
 
 FORMAT_VERSION = 1
@@ -39,8 +43,12 @@ def sidecar(target_url: str) -> str:
     return urls.split_format(target_url)[1] + ".emsr"
 
 
-def prepare(config: Config) -> Prepared:
-    """Opens the source's metadata and plans. Raises UserError; writes nothing."""
+def prepare(config: Config, look: Look | None = None) -> Prepared:
+    """Opens the source's metadata and plans. Raises UserError; writes nothing.
+
+    With source.bad_sections.detect, what an earlier run found counts, so that every command sees one plan; `look` is called
+    where there was none, after everything else was found to be right.
+    """
     if config.cluster.kind in ("slurm", "kubernetes"):
         raise ClusterError(
             f"cluster.kind {config.cluster.kind} is not in this version", "local or address", "Start workers with `dask worker` and use kind: address"
@@ -48,18 +56,25 @@ def prepare(config: Config) -> Prepared:
     network = describe(config.network)
     target_url = _target_url(config)
     try:
-        info = open_source(config.source).info
+        source = open_source(config.source)
+        info = source.info
         mask = open_mask(config.source.mask, info).info if config.source.mask is not None else None
     except TransientError as error:
         raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
     region = _region(config, info)
-    bad = _bad_sections(config, info)
+    bad = bad_sections.listed(config.source.bad_sections, info)
     shapes = layout.choose(region.shape, network.scale, config.target, config.work.slab_shape)
     encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
     lossy = encoding == "jpeg"
-    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, bad, lossy)
+    empty = config.source.bad_sections.output == "empty"
+    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, tuple(bad), lossy, empty)
     _within_budget(config, plan)
-    spec = json.loads(json.dumps(_spec(config, info, mask, plan, network, encoding)))
+    looked = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
+    if looked is not None:
+        bad = dict(sorted((_detected(target_url, looked, source, look) | bad).items()))
+        bad_sections.allowed(config.source.bad_sections, bad, info)
+        plan = dataclasses.replace(plan, bad_sections=tuple(bad))
+    spec = json.loads(json.dumps(_spec(config, info, mask, plan, network, encoding, bad, looked)))
     voxel_nm = (info.voxel_size_nm[0], info.voxel_size_nm[1] / plan.scale, info.voxel_size_nm[2] / plan.scale)
     corner = tuple(c + s * v for c, s, v in zip(info.corner_nm, region.start, info.voxel_size_nm, strict=True))
     target = TargetSpec(
@@ -90,13 +105,17 @@ def check_place(prepared: Prepared, store: Store) -> bool:
     if stored is not None:
         same_plan(prepared, stored, store.url)
         return True
-    if not is_empty(prepared.job.target.url):
+    _check_vacant(prepared.job.target.url, store)
+    return False
+
+
+def _check_vacant(target_url: str, store: Store) -> None:
+    if not is_empty(target_url):
         raise TargetError(
-            f"{prepared.job.target.url} holds something that emsr did not plan (there is no {store.url}/plan.json)",
+            f"{target_url} holds something that emsr did not plan (there is no {store.url}/plan.json)",
             "an empty place for the target",
             "Choose another target.url; nothing is ever deleted or overwritten",
         )
-    return False
 
 
 def claim(prepared: Prepared, store: Store) -> None:
@@ -110,17 +129,23 @@ def claim(prepared: Prepared, store: Store) -> None:
 
 def same_plan(prepared: Prepared, stored: bytes, where: str) -> None:
     """Raises LedgerError, showing where the two specs differ, unless `stored` is this plan's plan.json."""
-    try:
+    with _reading_plan(where):
         theirs = json.loads(stored)
         their_digest, their_spec = theirs["digest"], dict(theirs["spec"])
-    except (ValueError, KeyError, TypeError):
-        raise LedgerError(f"{where}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
     if their_digest != prepared.job.digest:
         raise LedgerError(
             f"the target was begun with another plan: {_differences(their_spec, prepared.spec)}",
             "the same plan",
             "Restore the earlier volume.yaml to resume it, or choose another target.url",
         )
+
+
+@contextmanager
+def _reading_plan(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        raise LedgerError(f"{where}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -135,7 +160,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
 
 
-def _spec(config: Config, info: VolumeInfo, mask: VolumeInfo | None, plan: Plan, network: NetworkSpec, encoding: str) -> dict[str, Any]:
+def _spec(
+    config: Config,
+    info: VolumeInfo,
+    mask: VolumeInfo | None,
+    plan: Plan,
+    network: NetworkSpec,
+    encoding: str,
+    bad: dict[int, str],
+    looked: Survey | None,
+) -> dict[str, Any]:
     """Everything that changes the bytes of the target, and nothing that does not: no worker counts, no times, no credentials."""
     source = config.source
     return {
@@ -151,7 +185,8 @@ def _spec(config: Config, info: VolumeInfo, mask: VolumeInfo | None, plan: Plan,
             "intensity_window": source.intensity_window and list(source.intensity_window),
             "corner_nm": list(info.corner_nm),
             "missing_chunks": _holes(source.missing_chunks),
-            "bad_sections": {z: plan.section(z) for z in plan.bad_sections},
+            "bad_sections": bad_sections.record(plan, bad, source.bad_sections.output),
+            **({"survey": looked.record} if looked is not None else {}),
             "mask": None
             if source.mask is None or mask is None
             else {
@@ -209,18 +244,21 @@ def _region(config: Config, info: VolumeInfo) -> Box:
     return box
 
 
-def _bad_sections(config: Config, info: VolumeInfo) -> tuple[int, ...]:
-    bad = config.source.bad_sections
-    if bad.detect:
-        raise SourceError("source.bad_sections.detect is not in this version", "detect: false", "List the bad sections in source.bad_sections.list")
-    span = range(info.bounds.start.z, info.bounds.stop.z)
-    if outside := [z for z in bad.list if z not in span]:
-        raise SourceError(f"source.bad_sections.list names section {outside[0]}", f"sections {span.start} to {span.stop - 1}", "Correct the list")
-    if bad.list and bad.rule == "refuse":
-        raise SourceError(f"{len(bad.list)} bad sections are listed and source.bad_sections.rule is refuse", "", "Repair them, or use rule: nearest")
-    if len(set(bad.list)) == len(span):
-        raise SourceError("source.bad_sections.list names every section", "at least one good one", "Correct the list")
-    return tuple(sorted(set(bad.list)))
+def _detected(target_url: str, looked: Survey, source: Source, look: Look | None) -> dict[int, str]:
+    """The bad sections that are not listed: those of the plan that stands beside the target, else what is seen now."""
+    store = Store(sidecar(target_url))
+    stored = store.get("plan.json")
+    if stored is not None:
+        with _reading_plan(store.url):
+            theirs = bad_sections.detected(json.loads(stored)["spec"]["source"]["bad_sections"])
+        return {z: why for z, why in theirs.items() if z in looked.sections}
+    if look is None:
+        raise LedgerError(f"nothing was run for {target_url} yet", "a target with its ledger", "Run python -m pipeline.run first")
+    _check_vacant(target_url, store)
+    try:
+        return look(looked, source)
+    except TransientError as error:
+        raise SourceError(f"the source cannot be reached: {error}", "", "Run the same command again: what was looked at is kept") from None
 
 
 def _within_budget(config: Config, plan: Plan) -> None:

@@ -63,4 +63,39 @@ class RunProgress:
         if self._live:
             self._bar.console.print(f"{event}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
         else:
-            print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=self._stream, flush=True)
+            _line(self._stream, event, fields)
+
+
+class SurveyProgress:
+    """The same for the pass that looks for bad sections: context manager; `update` is told how many sections are looked at."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._total, self._said = total, time.monotonic()
+        self._live = self._stream.isatty()
+        self._bar = Progress(
+            TextColumn("[bold]sections looked at"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("sections", total=total)
+
+    def __enter__(self) -> SurveyProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int) -> None:
+        self._bar.update(self._task, completed=done)
+        if not self._live and (done == self._total or time.monotonic() - self._said >= LINE_S):
+            self._said = time.monotonic()
+            _line(self._stream, "survey", {"sections": done, "of": self._total})
+
+
+def _line(stream: TextIO, event: str, fields: dict[str, Any]) -> None:
+    print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=stream, flush=True)

@@ -14,18 +14,20 @@ from types import FrameType
 
 from distributed import Client
 
+from pipeline import bad_sections, report, section_survey
 from pipeline import config as configuration
-from pipeline import report
 from pipeline.cluster import connect, worker_count
 from pipeline.command import INTERRUPTED, guarded
 from pipeline.config import Config
 from pipeline.dry_run import print_price
 from pipeline.prepare import Prepared, check_place, claim, prepare, sidecar
-from pipeline.progress import RunProgress
+from pipeline.progress import RunProgress, SurveyProgress
 from pipeline.schedule import Outcome, drive, rehearse
+from pipeline.section_survey import Survey
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
 from pipeline.storage.target_lease import TargetLease
+from pipeline.storage.volume import Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,10 +40,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: Config, dry_run: bool = False) -> int:
     """Exit code 0 when the ledger closes without quarantine, 1 with quarantined slabs, 130 after Ctrl-C."""
-    prepared = prepare(config)
+    prepared = prepare(config, lambda survey, source: _look(config, survey, source, keep=not dry_run))
     store = Store(sidecar(prepared.job.target.url))
     resumed = check_place(prepared, store)
     if dry_run:
+        for line in bad_sections.told(prepared.spec["source"]["bad_sections"]):
+            print(line)
         print_price(prepared.job, prepared.source, config.work.in_flight, worker_count(config.cluster))
         return 0
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
@@ -65,6 +69,16 @@ def run(config: Config, dry_run: bool = False) -> int:
             held.release()
 
 
+def _look(config: Config, survey: Survey, source: Source, keep: bool) -> dict[int, str]:
+    """The pass that looks for bad sections. A run that refuses them keeps nothing of it: they will be mended."""
+    store = Store(sidecar(config.target.url))
+    with SurveyProgress(len(survey.sections)) as progress:
+        found = section_survey.look(survey, source, store, keep, progress.update)
+    if keep and found and config.source.bad_sections.rule == "refuse":
+        section_survey.forget(survey, store)
+    return found
+
+
 def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, held: TargetLease, client: Client) -> int:
     job, began = prepared.job, time.time()
     again = ledger.requeue(QUARANTINED)
@@ -75,6 +89,8 @@ def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, h
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
         outcome = drive(client, job, ledger, stop, held, progress.update)
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
+        if bad := prepared.spec["source"]["bad_sections"]:
+            progress.say("bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]})
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)
     return _verdict(ledger, outcome)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 
+from pipeline import bad_sections
 from pipeline import config as configuration
 from pipeline.command import guarded
 from pipeline.config import Config
@@ -38,6 +39,7 @@ def status(config: Config) -> int:
     try:
         body = json.loads(stored)
         digest, tasks, slabs = str(body["digest"]), int(body["tasks"]), int(body["slabs"])
+        bad = bad_sections.told(body["spec"]["source"]["bad_sections"])
     except (ValueError, KeyError, TypeError):
         raise LedgerError(f"{store.url}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
     ledger = Ledger(store, digest, tasks, run_id="status")
@@ -47,6 +49,8 @@ def status(config: Config) -> int:
     print(f"plan         {digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else ""))
     print(f"ledger       {tasks:,} planned = " + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending")))
     print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
+    for line in bad:
+        print(line)
     if running := holder(store):
         print(
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import tenacity
 
 from pipeline import allocator
 from pipeline.config import SourceConfig
@@ -24,6 +23,7 @@ from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_pr
 from pipeline.plan import Plan, PyramidBlock, Slab
 from pipeline.price import NOTHING, Footprint
 from pipeline.pyramid import halve
+from pipeline.retry import retrying
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
 from pipeline.storage.sources import open_mask, open_source
 from pipeline.storage.targets import open_target
@@ -119,6 +119,8 @@ def process_slab(job: OpenJob, index: int, rings: Rings | None = None) -> Receip
         locked = time.perf_counter()
         sr = super_resolve(job.network, lr, sections, job.plan, slab, rings)
         computed = time.perf_counter()
+    for z in job.plan.empty_sections(slab):
+        sr[z] = owned[z] = 0  # both, so that the fidelity volume claims nothing there
     with ENCODE_LOCK:
         objects = encode_slab(job, slab, owned, sr)
     voxels = sr.size
@@ -264,14 +266,7 @@ def _put(job: OpenJob, objects: dict[str, bytes]) -> None:
 
 
 def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
-    """Another try after a passing fault, with exponential jitter; the last one is raised."""
-    retryer = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(TransientError),
-        stop=tenacity.stop_after_attempt(job.job.retries + 1),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        reraise=True,
-    )
-    return retryer(call)
+    return retrying(call, job.job.retries)
 
 
 def _attempt(job: OpenJob, index: int, rings: Rings | None = None) -> Receipt:

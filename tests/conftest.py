@@ -92,14 +92,15 @@ def main_job(yaml_path: Path, script: str = "run_standin.py", check: bool = True
 
 def run_here(yaml_path: Path) -> Any:
     """Every task of a volume.yaml in this process, without Dask: the job, after all receipts were written."""
-    from pipeline import config
+    from pipeline import config, section_survey
     from pipeline.prepare import claim, prepare, sidecar
     from pipeline.storage.kv import Store
     from pipeline.storage.ledger import WRITTEN, Ledger
     from pipeline.worker import process_lease
 
-    prepared = prepare(config.load(yaml_path))
-    store = Store(sidecar(prepared.job.target.url))
+    wanted = config.load(yaml_path)
+    store = Store(sidecar(wanted.target.url))
+    prepared = prepare(wanted, lambda survey, source: section_survey.look(survey, source, store, keep=True))
     claim(prepared, store)
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
     for stage in prepared.job.plan.stages():

@@ -127,7 +127,8 @@ def test_a_bad_section_is_replaced_by_the_nearest_good_one(source: Path, tmp_pat
     assert (sr(tmp_path)[2] == sr(tmp_path)[1]).all()
     assert (sr(tmp_path)[3] == sr(tmp_path)[4]).all()
     spec = json.loads((tmp_path / "sr" / "zarr.json").read_text())["attributes"]["emsr"]
-    assert spec["source"]["bad_sections"] == {"2": 1, "3": 4}
+    assert {z: one["stand_in"] for z, one in spec["source"]["bad_sections"].items()} == {"2": 1, "3": 4}
+    assert {(one["why"], one["output"]) for one in spec["source"]["bad_sections"].values()} == {("listed", "neighbours")}
 
 
 def test_another_plan_on_the_same_target_is_refused(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""Another try after a passing fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from pipeline.errors import TransientError
+
+T = TypeVar("T")
+
+
+def retrying(call: Callable[[], T], retries: int) -> T:
+    """`call`, up to `retries` more times after a TransientError, with exponential jitter; the last one is raised."""
+    retryer = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(TransientError),
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        reraise=True,
+    )
+    return retryer(call)
