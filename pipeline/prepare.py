@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import __version__, layout, urls
 from pipeline.config import Config, FillConfig
-from pipeline.errors import ClusterError, LedgerError, SourceError, TargetError, TransientError
+from pipeline.errors import LedgerError, SourceError, TargetError, TransientError
 from pipeline.geometry import Box
 from pipeline.inference import NetworkSpec, describe
 from pipeline.plan import Plan
@@ -41,10 +41,6 @@ def sidecar(target_url: str) -> str:
 
 def prepare(config: Config) -> Prepared:
     """Opens the source's metadata and plans. Raises UserError; writes nothing."""
-    if config.cluster.kind in ("slurm", "kubernetes"):
-        raise ClusterError(
-            f"cluster.kind {config.cluster.kind} is not in this version", "local or address", "Start workers with `dask worker` and use kind: address"
-        )
     network = describe(config.network)
     target_url = _target_url(config)
     try:
