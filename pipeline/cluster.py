@@ -57,6 +57,9 @@ def visible_gpus() -> list[str]:
 def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     """A client whose workers run `in_flight` slabs each. Raises ClusterError where none can be had."""
     _quiet()
+    for key, path in config.security.model_dump().items() if config.security is not None else ():
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise ClusterError(f"cluster.security.{key} {path} cannot be read", "a PEM file", "See docs/clusters.md")
     with dask.config.set(_SETTINGS):
         if config.kind == "address":
             clients = _there(config)
@@ -73,7 +76,7 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
     """What a batch system would be given for each worker."""
     if config.kind == "slurm":
-        return slurm.script(config, in_flight)
+        return slurm.script(config, in_flight, _security(config))
     return kubernetes.manifest(config, in_flight) if config.kind == "kubernetes" else None
 
 

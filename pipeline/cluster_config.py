@@ -56,7 +56,7 @@ class SecurityConfig(_Model):
 class AdaptConfig(_Model):
     """As many workers as there is work for, within bounds."""
 
-    minimum: Annotated[StrictInt, Field(ge=0, le=100_000)] = 0
+    minimum: Workers = 1
     maximum: Workers
 
     @model_validator(mode="after")
@@ -137,10 +137,6 @@ class ClusterConfig(_Model):
             return self
         paths = {key: str(folder / os.path.expanduser(path)) for key, path in self.security.model_dump().items()}
         return self.model_copy(update={"security": SecurityConfig(**paths)})
-
-    def unreadable(self) -> list[str]:
-        """Keys of `security` that name no file which can be read here."""
-        return [] if self.security is None else [key for key, path in self.security.model_dump().items() if not os.access(path, os.R_OK) or os.path.isdir(path)]
 
 
 _KINDS = {

@@ -187,10 +187,6 @@ def load(path: str | Path) -> Config:
             changed[where] = urls.normalise(url, base)
         except UserError as error:
             problems.append(f"{path}:{yaml_file.line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
-    cluster = config.cluster.beside(base)
-    problems += [
-        f"{path}:{yaml_file.line(lines, ('cluster', 'security', key))}: cluster.security.{key}: wanted a file that can be read" for key in cluster.unreadable()
-    ]
     if problems:
         raise ConfigError(problems)
     source = config.source.model_copy(update={"url": changed["source"]})
@@ -198,7 +194,7 @@ def load(path: str | Path) -> Config:
         source = source.model_copy(update={"mask": source.mask.model_copy(update={"url": changed["source.mask"]})})
     target = config.target.model_copy(update={"url": changed["target"]})
     network = config.network.model_copy(update={"weights": changed.get("network", config.network.weights)})
-    return config.model_copy(update={"source": source, "target": target, "network": network, "cluster": cluster})
+    return config.model_copy(update={"source": source, "target": target, "network": network, "cluster": config.cluster.beside(base)})
 
 
 def keys() -> dict[tuple[str, ...], list[str]]:

@@ -26,9 +26,12 @@ _SETTINGS = {
 }
 
 
-def script(config: ClusterConfig, in_flight: int) -> str:
+def script(config: ClusterConfig, in_flight: int, security: Security | None) -> str:
     """The job script that `run` would submit, with a place holder for the scheduler's address."""
-    return str(_dask_jobqueue().slurm.SLURMJob("tcp://SCHEDULER:PORT", name="WORKER", **options(config, in_flight)).job_script())
+    protocol = None if security is None else "tls://"
+    scheduler = f"{protocol or 'tcp://'}SCHEDULER:PORT"
+    made = _dask_jobqueue().slurm.SLURMJob(scheduler, name="WORKER", protocol=protocol, security=security, **options(config, in_flight))
+    return str(made.job_script())
 
 
 def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
     """A client whose scheduler runs here, at `cluster.host`, and whose workers are jobs; ended ones are replaced."""
     jobqueue = _dask_jobqueue()
     assert config.host is not None
-    _try_submission(config, in_flight)
+    _try_submission(script(config, in_flight, security))
     at = {"interface": config.host} if config.host in psutil.net_if_addrs() else {"host": config.host}
     with dask.config.set(_SETTINGS):
         try:
@@ -104,11 +107,11 @@ def queued(cluster: Any) -> bool:
     return bool(found.stdout.split())
 
 
-def _try_submission(config: ClusterConfig, in_flight: int) -> None:
+def _try_submission(text: str) -> None:
     """Slurm's own opinion of the job script, before anything is submitted. ClusterError with its words."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sh"
-        path.write_text(script(config, in_flight), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         found = _call("sbatch", "--test-only", str(path))
     if found.returncode:
         said = " ".join(found.stderr.replace("sbatch: error: ", "").split())

@@ -138,7 +138,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("cluster", {"kind": "kubernetes", "workers": 1, "adapt": {"maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "not both"),
     ("cluster", {"kind": "kubernetes", "adapt": {"minimum": 3, "maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "adapt.minimum"),
     ("cluster", {"kind": "address", "address": "tcp://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "tls://"),
-    ("cluster", {"kind": "address", "address": "tls://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "a file that can be read"),
+    ("cluster", {"kind": "address", "address": "tls://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "cannot be read"),
     ("cluster.adapt", {"maximum": 2}, "cluster.kind"),
     ("cluster.host", "lo", "cluster.kind"),
     ("cluster.kind", "address", "cluster.address"),

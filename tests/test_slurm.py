@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import slurm_here
+from certificates import write_certificates
 from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
 
-from pipeline import cluster, slurm
+from pipeline import cluster, config, slurm
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ClusterError
 
@@ -48,12 +49,12 @@ def until(ready: Callable[[], object], client: subprocess.Popen[str], seconds: f
 def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str, tmp_path: Path) -> None:
     """Slurm ends the only job for its time limit (lowered by scontrol, so that the worker's own lifetime is far off) while it holds slabs.
 
-    Another job is submitted; nothing is quarantined; every byte is as on undisturbed local workers.
+    Another job is submitted, over TLS as the first; nothing is quarantined; every byte is as on undisturbed local workers.
     """
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER, **small)
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"security": write_certificates(tmp_path)}, **small)
     hold = tmp_path / "hold"
     environ = {
         **os.environ,
@@ -102,16 +103,25 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_job_script() -> None:
     """One process and its threads, one GPU, a lifetime that ends before the walltime does, and the user's own lines."""
     asked = JOB | {"partition": "gpu", "account": "em", "prologue": ["module load cuda"], "extra_directives": ["--constraint=a100"]}
-    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": asked, "gpus_per_worker": 1}), 3)
+    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": asked, "gpus_per_worker": 1}), 3, None)
     for line in ("-p gpu", "-A em", "-t 01:00:00", "--mem=2G", "--cpus-per-task=2", "--gres=gpu:1", "--constraint=a100"):
         assert f"#SBATCH {line}\n" in script
     assert "\nmodule load cuda\n" in script
     assert "--nthreads 3" in script
     assert "--nworkers" not in script
     assert "--lifetime 3000s --lifetime-stagger 300s" in script
-    without = slurm.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1)
+    without = slurm.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1, None)
     assert "gres" not in without
     assert "export CUDA_VISIBLE_DEVICES=\n" in without
+
+
+def test_the_file_in_deploy_makes_a_script() -> None:
+    loaded = config.load(REPOSITORY / "deploy" / "slurm" / "volume.yaml")
+    script = cluster.batch_job(loaded.cluster, loaded.work.in_flight)
+    assert script is not None
+    assert "#SBATCH --gres=gpu:1\n" in script
+    assert "tls://SCHEDULER:PORT" in script
+    assert f"--tls-ca-file {REPOSITORY}/deploy/slurm/ca.pem" in script
 
 
 @pytest.mark.parametrize(("walltime", "expected"), [(86400, (85800, 300)), (3600, (3000, 300)), (600, (480, 60)), (60, (48, 6)), (5, (5, 0))])
