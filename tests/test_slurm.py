@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,24 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
     while any(state in ("RUNNING", "PENDING", "COMPLETING") for state in states(conf).values()):
         assert time.monotonic() < end, "jobs outlive the run"
         time.sleep(0.5)
+
+
+@pytest.mark.timeout(600)
+def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
+    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; it ends with the client's exit code."""
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = {"kind": "address", "address": f"tls://127.0.0.1:{port}", "security": write_certificates(tmp_path)}
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=there)
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "SLURM_CONF": conf, "PYTHONPATH": str(REPOSITORY), "PATH": tools, "EMSR_PORT": str(port)}
+    log = tmp_path / "log"
+    command = ["sbatch", "--wait", "--ntasks=1", "--mem=4G", "--time=30", f"--output={log}", str(REPOSITORY / "deploy" / "slurm" / "allocation.sbatch")]
+    ended = subprocess.run([*command, str(path)], env=environ, cwd=tmp_path, check=False, timeout=580)
+    assert ended.returncode == 0, log.read_text()
+    assert "0 quarantined" in log.read_text()
 
 
 def test_what_slurm_would_refuse_is_one_message(conf: str, tmp_path: Path) -> None:
