@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> Path:
     return write_lr(tmp_path / "lr.zarr", texture(SHAPE))
 
 
-def until(ready: Callable[[], object], seconds: float = 120) -> None:
+def until(ready: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, "nothing happened"

@@ -64,7 +64,7 @@ def running(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.
             process.kill()
 
 
-def until(ready: Callable[[], object], seconds: float = 120) -> None:
+def until(ready: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(Exception):
