@@ -100,7 +100,7 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
 
 def queued(cluster: Any) -> bool:
     """Whether Slurm still has a job of the cluster: waiting, starting or running."""
-    numbers = [job.job_id for job in cluster.workers.values() if job.job_id]
+    numbers = [job.job_id for job in list(cluster.workers.values()) if job.job_id]
     if not numbers:
         return False
     found = _call("squeue", "--noheader", "--format=%T", f"--jobs={','.join(numbers)}")
