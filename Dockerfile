@@ -1,4 +1,4 @@
-# emsr in an image: docker build -t emsr .
+# emsr in an image, one for scheduler, worker and client: docker build -t emsr .
 #
 # TORCH is pip's requirement for torch. The default carries CUDA on x86_64; for a smaller image without it, give a CPU-only wheel:
 #   docker build -t emsr --build-arg TORCH="torch @ URL-OF-A-CPU-WHEEL" .
@@ -13,10 +13,12 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:3.11-slim
 ARG TORCH=torch
 COPY --from=build /wheels /wheels
-# One call, so that torch and what emsr needs of it are chosen together.
-RUN pip install --no-cache-dir "${TORCH}" /wheels/*.whl
+COPY deploy/install.sh /wheels/
+# CI runs the same script in a fresh environment.
+RUN /wheels/install.sh /wheels/*.whl "${TORCH}"
 RUN useradd --create-home --uid 1000 emsr && install --directory --owner=emsr /data
-USER emsr
+# By number, so that Kubernetes can see that it is not root.
+USER 1000
 # Writable whatever user a run is given (docker run --user), as the home folder is not.
 ENV HOME=/tmp
 WORKDIR /data

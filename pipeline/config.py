@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from pipeline import urls, yaml_file
+from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ConfigError, UserError
 from pipeline.geometry import ZYX, Box
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
-
-
-def parse_bytes(value: object) -> int:
-    """`10TB`, `1.5 GiB` or a plain number of bytes -> bytes. ValueError otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?)?B?\s*", value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError("a size such as 500GB, 10TB or 2TiB")
-    return int(float(match.group(1)) * _UNITS[match.group(2) or ""])
+from pipeline.yaml_file import Bytes
 
 
 def _zyx(value: object) -> object:
@@ -61,9 +50,7 @@ def _not_blank(value: str) -> str:
 ZYXField = Annotated[ZYX, BeforeValidator(_zyx)]
 ShapeField = Annotated[ZYX, BeforeValidator(_zyx), AfterValidator(_positive)]
 VoxelSize = Annotated[tuple[float, float, float], BeforeValidator(_list_of_numbers), AfterValidator(_sizes)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Url = Annotated[StrictStr, AfterValidator(_not_blank)]
-Count = Annotated[StrictInt, Field(ge=1)]
 
 
 class _Model(BaseModel):
@@ -170,22 +157,6 @@ class WorkConfig(_Model):
     budget: BudgetConfig | None = None
 
 
-class ClusterConfig(_Model):
-    kind: Literal["local", "address", "slurm", "kubernetes"] = "local"
-    workers: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
-    address: StrictStr | None = None
-    gpus_per_worker: Annotated[StrictInt, Field(ge=0, le=16)] | None = None
-
-    @model_validator(mode="after")
-    def _address(self) -> ClusterConfig:
-        if self.kind == "address":
-            if not self.address or not re.fullmatch(r"(tcp|tls|ws|wss|ucx|ucxx)://[^\s/:]+:\d{1,5}|[\w.\-]+:\d{1,5}", self.address):
-                raise ValueError("cluster.address such as tcp://scheduler:8786 or tls://scheduler:8786 (kind is address)")
-        elif self.address is not None:
-            raise ValueError(f"no cluster.address when cluster.kind is {self.kind}")
-        return self
-
-
 class Config(_Model):
     """One volume.yaml."""
 
@@ -224,7 +195,7 @@ def load(path: str | Path) -> Config:
         source = source.model_copy(update={"mask": source.mask.model_copy(update={"url": changed["source.mask"]})})
     target = config.target.model_copy(update={"url": changed["target"]})
     network = config.network.model_copy(update={"weights": changed.get("network", config.network.weights)})
-    return config.model_copy(update={"source": source, "target": target, "network": network})
+    return config.model_copy(update={"source": source, "target": target, "network": network, "cluster": config.cluster.beside(base)})
 
 
 def keys() -> dict[tuple[str, ...], list[str]]:

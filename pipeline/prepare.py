@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import __version__, bad_sections, layout, urls
 from pipeline.bad_sections import Look
 from pipeline.config import Config, FillConfig
-from pipeline.errors import ClusterError, LedgerError, SourceError, TargetError, TransientError
+from pipeline.errors import LedgerError, SourceError, TargetError, TransientError
 from pipeline.geometry import Box
 from pipeline.inference import NetworkSpec, describe
 from pipeline.plan import Plan
@@ -49,10 +49,6 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
     With source.bad_sections.detect, what an earlier run found counts, so that every command sees one plan; `look` is called
     where there was none, after everything else was found to be right.
     """
-    if config.cluster.kind in ("slurm", "kubernetes"):
-        raise ClusterError(
-            f"cluster.kind {config.cluster.kind} is not in this version", "local or address", "Start workers with `dask worker` and use kind: address"
-        )
     network = describe(config.network)
     target_url = _target_url(config)
     try:

@@ -16,7 +16,7 @@ from distributed import Client
 
 from pipeline import bad_sections, report, section_survey
 from pipeline import config as configuration
-from pipeline.cluster import connect, worker_count
+from pipeline.cluster import batch_job, connect, worker_count
 from pipeline.command import INTERRUPTED, guarded
 from pipeline.config import Config
 from pipeline.dry_run import print_price
@@ -44,9 +44,12 @@ def run(config: Config, dry_run: bool = False) -> int:
     store = Store(sidecar(prepared.job.target.url))
     resumed = check_place(prepared, store)
     if dry_run:
+        job = batch_job(config.cluster, config.work.in_flight)
         for line in bad_sections.told(prepared.spec["source"]["bad_sections"]):
             print(line)
         print_price(prepared.job, prepared.source, config.work.in_flight, worker_count(config.cluster))
+        if job is not None:
+            print(f"each worker\n\n{job}")
         return 0
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
     held = TargetLease(store, run_id)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from distributed import Client, Future, KilledWorker
 
 from pipeline import worker
+from pipeline.cluster import may_come, refuse_other_versions
 from pipeline.errors import ClusterError, EmsrError, LedgerError
 from pipeline.plan import Plan
 from pipeline.price import NOTHING, Footprint
@@ -23,6 +26,7 @@ LEASE_S = 5.0
 """A lease is about this long: short enough to drain soon, long enough that the scheduler idles."""
 LEASE_MOST = 64
 NO_WORKER_S = 300.0
+SAY_S = 20.0
 
 Work = Callable[[Job, int, int], LeaseResult]
 
@@ -31,12 +35,32 @@ def rehearse(client: Client, job: Job) -> None:
     """One worker opens the job: its mistakes (a path it does not see, weights that do not fit, a cell larger than its memory) come
     before anything is written.
     """
+    _first_worker(client)
+    refuse_other_versions(client)
     try:
         client.submit(worker.rehearse, job, key=f"rehearse-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
     except TimeoutError:
         raise ClusterError(f"no worker answered in {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again") from None
     except KilledWorker:
         raise ClusterError("workers die while they open the job", "workers with memory for the network", "See their logs") from None
+
+
+def _first_worker(client: Client) -> None:
+    """Wait for one: as long as it takes while a batch system has it in its queue."""
+    for wait in itertools.chain((SAY_S, NO_WORKER_S - SAY_S), itertools.repeat(NO_WORKER_S)):
+        try:
+            return client.wait_for_workers(1, timeout=wait)  # type: ignore[no-any-return]
+        except TimeoutError:
+            if wait == SAY_S:
+                print("emsr: waiting for the first worker", file=sys.stderr)
+            elif not may_come(client):
+                raise _no_worker() from None
+
+
+def _no_worker() -> ClusterError:
+    return ClusterError(
+        f"no worker for {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, or see the logs of those that ended; then run the same command again"
+    )
 
 
 @dataclass
@@ -291,7 +315,9 @@ class _Window:
     def _watch_workers(self) -> None:
         self._slots()
         if time.monotonic() - self._seen_worker > NO_WORKER_S:
-            raise ClusterError(f"no worker for {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again")
+            if not may_come(self._client):
+                raise _no_worker()
+            self._seen_worker = time.monotonic()
 
     def cancel(self) -> None:
         if self._futures:

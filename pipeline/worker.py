@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import allocator
+from pipeline import __version__, allocator
 from pipeline.config import SourceConfig
-from pipeline.errors import DataError, EmsrError, TransientError, UserError
+from pipeline.errors import ClusterError, DataError, EmsrError, TransientError, UserError
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
 from pipeline.plan import Plan, PyramidBlock, Slab
@@ -46,6 +46,8 @@ class Job:
     plan: Plan
     target: TargetSpec
     retries: int
+    emsr: str = __version__
+    """The client's version: the worker's must be the same."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,8 @@ _open_lock = threading.Lock()
 
 def open_job(job: Job) -> OpenJob:
     """The job with everything open; kept for the life of the process, for the last job only."""
+    if job.emsr != __version__:
+        raise ClusterError(f"the client has emsr {job.emsr}, a worker has {__version__}", "the same version in every process", "Install it there")
     with _open_lock:
         if job.digest not in _open_jobs:
             _open_jobs.clear()

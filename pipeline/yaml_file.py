@@ -8,10 +8,10 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pipeline.errors import ConfigError
 
@@ -20,6 +20,21 @@ MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 KeyPath = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+
+
+def parse_bytes(value: object) -> int:
+    """`10TB`, `1.5 GiB` or a plain number of bytes -> bytes. ValueError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?)?B?\s*", value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError("a size such as 500GB, 10TB or 2TiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2) or ""])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:

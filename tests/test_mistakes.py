@@ -11,8 +11,9 @@ import yaml
 from conftest import texture, tree, write_lr
 
 from pipeline import run
-from pipeline.config import Config, keys, load, parse_bytes
+from pipeline.config import Config, keys, load
 from pipeline.errors import ConfigError
+from pipeline.yaml_file import parse_bytes
 
 WRONG_TYPES: list[Any] = ["x", -1, 1.5, True, None, [], {}, [1], {"a": 1}, "", float("nan"), float("inf"), 10**30, "\u0000"]
 
@@ -40,7 +41,7 @@ FULL: dict[str, Any] = {
     },
     "network": {"name": "bicubic", "scale": 8, "preset": None, "weights": None, "sha256": None, "cell": 64, "halo": 8, "precision": "float32"},
     "work": {"slab_shape": [2, 16, 16], "retries": 3, "in_flight": 2, "budget": {"output_bytes": "10TB"}},
-    "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 1},
+    "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 0},
 }
 MAY_BE_NULL = {
     "array",
@@ -126,12 +127,25 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("work.budget", {"output_bytes": "much"}, "500GB"),
     ("work.budget", {"bytes": 3}, "output_bytes"),
     ("cluster.kind", "pbs", "local"),
-    ("cluster.kind", "slurm", "not in this version"),
-    ("cluster.kind", "kubernetes", "not in this version"),
+    ("cluster", {"kind": "slurm", "host": "lo"}, "cluster.slurm"),
+    ("cluster", {"kind": "slurm", "slurm": {"walltime": "12:00:00", "memory": "8GB"}}, "cluster.host"),
+    ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": 43200, "memory": "8GB"}}, "in quotes"),
+    ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": "0:00:00", "memory": "8GB"}}, "in quotes"),
+    ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": "12:00:00", "memory": "much"}}, "500GB"),
+    ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": "12:00:00"}}, "memory"),
+    ("cluster", {"kind": "kubernetes"}, "cluster.kubernetes"),
+    ("cluster", {"kind": "kubernetes", "kubernetes": {"image": "\n", "memory": 1}}, "one line"),
+    ("cluster", {"kind": "kubernetes", "workers": 1, "adapt": {"maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "not both"),
+    ("cluster", {"kind": "kubernetes", "adapt": {"minimum": 3, "maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "adapt.minimum"),
+    ("cluster", {"kind": "address", "address": "tcp://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "tls://"),
+    ("cluster", {"kind": "address", "address": "tls://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "cannot be read"),
+    ("cluster.adapt", {"maximum": 2}, "cluster.kind"),
+    ("cluster.host", "lo", "cluster.kind"),
     ("cluster.kind", "address", "cluster.address"),
     ("cluster.workers", 0, "1"),
     ("cluster.address", "tcp://here:1", "cluster.kind"),
     ("cluster.gpus_per_worker", -2, "0"),
+    ("cluster.gpus_per_worker", 2, "1"),
 ]
 
 

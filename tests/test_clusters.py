@@ -1,0 +1,139 @@
+"""Clusters that are already there, over TLS, of another version, with workers that leave; and which worker gets which GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certificates import write_certificates
+from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+from distributed import Client
+
+from pipeline import cluster, config
+from pipeline.cluster_config import ClusterConfig
+from pipeline.errors import ClusterError
+from pipeline.prepare import prepare
+from pipeline.worker import open_job
+
+SHAPE = (6, 40, 32)
+SMALL: dict[str, Any] = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_lr(tmp_path / "lr.zarr", texture(SHAPE))
+
+
+def until(ready: Callable[[], object], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def dask(*args: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A scheduler or worker in a process of its own."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    variables = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", **environ}
+    with subprocess.Popen([sys.executable, "-m", "dask", *args, "--no-dashboard"], env=variables, **quiet) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def scheduler(folder: Path, *args: str) -> Iterator[tuple[str, list[str]]]:
+    """A scheduler's address, and the arguments by which workers find it."""
+    place = folder / "scheduler.json"
+    with dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place), *args):
+        until(lambda: place.exists() and place.read_text().endswith("}"))
+        yield json.loads(place.read_text())["address"], ["worker", "--scheduler-file", str(place), "--nthreads", "1", "--no-nanny"]
+
+
+def test_a_cluster_over_tls(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real certificates, named relative to volume.yaml; a client whose certificate another authority signed is refused in one message."""
+    files = write_certificates(tmp_path)
+    flags = [f"--tls-{name}={tmp_path / file}" for name, file in (("ca-file", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))]
+    (tmp_path / "stranger").mkdir()
+    write_certificates(tmp_path / "stranger")
+    with scheduler(tmp_path, "--protocol", "tls", *flags) as (address, join), dask(*join, *flags):
+        assert address.startswith("tls://")
+        there = {"kind": "address", "address": address, "security": files}
+        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=there)
+        main_job(path, "run")
+        monkeypatch.setattr(cluster, "CONNECT_S", 3)
+        strange = there | {"security": {key: f"stranger/{file}" for key, file in files.items()}}
+        with pytest.raises(ClusterError, match="no Dask scheduler answers"), cluster.connect(ClusterConfig(**strange).beside(tmp_path), 1):
+            pass
+    assert json.loads((tmp_path / "sr.emsr" / "report.json").read_text())["ledger"]["pending"] == 0
+
+
+def test_a_worker_of_another_version_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("import pipeline\npipeline.__version__ = '9.9.9'\n")
+    with scheduler(tmp_path) as (address, join), dask(*join, "--preload", str(tmp_path / "other.py")):
+        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address})
+        before = tree(tmp_path)
+        said = main_job(path, "run", check=False)
+    assert said.returncode == 2, said.stderr
+    assert "has emsr 9.9.9" in said.stderr
+    assert "Traceback" not in said.stderr
+    assert tree(tmp_path) == before
+
+
+def test_a_worker_refuses_a_client_of_another_version(source: Path, tmp_path: Path) -> None:
+    """That holds for workers that join later too."""
+    job = prepare(config.load(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr"))).job
+    with pytest.raises(ClusterError, match=r"the client has emsr 9\.9\.9"):
+        open_job(dataclasses.replace(job, emsr="9.9.9"))
+
+
+@pytest.mark.timeout(600)
+def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_path: Path) -> None:
+    """It leaves with slabs in flight: Dask counts no death against their leases, another worker runs them, nothing is quarantined."""
+    hold = tmp_path / "hold"
+    preload = ["--preload", str(TESTS / "run_standin.py")]
+    main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **SMALL))
+    with scheduler(tmp_path) as (address, join), dask(*join, *preload, STANDIN_HOLD=str(hold)) as leaves:
+        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}, **SMALL)
+        hold.touch()
+        with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as client:
+            with Client(address, set_as_default=False) as watch:
+                until(lambda: any(str(key).startswith("lease-") for keys in watch.processing().values() for key in keys))
+                watch.run(lambda dask_worker: dask_worker.loop.add_callback(dask_worker.close_gracefully))  # what its timer calls
+                until(lambda: not watch.nthreads())
+                deaths = watch.run_on_scheduler(lambda dask_scheduler: {str(t.key): t.suspicious for t in dask_scheduler.tasks.values()})
+            assert any(key.startswith("lease-") for key in deaths)
+            assert not any(deaths.values())
+            hold.unlink()
+            leaves.wait(120)
+            with dask(*join, *preload):
+                _, said = client.communicate(timeout=300)
+    assert client.returncode == 0, said
+    assert '"quarantined": 0' in said
+    assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
+
+
+def devices(asked: ClusterConfig) -> set[tuple[str | None, str | None]]:
+    with cluster.connect(asked, 1) as client:
+        return set(client.run(lambda: (os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("EMSR_DEVICE"))).values())
+
+
+def test_each_local_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many workers as GPUs are visible, each with one of them by its name; none with gpus_per_worker 0; never more workers than GPUs with 1."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d")
+    assert cluster.worker_count(ClusterConfig()) == 2
+    assert devices(ClusterConfig(gpus_per_worker=1)) == {("3", None), ("GPU-5d", None)}
+    assert devices(ClusterConfig(workers=1, gpus_per_worker=0)) == {("", None)}
+    with pytest.raises(ClusterError, match="3 workers are to have a GPU each, 2 are visible"), cluster.connect(ClusterConfig(workers=3, gpus_per_worker=1), 1):
+        pass

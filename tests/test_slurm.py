@@ -1,0 +1,149 @@
+"""The main job through a real Slurm on this machine: sbatch, walltime, jobs that are replaced, mistakes that Slurm finds."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm_here
+from certificates import write_certificates
+from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+
+from pipeline import cluster, config, slurm
+from pipeline.cluster_config import ClusterConfig
+from pipeline.errors import ClusterError
+
+JOB = {"walltime": "01:00:00", "memory": "2GB", "cores": 2}
+CLUSTER = {"kind": "slurm", "host": "127.0.0.1", "workers": 1, "slurm": JOB}
+
+
+@pytest.fixture(scope="module")
+def conf() -> Iterator[str]:
+    if reason := slurm_here.why_not():
+        pytest.skip(reason)
+    with slurm_here.slurm() as path:
+        yield str(path)
+
+
+def states(conf: str) -> dict[str, str]:
+    """Job number -> state, of jobs that Slurm remembers."""
+    said = subprocess.run(["scontrol", "--oneliner", "show", "job"], env={**os.environ, "SLURM_CONF": conf}, capture_output=True, text=True, check=False)
+    return dict(re.findall(r"JobId=(\d+) .*?JobState=(\w+)", said.stdout))
+
+
+def until(ready: Callable[[], object], client: subprocess.Popen[str], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert client.poll() is None, client.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.5)
+
+
+@pytest.mark.timeout(900)
+def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str, tmp_path: Path) -> None:
+    """Slurm ends the only job for its time limit (lowered by scontrol, so that the worker's own lifetime is far off) while it holds slabs.
+
+    Another job is submitted, over TLS as the first; nothing is quarantined; every byte is as on undisturbed local workers.
+    """
+    write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
+    small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
+    main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"security": write_certificates(tmp_path)}, **small)
+    hold = tmp_path / "hold"
+    environ = {
+        **os.environ,
+        "SLURM_CONF": conf,
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(TESTS / "run_standin.py"),  # Slurm hands the environment on to jobs
+        "STANDIN_DELAY_S": "0.05",
+        "STANDIN_HOLD": str(hold),
+    }
+    with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as client:
+        until(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3, client, 300)
+        hold.touch()
+        (first,) = states(conf)
+        subprocess.run(["scontrol", "update", f"JobId={first}", "TimeLimit=1"], env=environ, check=True)
+        until(lambda: states(conf)[first] == "TIMEOUT", client, 150)
+        hold.unlink()
+        _, said = client.communicate(timeout=400)
+    assert client.returncode == 0, said
+    assert '"quarantined": 0' in said
+    assert len(states(conf)) >= 2
+    assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
+    end = time.monotonic() + 30
+    while any(state in ("RUNNING", "PENDING", "COMPLETING") for state in states(conf).values()):
+        assert time.monotonic() < end, "jobs outlive the run"
+        time.sleep(0.5)
+
+
+@pytest.mark.timeout(600)
+def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
+    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; it ends with the client's exit code."""
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = {"kind": "address", "address": f"tls://127.0.0.1:{port}", "security": write_certificates(tmp_path)}
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=there)
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "SLURM_CONF": conf, "PYTHONPATH": str(REPOSITORY), "PATH": tools, "EMSR_PORT": str(port)}
+    log = tmp_path / "log"
+    command = ["sbatch", "--wait", "--ntasks=1", "--mem=4G", "--time=30", f"--output={log}", str(REPOSITORY / "deploy" / "slurm" / "allocation.sbatch")]
+    ended = subprocess.run([*command, str(path)], env=environ, cwd=tmp_path, check=False, timeout=580)
+    assert ended.returncode == 0, log.read_text()
+    assert "0 quarantined" in log.read_text()
+
+
+def test_what_slurm_would_refuse_is_one_message(conf: str, tmp_path: Path) -> None:
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": JOB | {"partition": "nowhere"}})
+    before = tree(tmp_path)
+    said = main_job(path, "run", check=False, SLURM_CONF=conf)
+    assert said.returncode == 2, said.stderr
+    assert "Slurm would not take the job" in said.stderr
+    assert "invalid partition" in said.stderr
+    assert "Traceback" not in said.stderr
+    assert tree(tmp_path) == before
+
+
+def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ClusterError, match="`sbatch` does not answer"), cluster.connect(ClusterConfig(**CLUSTER), 2):
+        pass
+
+
+def test_the_job_script() -> None:
+    """One process and its threads, one GPU, a lifetime that ends before the walltime does, and the user's own lines."""
+    asked = JOB | {"partition": "gpu", "account": "em", "prologue": ["module load cuda"], "extra_directives": ["--constraint=a100"]}
+    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": asked, "gpus_per_worker": 1}), 3, None)
+    for line in ("-p gpu", "-A em", "-t 01:00:00", "--mem=2G", "--cpus-per-task=2", "--gres=gpu:1", "--constraint=a100"):
+        assert f"#SBATCH {line}\n" in script
+    assert "\nmodule load cuda\n" in script
+    assert "--nthreads 3" in script
+    assert "--nworkers" not in script
+    assert "--lifetime 3000s --lifetime-stagger 300s" in script
+    without = slurm.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1, None)
+    assert "gres" not in without
+    assert "export CUDA_VISIBLE_DEVICES=\n" in without
+
+
+def test_the_file_in_deploy_makes_a_script() -> None:
+    loaded = config.load(REPOSITORY / "deploy" / "slurm" / "volume.yaml")
+    script = cluster.batch_job(loaded.cluster, loaded.work.in_flight)
+    assert script is not None
+    assert "#SBATCH --gres=gpu:1\n" in script
+    assert "tls://SCHEDULER:PORT" in script
+    assert f"--tls-ca-file {REPOSITORY}/deploy/slurm/ca.pem" in script
+
+
+@pytest.mark.parametrize(("walltime", "expected"), [(86400, (85800, 300)), (3600, (3000, 300)), (600, (480, 60)), (60, (48, 6)), (5, (5, 0))])
+def test_lifetimes_end_before_the_walltime(walltime: int, expected: tuple[int, int]) -> None:
+    assert slurm.lifetime_s(walltime) == expected
+    assert sum(expected) <= walltime
