@@ -159,7 +159,7 @@ def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     volume[[40, 70]] = 0
     survey, source = wanted(write_lr(tmp_path / "lr.zarr", volume))
     undisturbed = section_survey.look(survey, source, Store(f"file://{tmp_path}/other/"), keep=False)
-    assert list(undisturbed) == [40, 70]
+    assert {40, 70} <= undisturbed.keys()
     assert not (tmp_path / "other").exists()
 
     store = Store(f"file://{tmp_path}/side/")
