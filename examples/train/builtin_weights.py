@@ -105,14 +105,14 @@ STAGES: dict[str, dict[str, Any]] = {
     | {"scale": 8, "crop": 128, "batch": 2, "steps": 1000, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x8", "flow"], "start": "network-x8"},
     "finish-x8": WINDOWS
-    | {"scale": 8, "crop": 128, "batch": 2, "steps": 250, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
+    | {"scale": 8, "crop": 128, "batch": 2, "steps": 150, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
     | {"after": ["vqgan", "indexer-x8", "flow"], "start": "longer-x8"},
     "indexer-x16": PAIRS | {"scale": 16, "steps": 900},
     "network-x16": WINDOWS
     | {"scale": 16, "crop": 192, "batch": 2, "steps": 700, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x8"},
     "finish-x16": WINDOWS
-    | {"scale": 16, "crop": 192, "batch": 2, "steps": 250, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
+    | {"scale": 16, "crop": 192, "batch": 2, "steps": 120, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x16"},
 }
 
