@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 import sys
 import threading
@@ -23,7 +24,9 @@ from pipeline.geometry import ZYX, Box
 from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
 from pipeline.plan import Plan, PyramidBlock, Slab
 from pipeline.pyramid import halve
+from pipeline.storage import requests
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
+from pipeline.storage.requests import NO_LIMIT, NO_TROUBLES, Rates, Troubles
 from pipeline.storage.sources import open_mask, open_source
 from pipeline.storage.targets import open_target
 from pipeline.storage.volume import FIDELITY, Source, Target, TargetSpec, Uint8Array
@@ -45,6 +48,7 @@ class Job:
     plan: Plan
     target: TargetSpec
     retries: int
+    rates: Rates = NO_LIMIT
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class LeaseResult:
     """Largest resident size of the worker's process so far."""
     base_bytes: int
     """Its resident size when the job was open and no slab had been read."""
+    troubles: Troubles = NO_TROUBLES
+    """Of its process since the last lease that ended there."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,24 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
     return _receipt(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
 
 
-def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
+def process_lease(job: Job, start: int, stop: int, most_s: float = math.inf) -> LeaseResult:
     """Tasks start .. stop-1, one after another. A task that fails for good is a quarantined receipt, never an exception.
+
+    After `most_s` seconds no further task is begun: there are fewer receipts then, of the first tasks.
 
     Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks).
     """
+    requests.limit(job.rates)
     opened = open_job(job)
+    end = time.monotonic() + most_s
     rings: Rings | None = {} if job.plan.lattice.window > 1 else None
-    receipts = []
+    receipts: list[Receipt] = []
     for index in range(start, stop):
+        if receipts and time.monotonic() >= end:
+            break
         receipts.append(_attempt(opened, index, rings))
         allocator.give_back()
-    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes)
+    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes, requests.RECORD.take())
 
 
 def rehearse(job: Job) -> int:
@@ -261,6 +273,7 @@ def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
         retry=tenacity.retry_if_exception_type(TransientError),
         stop=tenacity.stop_after_attempt(job.job.retries + 1),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        before_sleep=lambda _: requests.RECORD.retry(),
         reraise=True,
     )
     return retryer(call)
