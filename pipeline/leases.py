@@ -101,9 +101,12 @@ class Leases:
         return self._once_more(now, crew)
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
-        """A copy came back with these: the receipts that count. The lease is closed then, and other copies are of no use."""
+        """A copy came back with these: the receipts that count. The lease is closed then, and other copies are of no use.
+
+        No receipts: its worker died before they were fetched. Tasks without one are handed out again.
+        """
         self._come_back(lease)
-        if lease.copies and any(r.state == QUARANTINED for r in receipts):
+        if lease.copies and (not receipts or any(r.state == QUARANTINED for r in receipts)):
             return ()  # perhaps its worker's fault: the other copy tells
         self._close(lease)
         self._learn(receipts)

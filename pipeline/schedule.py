@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import queue
 import threading
@@ -20,10 +21,15 @@ from pipeline.storage.target_lease import TargetLease
 from pipeline.worker import Job, LeaseResult, Receipt, process_lease
 
 NO_WORKER_S = 300.0
+FETCH_S = 5.0
+"""Answers are fetched together; after so long each by itself, so that one that lies on a worker that hangs holds up no other."""
 CANDIDATES = 8
 """Workers that the copy of a late lease may go to: the idlest, but none that has a copy already."""
 
 Work = Callable[[Job, int, int, float], LeaseResult]
+Answers = dict[str, LeaseResult | None]
+"""By key; None: lost with the worker that held it."""
+NOTHING = LeaseResult((), 0, 0)
 
 
 def rehearse(client: Client, job: Job) -> None:
@@ -134,7 +140,7 @@ class _Window:
 
     def __init__(self, client: Client, job: Job, work: Work) -> None:
         self._client, self._job, self._work = client, job, work
-        self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Future | Answers | Exception] = queue.SimpleQueue()
         self._out: dict[str, tuple[Lease, Future]] = {}
         self._number = 0
         self._prefix = f"lease-{job.digest[:8]}"  # one for all: what Dask keys by prefix lives for ever
@@ -164,21 +170,50 @@ class _Window:
 
     def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
         """Leases of which a copy came back, with its result, None where its workers died too often. Waits at most `timeout` seconds."""
-        ended = [(*self._out.pop(future.key), future.status) for future in self._ended(timeout) if future.key in self._out]
         found: list[tuple[Lease, LeaseResult | None]] = []
-        fine = [(lease, future) for lease, future, status in ended if status == "finished"]
-        found.extend(zip((lease for lease, _ in fine), self._gather([future for _, future in fine]), strict=True))
-        for lease, future, status in ended:
-            if status == "error":
-                error = future.exception()
+        finished = []
+        for ended in self._ended(timeout):
+            if isinstance(ended, dict):
+                found.extend((self._let_go(key), ended[key] or NOTHING) for key in ended.keys() & self._out.keys())
+            elif isinstance(ended, Exception):
+                raise _scheduler_gone(ended) if isinstance(ended, OSError) else ended
+            elif ended.key in self._out and ended.status == "finished":
+                finished.append(ended.key)
+            elif ended.key in self._out and ended.status == "error":
+                error = ended.exception()
                 if not isinstance(error, KilledWorker):
                     raise error if isinstance(error, EmsrError) else ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
-                found.append((lease, None))
-            elif status != "finished":
-                raise ClusterError("the Dask scheduler is gone", "a running scheduler", "Run the same command again: finished slabs are not repeated")
-            future.release()
+                found.append((self._let_go(ended.key), None))
+            elif ended.key in self._out and ended.status == "cancelled":
+                raise _scheduler_gone()
+            elif ended.key in self._out:  # it was finished, and its worker has died since
+                found.append((self._let_go(ended.key), NOTHING))
+        if finished:
+            asyncio.run_coroutine_threadsafe(self._fetch(finished), self._client.loop.asyncio_loop)
         self._watch_workers()
         return found
+
+    async def _fetch(self, keys: list[str]) -> None:
+        """Puts the answers into the queue. Client.gather would wait for a worker that hangs, and let no other call pass."""
+        while keys := [key for key in keys if key in self._out]:
+            try:
+                response = await asyncio.wait_for(self._client.scheduler.gather(keys=keys), FETCH_S)
+            except TimeoutError:
+                if len(keys) > 1:
+                    await asyncio.gather(*(self._fetch([key]) for key in keys))
+                    return
+            except Exception as error:
+                self._done.put(error)
+                return
+            else:
+                lost = [] if response["status"] == "OK" else response["keys"]
+                self._done.put(dict.fromkeys(lost) if lost else response["data"])
+                keys = [key for key in keys if key not in lost] if lost else []
+
+    def _let_go(self, key: str) -> Lease:
+        lease, future = self._out.pop(key)
+        future.release()
+        return lease
 
     def forget(self, lease: Lease) -> None:
         """Copies that are still out: one that waits is dropped, one that runs goes on and nobody asks for its receipts."""
@@ -194,11 +229,12 @@ class _Window:
 
     def _elsewhere(self, lease: Lease) -> list[str] | None:
         """The idlest workers that have no copy of this lease; None where there are no others."""
-        copies = {key for key, (out, _) in self._out.items() if out is lease}
-        busy = [(len(keys), address) for address, keys in self._client.processing().items() if copies.isdisjoint(keys)]
+        copies = {key: future for key, (out, future) in self._out.items() if out is lease}
+        holders = {address for addresses in self._client.who_has(list(copies.values())).values() for address in addresses}
+        busy = [(len(keys), address) for address, keys in self._client.processing().items() if copies.keys().isdisjoint(keys) and address not in holders]
         return [address for _, address in sorted(busy)[:CANDIDATES]] or None
 
-    def _ended(self, timeout: float) -> list[Future]:
+    def _ended(self, timeout: float) -> list[Future | Answers | Exception]:
         try:
             ended = [self._done.get(timeout=timeout)]
         except queue.Empty:
@@ -209,17 +245,12 @@ class _Window:
             except queue.Empty:
                 return ended
 
-    def _gather(self, futures: list[Future]) -> list[LeaseResult]:
-        if not futures:
-            return []
-        try:
-            return list(self._client.gather(futures))
-        except (OSError, TimeoutError) as error:
-            raise ClusterError(
-                f"the Dask scheduler is gone ({error})", "a running scheduler", "Run the same command again: finished slabs are not repeated"
-            ) from None
-
     def _watch_workers(self) -> None:
         self.crew()
         if time.monotonic() - self._seen_worker > NO_WORKER_S:
             raise ClusterError(f"no worker for {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again")
+
+
+def _scheduler_gone(why: OSError | None = None) -> ClusterError:
+    saw = "the Dask scheduler is gone" + (f" ({why})" if why else "")
+    return ClusterError(saw, "a running scheduler", "Run the same command again: finished slabs are not repeated")
