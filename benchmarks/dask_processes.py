@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,11 +23,23 @@ Usage = tuple[float, float]
 """CPU seconds and resident MB of a process."""
 
 
+def environment() -> dict[str, str]:
+    """For scheduler and workers: logs as short as the pipeline's own clusters keep them, the benchmarks' modules in reach."""
+    short = {"DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"}
+    return {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+
+
+def scheduler_address(place: Path) -> str:
+    """Of the scheduler that writes this file when it is ready."""
+    while not (place.exists() and place.read_text().rstrip().endswith("}")):
+        time.sleep(0.05)
+    return str(json.loads(place.read_text())["address"])
+
+
 @contextmanager
 def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]:
     """The pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
-    short = {"DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"}
-    environ = {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    environ = environment()
     dask = [sys.executable, "-m", "dask"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "scheduler.json"
@@ -36,11 +49,9 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
         commands += [[*dask, "worker", "--nthreads", str(threads), "--local-directory", folder, *common, *preloads]] * workers
         processes = [subprocess.Popen(c, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
         try:
-            while not place.exists():
-                time.sleep(0.05)
-            with Client(scheduler_file=str(place), timeout=60) as first:
+            address = scheduler_address(place)
+            with Client(address, timeout=60) as first:
                 first.wait_for_workers(workers, timeout=60)
-                address = first.scheduler.address
             with connect(ClusterConfig(kind="address", address=address), threads) as client:
                 yield client
         finally:

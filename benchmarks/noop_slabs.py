@@ -2,7 +2,8 @@
 
     python benchmarks/noop_slabs.py [slabs=100000] [workers=2]
 
-Prints scheduler and client CPU per slab, and how much resident memory each grew after the first tenth.
+Prints CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs, and how many
+names Dask will keep.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from typing import Any
 
 from dask_processes import Usage, apart, usage
+from distributed import Client, Scheduler
 
 from pipeline.config import NetworkConfig, SourceConfig, TargetConfig
 from pipeline.geometry import ZYX, Box
@@ -27,7 +29,7 @@ from pipeline.storage.volume import TargetSpec
 from pipeline.worker import Job, LeaseResult, Receipt
 
 
-def noop(job: Job, start: int, stop: int) -> LeaseResult:
+def noop(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
     return LeaseResult(tuple(Receipt(i, WRITTEN, seconds=1e-4) for i in range(start, stop)), 0, 0)
 
 
@@ -43,29 +45,39 @@ def planned(slabs: int) -> Job:
     return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0)
 
 
-def measure(slabs: int, workers: int) -> dict[str, Any]:
+def measure(client: Client, slabs: int) -> dict[str, Any]:
     job = planned(slabs)
-    marks: list[tuple[int, dict[str, Usage]]] = []
-    with tempfile.TemporaryDirectory() as folder, apart(workers) as client:
+    marks: dict[int, dict[str, Usage]] = {}
+    due = [10**n for n in range(4, 8) if 10**n < job.plan.tasks]
+    with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store(f"file://{folder}"), job.digest, job.plan.tasks, "bench")
 
         def watch(outcome: Outcome) -> None:
-            if outcome.written >= len(marks) * job.plan.tasks // 10:
-                marks.append((outcome.written, usage(client)))
+            if due and outcome.written >= due[0]:
+                marks[due.pop(0)] = usage(client)
 
         began, first = time.perf_counter(), usage(client)
         drive(client, job, ledger, threading.Event(), progress=watch, work=noop)
         wall, last = time.perf_counter() - began, usage(client)
         assert ledger.counts()["written"] == job.plan.tasks
-    tenth = marks[min(2, len(marks) - 1)][1]
+    marks[job.plan.tasks] = last
     out: dict[str, Any] = {"slabs": job.plan.tasks, "wall_s": round(wall, 1), "slabs_per_s": round(job.plan.tasks / wall)}
     for who in ("scheduler", "client"):
         out[f"{who}_cpu_ms_per_slab"] = round(1e3 * (last[who][0] - first[who][0]) / job.plan.tasks, 3)
-        out[f"{who}_growth_mb"] = round(last[who][1] - tenth[who][1], 1)
+        out[f"{who}_mb"] = {0: round(first[who][1], 1)} | {done: round(used[who][1], 1) for done, used in marks.items()}
+    out["names_that_stay"] = client.run_on_scheduler(names_that_stay)
     return out
+
+
+def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:
+    """What the scheduler keeps for ever: it must not grow with slabs."""
+    spans = dask_scheduler.extensions["spans"].spans if "spans" in dask_scheduler.extensions else {}
+    return {"prefixes": len(dask_scheduler.task_prefixes), "groups": len(dask_scheduler.task_groups), "spans": len(spans), "tasks": len(dask_scheduler.tasks)}
 
 
 if __name__ == "__main__":
     import noop_slabs  # workers import it by this name, not as __main__
 
-    print(noop_slabs.measure(*(int(a) for a in (sys.argv[1:] + ["100000", "2"][len(sys.argv) - 1 :]))))
+    slabs, workers = (int(a) for a in sys.argv[1:] + ["100000", "2"][len(sys.argv) - 1 :])
+    with apart(workers) as client:
+        print(noop_slabs.measure(client, slabs))

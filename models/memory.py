@@ -48,7 +48,7 @@ def _encode(params: Params, tile: int) -> float:
     pyramid = n * width * sum(1 << 2 * level for level in range(1, r.bit_length() - 2))
     fusing = max(3 * width, 2 * width + widths[1]) / width * _band(width, tile * r // 2, reach=4)
     mpf = held + pyramid + max(fusing + n * half, 3 * n * width * quarter)
-    return max(decoder, mask, mpf)
+    return float(max(decoder, mask, mpf))
 
 
 def _fuse(params: Params, tile: int) -> float:

@@ -150,10 +150,18 @@ class BudgetConfig(_Model):
     output_bytes: Bytes
 
 
+class RequestsConfig(_Model):
+    """Bounds on what all workers together ask of the stores."""
+
+    read: Annotated[StrictInt, Field(ge=1)] | None = None
+    write: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
 class WorkConfig(_Model):
     slab_shape: ShapeField | None = None
     retries: Annotated[StrictInt, Field(ge=0, le=100)] = 3
     in_flight: Annotated[StrictInt, Field(ge=1, le=16)] = 2
+    requests_per_second: RequestsConfig | None = None
     budget: BudgetConfig | None = None
 
 

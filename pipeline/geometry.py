@@ -136,3 +136,8 @@ def tiles(box: Box, shape: ZYX) -> Iterator[Box]:
         for y in range(first.y, last.y):
             for x in range(first.x, last.x):
                 yield Box.at(ZYX(z, y, x) * shape, shape).intersect(box)
+
+
+def chunk_count(box: Box, shape: ZYX) -> int:
+    """How many cells of the grid of `shape` anchored at voxel (0, 0, 0) the box touches."""
+    return 0 if box.empty else (box.stop.ceil_div(shape) - box.start // shape).product

@@ -21,6 +21,7 @@ from pipeline.plan import Plan
 from pipeline.price import output_voxels
 from pipeline.section_survey import Survey, survey
 from pipeline.storage.kv import Store
+from pipeline.storage.requests import Rates
 from pipeline.storage.sources import open_mask, open_source
 from pipeline.storage.targets import is_empty, open_target
 from pipeline.storage.volume import Source, TargetSpec, VolumeInfo
@@ -85,7 +86,9 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
         {"emsr": __version__, "digest": digest(spec)} | spec,
     )
     spec = spec | {"slab_shape": list(plan.slab_shape)}
-    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries), info, spec)
+    asked = config.work.requests_per_second
+    rates = Rates(asked.read, asked.write) if asked else Rates()
+    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries, rates=rates), info, spec)
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -48,14 +48,23 @@ class RunProgress:
         closed = self._done + outcome.written + outcome.skipped + outcome.quarantined
         rate = outcome.voxels / max(1e-9, now - self._began)
         if self._live:
-            trouble = f"{outcome.quarantined} quarantined" if outcome.quarantined else ""
+            counts = {"quarantined": outcome.quarantined, "refused by the store": outcome.troubles.refused, "leases started again": outcome.started_again}
+            trouble = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             self._bar.update(self._task, completed=closed, rate=f"{rate / 1e6:.1f} MVx/s", trouble=trouble)
         elif now - self._said >= LINE_S:
             self._said = now
             here = closed - self._done
             left = (self._total - closed) * (now - self._began) / here if here else None
             self.say(
-                "progress", closed=closed, planned=self._total, quarantined=outcome.quarantined, voxels_per_s=round(rate), seconds_left=left and round(left)
+                "progress",
+                closed=closed,
+                planned=self._total,
+                quarantined=outcome.quarantined,
+                refused=outcome.troubles.refused,
+                retried=outcome.troubles.retried,
+                started_again=outcome.started_again,
+                voxels_per_s=round(rate),
+                seconds_left=left and round(left),
             )
 
     def say(self, event: str, **fields: Any) -> None:

@@ -46,6 +46,8 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
         "wall_s": wall,
         "ledger": {"planned": ledger.tasks} | ledger.counts(),
         "this_run": {"written": outcome.written, "skipped": outcome.skipped, "quarantined": outcome.quarantined, "interrupted": outcome.interrupted},
+        "started_again": outcome.started_again,
+        "requests": {"refused": outcome.troubles.refused, "retried": outcome.troubles.retried},
         "seconds": outcome.seconds,
         "voxels": outcome.voxels,
         "voxels_per_s": outcome.voxels / wall if wall else 0.0,

@@ -1,14 +1,15 @@
-"""Which tasks, how many in flight: a bounded window of leases, refilled lazily. Dask places them, the ledger remembers."""
+"""The run itself: work leases out to Dask, receipts into the ledger. `leases` decides, Dask places, the ledger remembers."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 import queue
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distributed import Client, Future, KilledWorker
@@ -16,19 +17,24 @@ from distributed import Client, Future, KilledWorker
 from pipeline import worker
 from pipeline.cluster import may_come, refuse_other_versions
 from pipeline.errors import ClusterError, EmsrError, LedgerError
-from pipeline.plan import Plan
+from pipeline.leases import Crew, Lease, Leases
 from pipeline.price import NOTHING, Footprint
 from pipeline.storage.ledger import PENDING, QUARANTINED, Entry, Ledger
+from pipeline.storage.requests import NO_LIMIT, NO_TROUBLES, Troubles
 from pipeline.storage.target_lease import TargetLease
 from pipeline.worker import Job, LeaseResult, Receipt, process_lease
 
-LEASE_S = 5.0
-"""A lease is about this long: short enough to drain soon, long enough that the scheduler idles."""
-LEASE_MOST = 64
 NO_WORKER_S = 300.0
 SAY_S = 20.0
+FETCH_S = 5.0
+"""Answers are fetched together; after so long each by itself, so that one that lies on a worker that hangs holds up no other."""
+CANDIDATES = 8
+"""Workers that the copy of a late lease may go to: the idlest, but none that has a copy already."""
 
-Work = Callable[[Job, int, int], LeaseResult]
+Work = Callable[[Job, int, int, float], LeaseResult]
+Answers = dict[str, LeaseResult | None]
+"""By key; None: lost with the worker that held it."""
+NO_ANSWER = LeaseResult((), 0, 0)
 
 
 def rehearse(client: Client, job: Job) -> None:
@@ -65,18 +71,35 @@ def _no_worker() -> ClusterError:
 
 @dataclass
 class Outcome:
-    """What one run did."""
+    """What one run did. `started_again` counts late leases that a second worker was given."""
 
     written: int = 0
     skipped: int = 0
     quarantined: int = 0
     interrupted: bool = False
+    started_again: int = 0
+    troubles: Troubles = NO_TROUBLES
     peak_bytes: int = 0
     base_bytes: int = 0
     network: Footprint = NOTHING
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "network": 0.0, "write": 0.0})
     voxels: int = 0
     bytes: int = 0
+
+    def count(self, receipt: Receipt) -> None:
+        state = ("", "written", "skipped", "quarantined")[receipt.state]
+        setattr(self, state, getattr(self, state) + 1)
+        for part in self.seconds:
+            self.seconds[part] += getattr(receipt, f"{part}_s")
+        self.voxels += receipt.voxels
+        self.bytes += receipt.bytes
+
+    def see(self, result: LeaseResult) -> None:
+        """Also of a lease whose receipts do not count."""
+        self.peak_bytes, self.base_bytes = max(self.peak_bytes, result.peak_bytes), max(self.base_bytes, result.base_bytes)
+        self.troubles += result.troubles
+        if result.receipts:
+            self.network = result.network
 
 
 def drive(
@@ -93,13 +116,13 @@ def drive(
     Raises ClusterError when the scheduler or all workers are gone, LedgerError when another run took the target over,
     and whatever a worker raised because it cannot open the job. The ledger is flushed in every case.
     """
-    outcome = Outcome()
+    outcome, began = Outcome(), time.monotonic()
     window = _Window(client, job, work)
     try:
         for stage in job.plan.stages():
             if stage.start and any(ledger.count(state, range(stage.start)) for state in (PENDING, QUARANTINED)):
                 break  # a level needs every shard of the one before it
-            _stage(window, job.plan, ledger, stage, outcome, stop, held, progress)
+            _stage(window, Leases(job.plan, ledger, stage, began), ledger, outcome, stop, held, progress)
     finally:
         window.cancel()
         ledger.flush()
@@ -109,174 +132,139 @@ def drive(
 
 def _stage(
     window: _Window,
-    plan: Plan,
+    leases: Leases,
     ledger: Ledger,
-    stage: range,
     outcome: Outcome,
     stop: threading.Event,
     held: TargetLease | None,
     progress: Callable[[Outcome], None],
 ) -> None:
-    todo = _Todo(plan, ledger, stage)
     while True:
         if held is not None and held.lost.is_set():
             raise LedgerError(
                 "another run took this target over while this one was out of reach", "one run per target", "See which one is alive, then run again"
             )
-        while not stop.is_set() and window.has_room():
-            span = todo.next(window.lease_size(todo.left()))
-            if span is None:
-                break
-            window.submit(span)
-        if not window.pending:
-            suspect = None if stop.is_set() else todo.next_suspect()
-            if suspect is None:
-                return
-            window.submit(suspect)
-        receipts, dead = window.collect(timeout=0.5)
+        while not stop.is_set() and (lease := leases.next(time.monotonic(), window.crew())) is not None:
+            window.start(lease)
+            outcome.started_again += lease.starts > 1
+        if not leases.out:
+            return
         entries: list[Entry] = []
-        for receipt in receipts:
-            _count(outcome, receipt)
-            entries.append(receipt)
-        for span in dead:
-            given_up = todo.killed(span)
-            if given_up is not None:
-                _count(outcome, given_up)
-                entries.append(given_up)
-        outcome.peak_bytes, outcome.base_bytes = max(outcome.peak_bytes, window.peak_bytes), max(outcome.base_bytes, window.base_bytes)
-        outcome.network = window.network
+        for lease, result in window.collect(timeout=0.5):
+            if result is not None:
+                outcome.see(result)
+            if lease.closed:
+                continue  # another copy was faster
+            for receipt in leases.died(lease) if result is None else leases.ended(lease, result.receipts):
+                outcome.count(receipt)
+                entries.append(receipt)
+            if lease.closed:
+                window.forget(lease)
         ledger.record(entries)
         ledger.tick()
         progress(outcome)
 
 
-def _count(outcome: Outcome, receipt: Receipt) -> None:
-    state = ("", "written", "skipped", "quarantined")[receipt.state]
-    setattr(outcome, state, getattr(outcome, state) + 1)
-    for part in outcome.seconds:
-        outcome.seconds[part] += getattr(receipt, f"{part}_s")
-    outcome.voxels += receipt.voxels
-    outcome.bytes += receipt.bytes
-
-
-class _Todo:
-    """Pending tasks as runs of consecutive numbers within one z column, found lazily; leases of dead workers come first."""
-
-    def __init__(self, plan: Plan, ledger: Ledger, stage: range) -> None:
-        self._plan = plan
-        self._indices: Iterator[int] = ledger.indices(PENDING, stage)
-        self._ahead: int | None = next(self._indices, None)
-        self._again: deque[range] = deque()
-        self._suspects: deque[int] = deque()
-        self._alone: set[int] = set()
-        self._left = ledger.count(PENDING, stage)
-
-    def left(self) -> int:
-        return self._left
-
-    def next(self, most: int) -> range | None:
-        if self._again:
-            return self._again.popleft()
-        if self._ahead is None:
-            return None
-        start = self._ahead
-        limit = min(start + most, self._plan.column_end(start))
-        stop = start + 1
-        self._ahead = next(self._indices, None)
-        while self._ahead == stop and stop < limit:
-            stop += 1
-            self._ahead = next(self._indices, None)
-        self._left -= stop - start
-        return range(start, stop)
-
-    def next_suspect(self) -> range | None:
-        """A task whose workers died, to be run with nothing beside it: what shared a worker with the guilty one is innocent."""
-        if not self._suspects:
-            return None
-        index = self._suspects.popleft()
-        self._alone.add(index)
-        return range(index, index + 1)
-
-    def killed(self, span: range) -> Receipt | None:
-        """A lease whose workers died again and again: its tasks one by one, then alone; only one that dies alone is given up."""
-        if len(span) > 1:
-            self._again.extend(range(i, i + 1) for i in span)
-            return None
-        if span.start not in self._alone:
-            self._suspects.append(span.start)
-            return None
-        return Receipt(
-            span.start, QUARANTINED, error=f"its worker died on every try (out of memory or killed): task {span.start}, {self._plan_box(span.start)}"
-        )
-
-    def _plan_box(self, index: int) -> str:
-        return f"LR box {self._plan.slab(index).lr}" if index < self._plan.slabs else "a pyramid block"
-
-
 class _Window:
-    """The futures in flight: about two leases per worker beyond what its threads hold, never more."""
+    """The futures in flight, by key: a lease has one, or one for each of its copies."""
 
     def __init__(self, client: Client, job: Job, work: Work) -> None:
         self._client, self._job, self._work = client, job, work
-        self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._spans: dict[str, range] = {}
+        self._done: queue.SimpleQueue[Future | Answers | Exception] = queue.SimpleQueue()
+        self._out: dict[str, tuple[Lease, Future]] = {}
         self._number = 0
-        self._prefix = f"lease-{job.digest[:8]}"
-        self._slot_count, self._slots_at = 0, 0.0
-        self._seconds_per_task = 0.0
+        self._prefix = f"lease-{job.digest[:8]}"  # one for all: what Dask keys by prefix lives for ever
+        self._crew, self._asked = Crew(0, 0), 0.0
         self._seen_worker = time.monotonic()
-        self._futures: dict[str, Future] = {}
-        self.peak_bytes = 0
-        self.base_bytes = 0
-        self.network = NOTHING
 
-    @property
-    def pending(self) -> int:
-        return len(self._spans)
+    def crew(self) -> Crew:
+        """Asked of the scheduler once a second."""
+        now = time.monotonic()
+        if now - self._asked > 1.0:
+            threads = self._client.nthreads() or {}
+            self._crew, self._asked = Crew(len(threads), sum(threads.values())), now
+            if threads:
+                self._seen_worker = now
+        return self._crew
 
-    def has_room(self) -> bool:
-        return len(self._spans) < self._slots()
-
-    def lease_size(self, left: int) -> int:
-        """Tasks per lease: LEASE_S seconds' worth by the measured mean, one until there is a measurement, fewer near the end."""
-        if self._seconds_per_task <= 0:
-            return 1
-        return max(1, min(LEASE_MOST, int(LEASE_S / self._seconds_per_task), left // (2 * max(1, self._slots()))))
-
-    def submit(self, span: range) -> None:
+    def start(self, lease: Lease) -> None:
         self._number += 1
         key = f"{self._prefix}-{self._number:x}"
-        future = self._client.submit(self._work, self._job, span.start, span.stop, key=key, pure=False)
-        self._spans[key] = span
-        self._futures[key] = future
+        job = self._job
+        if job.rates != NO_LIMIT:
+            job = dataclasses.replace(job, rates=job.rates.share(self._crew.workers))
+        where = {} if lease.starts == 1 else {"workers": self._elsewhere(lease), "allow_other_workers": True}
+        future = self._client.submit(self._work, job, lease.span.start, lease.span.stop, lease.most_s, key=key, pure=False, **where)
+        self._out[key] = lease, future
         future.add_done_callback(self._done.put)
 
-    def collect(self, timeout: float) -> tuple[list[Receipt], list[range]]:
-        """Receipts of leases that ended, and the leases whose workers died too often. Waits at most `timeout` seconds."""
-        futures = self._ended(timeout)
-        receipts: list[Receipt] = []
-        dead: list[range] = []
-        fine = [f for f in futures if f.status == "finished"]
-        for result in self._gather(fine):
-            receipts.extend(result.receipts)
-            self.peak_bytes, self.base_bytes = max(self.peak_bytes, result.peak_bytes), max(self.base_bytes, result.base_bytes)
-            self.network = result.network
-        for future in futures:
-            span = self._spans.pop(future.key)
-            self._futures.pop(future.key)
-            if future.status == "error":
-                error = future.exception()
+    def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
+        """Leases of which a copy came back, with its result, None where its workers died too often. Waits at most `timeout` seconds."""
+        found: list[tuple[Lease, LeaseResult | None]] = []
+        finished = []
+        for ended in self._ended(timeout):
+            if isinstance(ended, dict):
+                found.extend((self._let_go(key), ended[key] or NO_ANSWER) for key in ended.keys() & self._out.keys())
+            elif isinstance(ended, Exception):
+                raise _scheduler_gone(ended) if isinstance(ended, OSError) else ended
+            elif ended.key in self._out and ended.status == "finished":
+                finished.append(ended.key)
+            elif ended.key in self._out and ended.status == "error":
+                error = ended.exception()
                 if not isinstance(error, KilledWorker):
                     raise error if isinstance(error, EmsrError) else ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
-                dead.append(span)
-            elif future.status != "finished":
-                raise ClusterError("the Dask scheduler is gone", "a running scheduler", "Run the same command again: finished slabs are not repeated")
-            future.release()
-        self._learn(receipts)
+                found.append((self._let_go(ended.key), None))
+            elif ended.key in self._out and ended.status == "cancelled":
+                raise _scheduler_gone()
+            elif ended.key in self._out:  # it was finished, and its worker has died since
+                found.append((self._let_go(ended.key), NO_ANSWER))
+        if finished:
+            asyncio.run_coroutine_threadsafe(self._fetch(finished), self._client.loop.asyncio_loop)
         self._watch_workers()
-        return receipts, dead
+        return found
 
-    def _ended(self, timeout: float) -> list[Future]:
+    async def _fetch(self, keys: list[str]) -> None:
+        """Puts the answers into the queue. Client.gather would wait for a worker that hangs, and let no other call pass."""
+        while keys := [key for key in keys if key in self._out]:
+            try:
+                response = await asyncio.wait_for(self._client.scheduler.gather(keys=keys), FETCH_S)
+            except TimeoutError:
+                if len(keys) > 1:
+                    await asyncio.gather(*(self._fetch([key]) for key in keys))
+                    return
+            except Exception as error:
+                self._done.put(error)
+                return
+            else:
+                lost = [] if response["status"] == "OK" else response["keys"]
+                self._done.put(dict.fromkeys(lost) if lost else response["data"])
+                keys = [key for key in keys if key not in lost] if lost else []
+
+    def _let_go(self, key: str) -> Lease:
+        lease, future = self._out.pop(key)
+        future.release()
+        return lease
+
+    def forget(self, lease: Lease) -> None:
+        """Copies that are still out: one that waits is dropped, one that runs goes on and nobody asks for its receipts."""
+        self._cancel([key for key, (out, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
+
+    def cancel(self) -> None:
+        self._cancel(list(self._out))
+
+    def _cancel(self, keys: list[str]) -> None:
+        futures = [self._out.pop(key)[1] for key in keys]
+        if futures:
+            self._client.cancel(futures, force=True)
+
+    def _elsewhere(self, lease: Lease) -> list[str] | None:
+        """The idlest workers that have no copy of this lease; None where there are no others."""
+        copies = {key: future for key, (out, future) in self._out.items() if out is lease}
+        holders = {address for addresses in self._client.who_has(list(copies.values())).values() for address in addresses}
+        busy = [(len(keys), address) for address, keys in self._client.processing().items() if copies.keys().isdisjoint(keys) and address not in holders]
+        return [address for _, address in sorted(busy)[:CANDIDATES]] or None
+
+    def _ended(self, timeout: float) -> list[Future | Answers | Exception]:
         try:
             ended = [self._done.get(timeout=timeout)]
         except queue.Empty:
@@ -287,40 +275,14 @@ class _Window:
             except queue.Empty:
                 return ended
 
-    def _gather(self, futures: list[Future]) -> list[LeaseResult]:
-        if not futures:
-            return []
-        try:
-            return list(self._client.gather(futures))
-        except (OSError, TimeoutError) as error:
-            raise ClusterError(
-                f"the Dask scheduler is gone ({error})", "a running scheduler", "Run the same command again: finished slabs are not repeated"
-            ) from None
-
-    def _learn(self, receipts: list[Receipt]) -> None:
-        if receipts:
-            mean = sum(r.seconds for r in receipts) / len(receipts)
-            self._seconds_per_task = max(1e-6, mean if self._seconds_per_task <= 0 else 0.7 * self._seconds_per_task + 0.3 * mean)
-
-    def _slots(self) -> int:
-        """Leases that keep every worker busy: one per thread and one waiting per worker. Asked of the scheduler once a second."""
-        now = time.monotonic()
-        if now - self._slots_at > 1.0:
-            threads = self._client.nthreads() or {}
-            self._slot_count, self._slots_at = sum(threads.values()) + len(threads), now
-            if threads:
-                self._seen_worker = now
-        return max(2, self._slot_count)
-
     def _watch_workers(self) -> None:
-        self._slots()
+        self.crew()
         if time.monotonic() - self._seen_worker > NO_WORKER_S:
             if not may_come(self._client):
                 raise _no_worker()
             self._seen_worker = time.monotonic()
 
-    def cancel(self) -> None:
-        if self._futures:
-            self._client.cancel(list(self._futures.values()), force=True)
-            self._futures.clear()
-            self._spans.clear()
+
+def _scheduler_gone(why: OSError | None = None) -> ClusterError:
+    saw = "the Dask scheduler is gone" + (f" ({why})" if why else "")
+    return ClusterError(saw, "a running scheduler", "Run the same command again: finished slabs are not repeated")

@@ -51,6 +51,8 @@ def status(config: Config) -> int:
     print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
     for line in bad:
         print(line)
+    if asked := _requests(store.get("report.json")):
+        print(f"requests     {asked}")
     if running := holder(store):
         print(
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"
@@ -62,6 +64,16 @@ def status(config: Config) -> int:
     if counts["quarantined"] > SHOWN:
         print(f"quarantined  and {counts['quarantined'] - SHOWN:,} more")
     return 0 if counts["written"] + counts["skipped"] == tasks else 1
+
+
+def _requests(report: bytes | None) -> str:
+    """What the last run that ended says of its stores; empty where there is nothing to say."""
+    try:
+        found = json.loads(report or b"{}").get("requests", {})
+        refused, retried = int(found.get("refused", 0)), int(found.get("retried", 0))
+    except (ValueError, TypeError, AttributeError):
+        return ""
+    return f"{refused:,} were answered 429 or 503, {retried:,} were tried again, in the last run that ended" if refused or retried else ""
 
 
 if __name__ == "__main__":

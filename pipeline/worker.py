@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 import sys
 import threading
@@ -24,7 +25,9 @@ from pipeline.plan import Plan, PyramidBlock, Slab
 from pipeline.price import NOTHING, Footprint
 from pipeline.pyramid import halve
 from pipeline.retry import retrying
+from pipeline.storage import requests
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Entry
+from pipeline.storage.requests import NO_LIMIT, NO_TROUBLES, Rates, Troubles
 from pipeline.storage.sources import open_mask, open_source
 from pipeline.storage.targets import open_target
 from pipeline.storage.volume import FIDELITY, Source, Target, TargetSpec, Uint8Array
@@ -48,6 +51,7 @@ class Job:
     retries: int
     emsr: str = __version__
     """The client's version: the worker's must be the same."""
+    rates: Rates = NO_LIMIT
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class LeaseResult:
     """Its resident size when the job was open and no slab had been read."""
     network: Footprint = NOTHING
     """What the network holds of the process's memory."""
+    troubles: Troubles = NO_TROUBLES
+    """Of its process since the last lease that ended there."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +151,24 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
     return _receipt(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
 
 
-def process_lease(job: Job, start: int, stop: int) -> LeaseResult:
+def process_lease(job: Job, start: int, stop: int, most_s: float = math.inf) -> LeaseResult:
     """Tasks start .. stop-1, one after another. A task that fails for good is a quarantined receipt, never an exception.
+
+    After `most_s` seconds no further task is begun: there are fewer receipts then, of the first tasks.
 
     Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks, too little memory).
     """
+    requests.limit(job.rates)
     opened = open_job(job)
+    end = time.monotonic() + most_s
     rings: Rings | None = {} if job.plan.lattice.window > 1 else None
-    receipts = []
+    receipts: list[Receipt] = []
     for index in range(start, stop):
+        if receipts and time.monotonic() >= end:
+            break
         receipts.append(_attempt(opened, index, rings))
         allocator.give_back()
-    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes, opened.network.resident)
+    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes, opened.network.resident, requests.RECORD.take())
 
 
 def rehearse(job: Job) -> int:
@@ -268,7 +280,7 @@ def _put(job: OpenJob, objects: dict[str, bytes]) -> None:
 
 
 def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
-    return retrying(call, job.job.retries)
+    return retrying(call, job.job.retries, requests.RECORD.retry)
 
 
 def _attempt(job: OpenJob, index: int, rings: Rings | None = None) -> Receipt:

@@ -14,8 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from pipeline.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
-from pipeline.geometry import ZYX, Box, tiles
-from pipeline.storage import kv
+from pipeline.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.storage import kv, requests
 from pipeline.storage.precomputed_shard_files import ShardFiles, private_context, stored_objects
 from pipeline.storage.volume import LevelSpec, Uint8Array
 
@@ -107,6 +107,7 @@ def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, ab
 
 
 def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box) -> Uint8Array:
+    requests.READS.take(chunk_count(box, array.level.chunk))
     try:
         voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
         holes = [] if array.shard_files is None else array.shard_files.lacks(store.url, _zero_chunks(array.level.chunk, box, voxels))

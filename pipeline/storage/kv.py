@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import tensorstore as ts
 
 from pipeline.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.storage import requests
 from pipeline.urls import split_format
 
 _CODE = re.compile(
@@ -117,6 +118,7 @@ class Store:
 
     def put_all(self, items: Mapping[str, bytes]) -> None:
         """Several puts at once; all are awaited, the first failure is raised."""
+        requests.WRITES.take(len(items))
         futures = {key: self._kv.write(key, value) for key, value in items.items()}
         failed: EmsrError | None = None
         for key, future in futures.items():

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import MissingChunkError, TransientError
-from pipeline.geometry import Box, tiles
+from pipeline.geometry import Box, chunk_count, tiles
+from pipeline.storage import requests
 from pipeline.storage.metadata import Folder
 from pipeline.storage.volume import Uint8Array, VolumeInfo
 from pipeline.storage.voxel_array import Level, VoxelArray, Voxels
@@ -40,6 +41,8 @@ class VolumeSource:
             raise ValueError(f"box {box} is not inside the volume's {self._info.bounds}")
         if box.empty:
             return np.empty(tuple(box.shape), np.uint8)
+        local = Box(box.start - self._info.bounds.start, box.stop - self._info.bounds.start)
+        requests.READS.take(chunk_count(local, self._level.chunk))
         try:
             return np.ascontiguousarray(self._to_uint8(self._array.start(box)()))
         except MissingChunkError as error:

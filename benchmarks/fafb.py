@@ -1,0 +1,74 @@
+"""FAFB v14 as a job for plan and price: a whole fly brain, ssTEM, 40 nm sections, 4 nm pixels, reached from 8 or 16 times coarser ones.
+
+The bounding box is that of natverse/elmr, data/templatebrains.R (FAFB14). 106 TB of it are tissue, about: the rest is skipped by
+a mask, taken here as the complement of an ellipse in every section.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models import NETWORKS
+from pipeline import layout
+from pipeline.config import TargetConfig
+from pipeline.geometry import ZYX, Box
+from pipeline.plan import Lattice, Plan
+
+SECTIONS = 7062
+FINE = ZYX(SECTIONS, 155_648, 253_952)
+TISSUE = 106e12 / FINE.product
+"""Share of the bounding box."""
+SOURCE_CHUNK = ZYX(8, 256, 256)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds for one output section of one 64 x 64 cell, paper's network, all exact savings made, in 10^9: what is done
+    once per section (`per_section`, also for the z-halo of a lease) and once per window. Counted for a tile of 64.
+    """
+
+    per_section: float
+    per_window: float
+
+
+WORK = {8: Work(112, 148), 16: Work(443, 219)}
+
+PEAK_TFLOPS = {"A100": 19.5, "H100": 67.0}
+"""float32 without tensor cores, as their makers state."""
+UTILISATION = 0.35
+"""Of that. Assumed, not measured: no GPU was there. The reference reaches 0.53 to 0.70 of a CPU core's peak."""
+CPU_CORE_TFLOPS = 0.090 * 0.6
+"""One core: 90 GFLOP/s at best, 0.6 of it reached."""
+
+
+def plan_of(scale: int, target: TargetConfig) -> Plan:
+    traits = NETWORKS["gpemsr"]
+    lattice = Lattice(traits.cell, traits.halo, traits.window, traits.padding)
+    region = ZYX(FINE.z, FINE.y // scale, FINE.x // scale)
+    shapes = layout.choose(region, scale, target, None)
+    box = Box.at(ZYX(0, 0, 0), region)
+    return Plan(box, box, shapes.slab_shape, scale, lattice, shapes.levels, shapes.fidelity, lossy=target.encoding == "jpeg")
+
+
+def slab_flop(plan: Plan, slabs_per_lease: float) -> float:
+    """Floating-point operations (two per multiply-add) of one slab: tiles are larger than cells, and a lease has a z-halo."""
+    work, lattice = WORK[plan.scale], plan.lattice
+    cells = plan.slab_shape.y * plan.slab_shape.x / lattice.cell**2
+    halo = 1 + 2 * lattice.z_halo / (plan.slab_shape.z * slabs_per_lease)
+    per_centre = work.per_section * halo + work.per_window
+    return 2e9 * per_centre * plan.slab_shape.z * cells * (lattice.tile / lattice.cell) ** 2
+
+
+def is_tissue(plan: Plan, index: int) -> bool:
+    """Whether the slab's column stands in the ellipse that covers TISSUE of every section."""
+    iy, ix = divmod(index // plan.grid.z, plan.grid.x)
+    y, x = 2 * (iy + 0.5) / plan.grid.y - 1, 2 * (ix + 0.5) / plan.grid.x - 1
+    return y * y + x * x < TISSUE * 4 / 3.141592653589793
+
+
+def puts_per_slab(plan: Plan) -> int:
+    """Objects that a slab inside the volume writes."""
+    sr = plan.slab_shape.lateral(plan.scale)
+    boxes = [(sr.z, sr.y >> k, sr.x >> k) for k in range(plan.in_memory)]
+    count = sum(ZYX(*box).ceil_div(level.shard).product for box, level in zip(boxes, plan.levels, strict=False))
+    return count + (plan.slab_shape.ceil_div(plan.fidelity.shard).product if plan.fidelity else 0)

@@ -1,0 +1,51 @@
+"""Tasks that sleep and put one small object, for runs of the real schedule on real workers without a network.
+
+A task's index is in its object. It sleeps `TASK_S` seconds (0.05); `HANGS` names one that sleeps for ten minutes when it is tried
+first, and only then.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from pipeline.config import NetworkConfig, SourceConfig
+from pipeline.geometry import ZYX, Box
+from pipeline.inference import describe
+from pipeline.plan import Plan
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import WRITTEN
+from pipeline.storage.volume import TargetSpec
+from pipeline.worker import Job, LeaseResult, Receipt
+
+
+def job_of(folder: str, columns: int, depth: int) -> Job:
+    """A job whose volume exists nowhere; its target is `folder`."""
+    box = Box.of((0, 0, 0), (depth, 8, 8 * columns))
+    network = describe(NetworkConfig(name="nearest", scale=8))
+    plan = Plan(box, box, ZYX(1, 8, 8), 8, network.lattice, (), None)
+    target = TargetSpec(f"file://{folder}", "ome-zarr", "raw", 8, (1, 1, 1), (0, 0, 0), (), None)
+    return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0)
+
+
+def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
+    """Like process_lease, but for what a task does."""
+    store = Store(job.target.url)
+    receipts: list[Receipt] = []
+    end = time.monotonic() + most_s
+    for index in range(start, stop):
+        if receipts and time.monotonic() >= end:
+            break
+        began = time.monotonic()
+        time.sleep(600 if os.environ.get("HANGS") == str(index) and _first_try(job, index) else float(os.environ.get("TASK_S", "0.05")))
+        store.put(f"task-{index}", str(index).encode())
+        receipts.append(Receipt(index, WRITTEN, seconds=time.monotonic() - began))
+    return LeaseResult(tuple(receipts), 0, 0)
+
+
+def _first_try(job: Job, index: int) -> bool:
+    try:
+        os.close(os.open(f"{job.target.url.removeprefix('file://')}/tried-{index}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

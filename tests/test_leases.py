@@ -1,0 +1,216 @@
+"""Decisions of the scheduler without Dask: every task is closed once whatever happens, and who gets what, when."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.geometry import ZYX, Box
+from pipeline.leases import LATE_LEAST_S, LEASE_MOST, LEASE_S, RAMP_FIRST, RAMP_PER_S, STARTS_MOST, Crew, Lease, Leases
+from pipeline.plan import Lattice, Plan
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import QUARANTINED, WRITTEN, Ledger
+from pipeline.worker import Receipt
+
+
+def plan_of(columns: int, depth: int) -> Plan:
+    box = Box.of((0, 0, 0), (depth, 8, 8 * columns))
+    return Plan(box, box, ZYX(1, 8, 8), 8, Lattice(8, 0, 1, "edge"), (), None)
+
+
+@pytest.fixture
+def ledger_of() -> Iterator[object]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield lambda plan: Ledger(Store(f"file://{folder}"), "d" * 64, plan.slabs, "r")
+
+
+def begun(ledger_of: object, columns: int, depth: int) -> Leases:
+    plan = plan_of(columns, depth)
+    return Leases(plan, ledger_of(plan), range(plan.slabs), began=0.0)  # type: ignore[operator]
+
+
+def done(span: range, seconds: float, state: int = WRITTEN) -> list[Receipt]:
+    return [Receipt(i, state, seconds=seconds) for i in span]
+
+
+def take(leases: Leases, now: float, crew: Crew) -> Lease:
+    lease = leases.next(now, crew)
+    assert lease is not None
+    return lease
+
+
+def measured(leases: Leases, seconds: float, crew: Crew) -> None:
+    """One task is handed out and comes back: from now on there is a measurement."""
+    first = take(leases, 0.0, crew)
+    assert len(first.span) == 1, "one task until there is a measurement"
+    leases.ended(first, done(first.span, seconds))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "threads", "tasks"),
+    [(1.0, 2, int(LEASE_S)), (0.001, 2, LEASE_MOST), (60.0, 2, 1), (10.0, 2000, 2), (10.0, 20_000, 20)],
+)
+def test_a_lease_is_five_seconds_of_measured_tasks_and_longer_with_many_workers(ledger_of: object, seconds: float, threads: int, tasks: int) -> None:
+    """2,000 threads: 20 s; 20,000: 200 s, so that 100 leases end in a second."""
+    crew = Crew(threads, threads)
+    leases = begun(ledger_of, 20_000, 128)
+    measured(leases, seconds, crew)
+    assert len(take(leases, 0.0, crew).span) == tasks
+
+
+def test_a_lease_ends_with_its_column(ledger_of: object) -> None:
+    crew = Crew(1, 1)
+    leases = begun(ledger_of, 400, 3)
+    measured(leases, 0.01, crew)
+    assert [take(leases, 0.0, crew).span for _ in range(2)] == [range(1, 3), range(3, 6)]
+
+
+def test_near_the_end_leases_shrink_but_not_below_half_a_second(ledger_of: object) -> None:
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 1, 41)
+    measured(leases, 0.2, crew)
+    assert len(take(leases, 0.0, crew).span) == 40 // (2 * crew.slots)
+    leases = begun(ledger_of, 1, 41)
+    measured(leases, 0.05, crew)
+    assert len(take(leases, 0.0, crew).span) == 10
+
+
+def test_what_a_worker_gives_back_is_handed_out_next(ledger_of: object) -> None:
+    crew = Crew(1, 1)
+    leases = begun(ledger_of, 100, 40)
+    measured(leases, 0.1, crew)
+    lease = take(leases, 0.0, crew)
+    assert lease.span == range(1, 40)
+    assert len(leases.ended(lease, done(lease.span[:10], 1.0))) == 10
+    assert take(leases, 0.0, crew).span.start == 11
+
+
+def test_a_run_begins_as_a_ramp(ledger_of: object) -> None:
+    crew = Crew(1024, 2048)
+    leases = begun(ledger_of, 10_000, 10)
+
+    def handed_out(now: float) -> int:
+        count = 0
+        while leases.next(now, crew) is not None:
+            count += 1
+        return count
+
+    assert handed_out(0.0) == RAMP_FIRST
+    assert handed_out(10.0) == 10 * RAMP_PER_S
+    assert handed_out(1e4) == crew.slots - RAMP_FIRST - 10 * RAMP_PER_S
+    assert handed_out(2e4) == 0
+
+
+def test_a_late_lease_is_started_again_only_when_nothing_else_is_left(ledger_of: object) -> None:
+    crew = Crew(2, 4)
+    leases = begun(ledger_of, 4, 1)
+    stuck = take(leases, 0.0, crew)
+    others = [take(leases, 0.0, crew) for _ in range(2)]
+    for lease in others:
+        leases.ended(lease, done(lease.span, 1.0))
+    fresh = take(leases, 1000.0, crew)
+    assert fresh is not stuck, "a pending task comes first, however late the lease is"
+    assert take(leases, 1000.0, crew) is stuck
+    assert leases.next(1000.0, crew) is None
+    leases.ended(fresh, done(fresh.span, 1.0))
+    assert leases.ended(stuck, done(stuck.span, 1.0)), "the first answer counts"
+    assert stuck.closed
+    assert leases.out == 0
+    assert leases.next(2000.0, crew) is None
+
+
+def test_how_late_is_late(ledger_of: object) -> None:
+    """Three times what slow tasks would take: here 1 task of 4 s, one that waited before it, and one more for good measure: 36 s."""
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 3, 1)
+    stuck, other = take(leases, 0.0, crew), take(leases, 0.0, crew)
+    leases.ended(other, done(other.span, 4.0))
+    third = take(leases, 0.0, crew)
+    leases.ended(third, done(third.span, 4.0))
+    assert leases.next(23.0, crew) is None  # the first lease has nobody before it: 3 * (1 + 1) * 4 s
+    assert leases.next(25.0, crew) is stuck
+    assert leases.next(26.0, crew) is None
+    assert leases.next(51.0, crew) is stuck
+    assert stuck.starts == STARTS_MOST
+    assert leases.next(1000.0, crew) is None
+    assert LATE_LEAST_S < 23
+
+
+def test_alone_on_one_worker_nothing_is_started_again(ledger_of: object) -> None:
+    leases = begun(ledger_of, 2, 1)
+    measured(leases, 1.0, Crew(1, 2))
+    take(leases, 0.0, Crew(1, 2))
+    assert leases.next(1000.0, Crew(1, 2)) is None
+    assert leases.next(1000.0, Crew(2, 4)) is not None
+
+
+def test_a_quarantined_answer_waits_for_the_other_copy(ledger_of: object) -> None:
+    crew = Crew(2, 4)
+    leases = begun(ledger_of, 2, 1)
+    measured(leases, 1.0, crew)
+    lease = take(leases, 0.0, crew)
+    assert take(leases, 1000.0, crew) is lease
+    assert leases.ended(lease, done(lease.span, 1.0, QUARANTINED)) == ()
+    assert not lease.closed
+    assert leases.ended(lease, done(lease.span, 1.0))[0].state == WRITTEN
+    assert lease.closed
+
+
+def test_only_a_task_that_dies_alone_is_given_up(ledger_of: object) -> None:
+    crew = Crew(1, 4)
+    leases = begun(ledger_of, 2, 4)
+    measured(leases, 0.1, crew)
+    lease = take(leases, 0.0, crew)
+    assert lease.span == range(1, 4)
+    assert leases.died(lease) == ()
+    singles = [take(leases, 0.0, crew) for _ in range(3)]
+    assert [s.span for s in singles] == [range(i, i + 1) for i in (1, 2, 3)]
+    beside = take(leases, 0.0, crew)
+    assert leases.died(singles[0]) == ()
+    for other in (*singles[1:], beside):
+        assert leases.next(0.0, crew) is None
+        leases.ended(other, done(other.span, 0.1))
+    alone = take(leases, 0.0, crew)
+    assert (alone.span, alone.alone) == (range(1, 2), True)
+    assert leases.next(0.0, crew) is None
+    (given_up,) = leases.died(alone)
+    assert (given_up.index, given_up.state) == (1, QUARANTINED)
+    assert "LR box" in given_up.error
+    assert leases.out == 0
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject) -> None:
+    """Any order of answers, whole and in part, of deaths, copies and quarantines."""
+    plan = plan_of(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)))
+    crew = Crew(3, data.draw(st.integers(3, 6)))
+    with tempfile.TemporaryDirectory() as folder:
+        leases = Leases(plan, Ledger(Store(f"file://{folder}"), "d" * 64, plan.slabs, "r"), range(plan.slabs), began=0.0)
+        closed: list[int] = []
+        copies: list[Lease] = []
+        now = 0.0
+        for _ in range(1000):
+            now += data.draw(st.sampled_from([0.1, 2.0, 100.0]))
+            while (lease := leases.next(now, crew)) is not None:
+                copies.append(lease)
+            assert len(copies) <= crew.slots
+            assert not any(lease.alone for lease in copies) or len(copies) == 1
+            if not leases.out:
+                break
+            lease = copies.pop(data.draw(st.integers(0, len(copies) - 1)))
+            if data.draw(st.integers(0, 9)) == 0:
+                found = leases.died(lease)
+            else:
+                state = QUARANTINED if data.draw(st.integers(0, 9)) == 0 else WRITTEN
+                found = leases.ended(
+                    lease, done(lease.span[: data.draw(st.integers(0, len(lease.span)))], data.draw(st.sampled_from([0.01, 1.0, 30.0])), state)
+                )
+            closed += [receipt.index for receipt in found]
+            if lease.closed:
+                copies = [other for other in copies if other is not lease]
+        assert sorted(closed) == list(range(plan.slabs))
