@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import channels_last
+from models.layers import Narrow, channels_last
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -26,9 +26,9 @@ class SPyNet(nn.Module):
         self.levels = nn.ModuleList()
         for _ in range(levels):
             layers: list[nn.Module] = []
-            for inputs, outputs in itertools.pairwise(channels):
+            for inputs, outputs in itertools.pairwise(channels[:-1]):
                 layers += [nn.Conv2d(inputs, outputs, 7, 1, 3), nn.ReLU(inplace=True)]
-            self.levels.append(nn.Sequential(*layers[:-1]))
+            self.levels.append(nn.Sequential(*layers, Narrow(channels[-2], channels[-1], 7)))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -41,8 +41,8 @@ class SPyNet(nn.Module):
         return flow * shrink.view(1, 2, 1, 1)
 
     def _pyramid(self, image: Tensor) -> list[Tensor]:
-        """Coarsest first."""
-        pyramid = [channels_last((image - self.mean) / self.std)]
+        """Grey, coarsest first."""
+        pyramid = [image]
         for _ in self.levels[1:]:
             pyramid.insert(0, functional.avg_pool2d(pyramid[0], 2))
         return pyramid
@@ -53,7 +53,8 @@ class SPyNet(nn.Module):
         for level, near, far in zip(self.levels, first, second, strict=True):
             if flow.shape[-2:] != near.shape[-2:]:
                 flow = 2 * functional.interpolate(flow, size=near.shape[-2:], mode="bilinear", align_corners=True)
-            flow = flow + level(channels_last(torch.cat([near, warp(far, flow), flow], 1)))
+            images = [(image - self.mean) / self.std for image in (near, warp(far, flow))]
+            flow = flow + level(channels_last(torch.cat([*images, flow], 1)))
         return flow
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import Params
-from models.layers import Residual, conv3, in_bands, lrelu
+from models.layers import Narrow, Residual, conv3, in_bands, lrelu
 
 
 class Reconstruction(nn.Module):
@@ -18,7 +18,7 @@ class Reconstruction(nn.Module):
         self.trunk = nn.Sequential(*(Residual(width) for _ in range(params.trunk_blocks)))
         self.up = nn.ModuleList(conv3(width, 4 * width) for _ in range(params.scale.bit_length() - 1))
         self.hr = conv3(width, width)
-        self.last = conv3(width, 1)
+        self.last = Narrow(width, 1, 3)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1, rH, rW)."""

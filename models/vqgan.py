@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import PriorParams
-from models.layers import NormResidual, SelfAttention, Up, channels_last, conv3, in_bands, pointwise, weights_channels_last
+from models.layers import Narrow, NormResidual, SelfAttention, Up, channels_last, conv3, in_bands, pointwise, weights_channels_last
 
 
 class Encoder(nn.Module):
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         self.attention = SelfAttention(widths[-1], groups)
         self.blocks = nn.ModuleList(NormResidual(width, width, groups) for width in widths[:0:-1])
         self.ups = nn.ModuleList(Up(width, wider) for width, wider in zip(widths[:0:-1], widths[-2::-1], strict=True))
-        self.output = conv3(widths[0], 1)
+        self.output = Narrow(widths[0], 1, 3)
 
     def forward(self, latent: Tensor) -> Decoded:
         x = self.attention(self.head(self.project(channels_last(latent))))

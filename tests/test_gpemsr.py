@@ -97,3 +97,21 @@ def test_lower_precision_runs_and_stays_near(precision: str, small: Path, tmp_pa
     run_here(volume_yaml(tmp_path / "b.yaml", "lr.zarr", "b", **keys, network__precision=precision))
     exact, near = (np.asarray(zarr.open_array(tmp_path / name / "0", mode="r")).astype(int) for name in "ab")
     assert 0 < np.abs(exact - near).mean() < 8
+
+
+@pytest.mark.parametrize("scale", [8, 16])
+def test_threads_do_not_change_a_bit_of_the_network(scale: int) -> None:
+    """Workers of different sizes must agree (law 1)."""
+    torch.manual_seed(6)
+    network = models.build("gpemsr", scale, "small").eval()
+    window = torch.rand(1, 5, 1, 16, 24)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                results.append(network.fuse_window([network.encode_section(section) for section in window[0, :, None]]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
