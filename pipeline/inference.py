@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import models
+from pipeline import watchdog
 from pipeline.config import NetworkConfig
 from pipeline.errors import NetworkError
 from pipeline.geometry import ZYX, Box
@@ -144,6 +145,7 @@ class Network:
         window = self.spec.lattice.window
         with torch.inference_mode(), self._precision():
             for z in range(len(out)):
+                watchdog.beat()
                 names = ids[z : z + window]
                 for at, name in enumerate(names, start=z):
                     if name not in ring:

@@ -74,7 +74,7 @@ def prepare(config: Config) -> Prepared:
         {"emsr": __version__, "digest": digest(spec)} | spec,
     )
     spec = spec | {"slab_shape": list(plan.slab_shape)}
-    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries), info, spec)
+    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries, config.work.stall_s), info, spec)
 
 
 def digest(spec: dict[str, Any]) -> str:
