@@ -37,6 +37,16 @@ def rehearse(client: Client, job: Job) -> None:
 
 
 @dataclass
+class Tally:
+    """What one worker process did: tasks, how many of them were quarantined, seconds, Unix time of the last."""
+
+    tasks: int = 0
+    quarantined: int = 0
+    seconds: float = 0.0
+    last: float = 0.0
+
+
+@dataclass
 class Outcome:
     """What one run did."""
 
@@ -49,6 +59,8 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "network": 0.0, "write": 0.0})
     voxels: int = 0
     bytes: int = 0
+    workers: dict[str, Tally] = field(default_factory=dict)
+    """By HOST:PID."""
 
 
 def drive(
@@ -74,7 +86,7 @@ def drive(
             _stage(window, job.plan, ledger, stage, outcome, stop, held, progress)
     finally:
         window.cancel()
-        ledger.flush()
+        ledger.close()
     outcome.interrupted = stop.is_set()
     return outcome
 
@@ -105,7 +117,8 @@ def _stage(
             if suspect is None:
                 return
             window.submit(suspect)
-        receipts, dead = window.collect(timeout=0.5)
+        receipts, dead, unfinished = window.collect(timeout=0.5)
+        todo.again(unfinished)
         entries: list[Entry] = []
         for receipt in receipts:
             _count(outcome, receipt)
@@ -128,6 +141,12 @@ def _count(outcome: Outcome, receipt: Receipt) -> None:
         outcome.seconds[part] += getattr(receipt, f"{part}_s")
     outcome.voxels += receipt.voxels
     outcome.bytes += receipt.bytes
+    if receipt.worker:
+        tally = outcome.workers.setdefault(receipt.worker, Tally())
+        tally.tasks += 1
+        tally.quarantined += receipt.state == QUARANTINED
+        tally.seconds += receipt.seconds
+        tally.last = time.time()
 
 
 class _Todo:
@@ -160,6 +179,10 @@ class _Todo:
         self._left -= stop - start
         return range(start, stop)
 
+    def again(self, spans: list[range]) -> None:
+        """The rest of leases that ended early, because a task of theirs stalled."""
+        self._again.extend(spans)
+
     def next_suspect(self) -> range | None:
         """A task whose workers died, to be run with nothing beside it: what shared a worker with the guilty one is innocent."""
         if not self._suspects:
@@ -177,11 +200,8 @@ class _Todo:
             self._suspects.append(span.start)
             return None
         return Receipt(
-            span.start, QUARANTINED, error=f"its worker died on every try (out of memory or killed): task {span.start}, {self._plan_box(span.start)}"
+            span.start, QUARANTINED, error=f"its worker died on every try (out of memory or killed): task {span.start}, {self._plan.place(span.start)}"
         )
-
-    def _plan_box(self, index: int) -> str:
-        return f"LR box {self._plan.slab(index).lr}" if index < self._plan.slabs else "a pyramid block"
 
 
 class _Window:
@@ -221,14 +241,18 @@ class _Window:
         self._futures[key] = future
         future.add_done_callback(self._done.put)
 
-    def collect(self, timeout: float) -> tuple[list[Receipt], list[range]]:
-        """Receipts of leases that ended, and the leases whose workers died too often. Waits at most `timeout` seconds."""
+    def collect(self, timeout: float) -> tuple[list[Receipt], list[range], list[range]]:
+        """Receipts of leases that ended, the leases whose workers died too often, and what leases left undone. Waits at most `timeout` seconds."""
         futures = self._ended(timeout)
         receipts: list[Receipt] = []
         dead: list[range] = []
+        unfinished: list[range] = []
         fine = [f for f in futures if f.status == "finished"]
-        for result in self._gather(fine):
+        for future, result in zip(fine, self._gather(fine), strict=True):
             receipts.extend(result.receipts)
+            span = self._spans[future.key]
+            if len(result.receipts) < len(span):
+                unfinished.append(span[len(result.receipts) :])
             self.peak_bytes, self.base_bytes = max(self.peak_bytes, result.peak_bytes), max(self.base_bytes, result.base_bytes)
         for future in futures:
             span = self._spans.pop(future.key)
@@ -243,7 +267,7 @@ class _Window:
             future.release()
         self._learn(receipts)
         self._watch_workers()
-        return receipts, dead
+        return receipts, dead, unfinished
 
     def _ended(self, timeout: float) -> list[Future]:
         try:
