@@ -116,6 +116,10 @@ class Scene:
     def ended(self) -> list[tuple[int, float]]:
         return self.lines("end")
 
+    def last_ended(self) -> float:
+        """When the last slab ended: the time of a fault that stops all work."""
+        return max((at for _, at in self.ended()), default=0.0)
+
     def recorded(self) -> set[int]:
         """Tasks that the ledger holds as written."""
         found = recorded.read(self.place.as_uri(), "harness")
@@ -158,7 +162,7 @@ def undisturbed(folder: Path, source: Path | None) -> tuple[Path, dict[str, Any]
     if source is None:
         source = write_lr(folder / "lr.zarr", texture(SHAPE))
     else:
-        bounds = open_source(SourceConfig(url=str(source))).info.bounds
+        bounds = open_source(SourceConfig(url=source.as_uri())).info.bounds
         size = bounds.shape.minimum(MOST)
         start = bounds.start + (bounds.shape - size) // 2
         keys = {"source__box": {"start": list(start), "stop": list(start + size)}} | keys

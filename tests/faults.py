@@ -187,9 +187,8 @@ def full_disk(scene: Scene) -> None:
     with _disk(scene, max(300_000, int(needed * scene.rng.uniform(0.3, 0.8)))) as remount:
         scene.write()
         scene.run(2, "no space left")
-        when = time.monotonic()
         remount(f"size={10 * needed + 10_000_000}")
-        scene.crash(when)
+        scene.crash(scene.last_ended())
 
 
 def read_only(scene: Scene) -> None:
@@ -200,10 +199,9 @@ def read_only(scene: Scene) -> None:
             if scene.under_way(client):
                 remount("ro")
             code, said = scene.end(client)
-        when = time.monotonic()
         assert code == 0 or (code == 2 and "permission denied" in said), said
         remount("rw")
-        scene.crash(when)
+        scene.crash(scene.last_ended())
 
 
 def damaged_shard(scene: Scene) -> None:
@@ -255,11 +253,10 @@ def source_changed(scene: Scene) -> None:
         if workers := _workers(client):
             _kill(workers[0].pid)
         code, said = scene.end(client)
-        when = time.monotonic()
     assert not alive or (code == 1 and "changed while the run was going on" in said), said
     scene.run(2, "fingerprint was")
     document.write_bytes(before)
-    scene.crash(when)
+    scene.crash(scene.last_ended())
 
 
 def _finished(scene: Scene) -> None:
