@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
+from pipeline.file_server import byte_range
+
 KINDS = ("500", "503", "429", "cut", "silence")
 
 
@@ -97,9 +99,26 @@ class _Handler(BaseHTTPRequestHandler):
         key = unquote(urlsplit(self.path).path).lstrip("/")
         if self.command == "PUT" and status == 200:
             self._store(key, body)
-        if self.server.gcs and status in (200, 206) and "alt=media" in self.path:
-            headers = [*headers, ("x-goog-generation", self._generation(urlsplit(self.path).path))]
+        if self.server.gcs and status == 200:
+            return self._gcs_answer(headers, answer)
         return status, headers, answer
+
+    def _gcs_answer(self, headers: list[tuple[str, str]], answer: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """An object's bytes with its generation, cut to the range asked for; a listing cut to its bounds."""
+        parts = urlsplit(self.path)
+        query = {k: v[0] for k, v in parse_qs(parts.query).items()}
+        if query.get("alt") == "media":
+            headers = [*headers, ("x-goog-generation", self._generation(parts.path))]
+            asked = byte_range(self.headers.get("Range"), len(answer))
+            if asked is None:
+                return 200, headers, answer
+            return 206, [*headers, ("Content-Range", f"bytes {asked[0]}-{asked[1] - 1}/{len(answer)}")], answer[slice(*asked)]
+        if parts.path.endswith("/o") and self.command == "GET":
+            listing = json.loads(answer)
+            low, high = query.get("startOffset", ""), query.get("endOffset", "\U0010ffff")
+            listing["items"] = [item for item in listing.get("items", []) if low <= item["name"] < high]
+            answer = json.dumps(listing).encode()
+        return 200, headers, answer
 
     def _gcs_upload(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         """An upload under the condition on the generation that the emulator knows nothing of; 0 is an object that is not there."""
@@ -124,7 +143,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(self, method: str, path: str, body: bytes, bare: bool = False) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(*self.server.upstream, timeout=60)
         try:
-            headers = {} if bare else {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "accept-encoding")}
+            headers = (
+                {}
+                if bare
+                else {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "accept-encoding", *(["range"] if self.server.gcs else []))}
+            )
             upstream.request(method, path, body or None, headers)
             response = upstream.getresponse()
             return response.status, response.getheaders(), response.read()
@@ -160,7 +183,7 @@ def s3(seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
 
 @contextlib.contextmanager
 def gcs(bucket: str, seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
-    """A GCS emulator behind a gateway, which adds what the emulator leaves out of the protocol: conditional writes, generations with the bytes."""
+    """A GCS emulator behind a gateway, which adds what the emulator leaves out of the protocol: conditional writes, generations, ranges, bounds."""
     from gcp_storage_emulator.server import create_server
 
     emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
