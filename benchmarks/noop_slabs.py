@@ -42,7 +42,7 @@ def planned(slabs: int) -> Job:
     shapes = choose(shape, 8, TargetConfig(url="x", mips=1), ZYX(8, 512, 512))
     plan = Plan(box, box, shapes.slab_shape, 8, network.lattice, shapes.levels, shapes.fidelity)
     target = TargetSpec("file:///nowhere", "ome-zarr", "raw", 8, (1, 1, 1), (0, 0, 0), plan.levels, plan.fidelity)
-    return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0)
+    return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0, 600)
 
 
 def measure(client: Client, slabs: int) -> dict[str, Any]:

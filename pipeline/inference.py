@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import models
-from pipeline import allocator, device
+from pipeline import allocator, device, watchdog
 from pipeline.config import NetworkConfig
 from pipeline.errors import NetworkError, TooLargeError
 from pipeline.geometry import ZYX, Box
@@ -160,6 +160,7 @@ class Network:
         transfer = device.Transfer(self.device, sections, out)
         with torch.inference_mode(), self._precision():
             for z in range(len(out)):
+                watchdog.beat()
                 names = ids[z : z + window]
                 for at, name in enumerate(names, start=z):
                     if name not in ring:

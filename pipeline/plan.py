@@ -191,6 +191,17 @@ class Plan:
                 return PyramidBlock(index, level, write, read)
         raise IndexError(f"task {index} of {self.tasks}")
 
+    def box(self, index: int) -> Box:
+        """What this task makes, in SR voxels of mip 0 (the target's, from its corner); a coarser block's may reach over the volume's end."""
+        if index < self.slabs:
+            return self.slab(index).write
+        block = self.pyramid_block(index)
+        return block.write.lateral(2**block.level)
+
+    def place(self, index: int) -> str:
+        """The task in words."""
+        return f"LR box {self.slab(index).lr}" if index < self.slabs else f"a block of mip {self.pyramid_block(index).level}"
+
     def strips(self, block: PyramidBlock) -> list[Box]:
         """`block.read` in strips of whole rows of chunks, each about STRIP_ROWS high and of an even number of rows."""
         finer = self.levels[block.level - 1]

@@ -88,7 +88,8 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
     spec = spec | {"slab_shape": list(plan.slab_shape)}
     asked = config.work.requests_per_second
     rates = Rates(asked.read, asked.write) if asked else Rates()
-    return Prepared(Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries, rates=rates), info, spec)
+    job = Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries, config.work.stall_s, rates=rates)
+    return Prepared(job, info, spec)
 
 
 def digest(spec: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -53,8 +54,9 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
         "voxels_per_s": outcome.voxels / wall if wall else 0.0,
         "stored_bytes": outcome.bytes,
         "memory": {"promised": promise if outcome.base_bytes else None, "peak": outcome.peak_bytes},
+        "workers": {name: dataclasses.asdict(tally) for name, tally in outcome.workers.items()},
         "bad_sections": prepared.spec["source"]["bad_sections"],
-        "failures": [{"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i)} for i in failures],
+        "failures": [{"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i).error} for i in failures],
     }
     store.put("report.json", json.dumps(body, indent=1).encode())
     try:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 
 from distributed import Client
@@ -90,7 +91,12 @@ def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, h
     with RunProgress(ledger.tasks, done) as progress, _interruptible(progress) as stop:
         progress.say("plan", slabs=job.plan.slabs, pyramid_blocks=job.plan.tasks - job.plan.slabs, done=done, retried=again)
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
-        outcome = drive(client, job, ledger, stop, held, progress.update)
+
+        def seen(outcome: Outcome) -> None:
+            progress.update(outcome)
+            held.workers = {name: asdict(tally) for name, tally in outcome.workers.items()}
+
+        outcome = drive(client, job, ledger, stop, held, seen)
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
         if bad := prepared.spec["source"]["bad_sections"]:
             progress.say("bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]})
@@ -106,9 +112,9 @@ def _verdict(ledger: Ledger, outcome: Outcome) -> int:
         return INTERRUPTED
     if counts["quarantined"]:
         first = next(ledger.indices(QUARANTINED))
-        why = (ledger.why(first).splitlines() or ["no reason kept"])[0]
         print(
-            f"emsr: {counts['quarantined']} of {ledger.tasks} tasks are quarantined, {counts['pending']} wait for them; the first is {first}: {why}. "
+            f"emsr: {counts['quarantined']} of {ledger.tasks} tasks are quarantined, {counts['pending']} wait for them; "
+            f"the first is {first}: {ledger.why(first).first_line}. "
             "Mend the cause and run the same command again: only these are repeated.",
             file=sys.stderr,
         )

@@ -70,6 +70,16 @@ def _no_worker() -> ClusterError:
 
 
 @dataclass
+class Tally:
+    """What one worker process did: tasks, how many of them were quarantined, seconds, Unix time of the last."""
+
+    tasks: int = 0
+    quarantined: int = 0
+    seconds: float = 0.0
+    last: float = 0.0
+
+
+@dataclass
 class Outcome:
     """What one run did. `started_again` counts late leases that a second worker was given."""
 
@@ -85,6 +95,8 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "network": 0.0, "write": 0.0})
     voxels: int = 0
     bytes: int = 0
+    workers: dict[str, Tally] = field(default_factory=dict)
+    """By HOST:PID."""
 
     def count(self, receipt: Receipt) -> None:
         state = ("", "written", "skipped", "quarantined")[receipt.state]
@@ -93,6 +105,12 @@ class Outcome:
             self.seconds[part] += getattr(receipt, f"{part}_s")
         self.voxels += receipt.voxels
         self.bytes += receipt.bytes
+        if receipt.worker:
+            tally = self.workers.setdefault(receipt.worker, Tally())
+            tally.tasks += 1
+            tally.quarantined += receipt.state == QUARANTINED
+            tally.seconds += receipt.seconds
+            tally.last = time.time()
 
     def see(self, result: LeaseResult) -> None:
         """Also of a lease whose receipts do not count."""
@@ -125,7 +143,7 @@ def drive(
             _stage(window, Leases(job.plan, ledger, stage, began), ledger, outcome, stop, held, progress)
     finally:
         window.cancel()
-        ledger.flush()
+        ledger.close()
     outcome.interrupted = stop.is_set()
     return outcome
 

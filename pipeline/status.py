@@ -7,15 +7,13 @@ import json
 import sys
 import time
 
-from pipeline import bad_sections
 from pipeline import config as configuration
+from pipeline import recorded
 from pipeline.command import guarded
 from pipeline.config import Config
-from pipeline.errors import LedgerError
 from pipeline.prepare import sidecar
-from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, Ledger
-from pipeline.storage.target_lease import holder
+from pipeline.storage.ledger import QUARANTINED
+from pipeline.storage.target_lease import holder, last_workers
 
 SHOWN = 20
 
@@ -31,36 +29,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def status(config: Config) -> int:
     """Exit code 0 when every task is written or skipped, 1 while some are not."""
-    store = Store(sidecar(config.target.url))
-    stored = store.get("plan.json")
-    if stored is None:
-        print(f"nothing was run for {config.target.url} yet (no {store.url}/plan.json)")
+    found = recorded.read(config.target.url, "status")
+    if found is None:
+        print(f"nothing was run for {config.target.url} yet (no {sidecar(config.target.url)}/plan.json)")
         return 1
-    try:
-        body = json.loads(stored)
-        digest, tasks, slabs = str(body["digest"]), int(body["tasks"]), int(body["slabs"])
-        bad = bad_sections.told(body["spec"]["source"]["bad_sections"])
-    except (ValueError, KeyError, TypeError):
-        raise LedgerError(f"{store.url}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
-    ledger = Ledger(store, digest, tasks, run_id="status")
-    ledger.load()
+    ledger, plan, slabs, tasks = found.ledger, found.plan, found.slabs, found.ledger.tasks
     counts = ledger.counts()
     print(f"target       {config.target.url}")
-    print(f"plan         {digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else ""))
+    print(f"plan         {found.digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else ""))
     print(f"ledger       {tasks:,} planned = " + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending")))
     print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
-    for line in bad:
+    for line in found.bad_sections:
         print(line)
-    if asked := _requests(store.get("report.json")):
+    if asked := _requests(found.store.get("report.json")):
         print(f"requests     {asked}")
-    if running := holder(store):
+    if running := holder(found.store):
         print(
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"
         )
+    if (seen := ledger.timings).tasks:
+        print(f"timings      {seen.total / seen.tasks:.2f} s a task on the last {seen.tasks:,}, the slowest {seen.slowest:.2f} s (task {seen.slowest_task})")
+    _say_workers(last_workers(found.store))
     for key in ledger.damaged:
         print(f"damaged      {key}: its records are lost, those tasks run again")
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):
-        print(f"quarantined  task {index}: {(ledger.why(index).splitlines() or ['no reason kept'])[0]}")
+        why = ledger.why(index)
+        print(f"quarantined  task {index}, {plan.place(index)}: {why.first_line}" + (f" [{why.worker}]" if why.worker else ""))
     if counts["quarantined"] > SHOWN:
         print(f"quarantined  and {counts['quarantined'] - SHOWN:,} more")
     return 0 if counts["written"] + counts["skipped"] == tasks else 1
@@ -74,6 +68,18 @@ def _requests(report: bytes | None) -> str:
     except (ValueError, TypeError, AttributeError):
         return ""
     return f"{refused:,} were answered 429 or 503, {retried:,} were tried again, in the last run that ended" if refused or retried else ""
+
+
+def _say_workers(workers: dict[str, dict[str, float]]) -> None:
+    """The workers of this run or the last one, those heard of last first."""
+    for name, did in sorted(workers.items(), key=lambda item: -item[1]["last"])[:SHOWN]:
+        quarantined = f", {did['quarantined']:.0f} of them quarantined" if did["quarantined"] else ""
+        print(
+            f"worker       {name}: {did['tasks']:,.0f} tasks{quarantined}, {did['seconds'] / max(1.0, did['tasks']):.2f} s each, "
+            f"the last {time.time() - did['last']:.0f} s ago"
+        )
+    if len(workers) > SHOWN:
+        print(f"worker       and {len(workers) - SHOWN:,} more")
 
 
 if __name__ == "__main__":

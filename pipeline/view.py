@@ -10,21 +10,24 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline import config as volume_yaml
-from pipeline import urls
+from pipeline import recorded, urls
 from pipeline.command import guarded
 from pipeline.config import Config
 from pipeline.errors import SourceError, TargetError, UserError
 from pipeline.file_server import HOST, serving
 from pipeline.geometry import ZYX
 from pipeline.storage.kv import Store
+from pipeline.storage.ledger import QUARANTINED
 from pipeline.storage.sources import open_source
 from pipeline.viewer_source import Native, Triple, read_native
-from pipeline.viewer_state import Layer, public_link, viewer_state
+from pipeline.viewer_state import Layer, Mark, public_link, viewer_state
+
+MARKED = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _view(volume: str, state: bool, port: int) -> int:
     try:
-        found = layers(volume_yaml.load(volume))
-        title = os.path.basename(volume)
+        config = volume_yaml.load(volume)
+        found = layers(config)
+        scene = _Scene(found, os.path.basename(volume), quarantined(config, _sr(found)))
         for layer in found:
             if layer.native.unreadable:
                 print(f"{layer.name}: Neuroglancer does not read {layer.native.unreadable}, so this layer stays empty there.", file=sys.stderr)
         if state:
-            _print_state(found, title)
+            _print_state(scene)
         else:
-            _show(found, title, port)
+            _show(scene, port)
     except KeyboardInterrupt:
         # Ctrl-C is how looking ends.
         return 0
@@ -112,31 +116,54 @@ def browser_url(url: str) -> str:
     return url
 
 
-def _state(found: Sequence[Layer], title: str) -> dict[str, Any]:
-    return viewer_state(found, next(layer for layer in found if layer.name == "SR"), title)
+def quarantined(config: Config, sr: Layer) -> list[Mark]:
+    """The boxes of up to MARKED tasks that were given up, with the first line of why; empty where no ledger lies beside the target."""
+    found = recorded.read(config.target.url, "view")
+    if found is None:
+        return []
+    marks = []
+    for _, index in zip(range(MARKED), found.ledger.indices(QUARANTINED), strict=False):
+        box = found.plan.box(index)
+        low, high = (_corner(sr.corner_nm, voxel, sr.voxel_nm) for voxel in (box.start, box.stop))
+        marks.append(Mark(f"task {index}", low, high, f"task {index}, {found.plan.place(index)}: {found.ledger.why(index).first_line}"))
+    return marks
 
 
-def _print_state(found: Sequence[Layer], title: str) -> None:
-    print(json.dumps(_state(found, title), indent=2))
-    local = [layer.name for layer in found if urls.local_path(layer.url)]
+def _sr(found: Sequence[Layer]) -> Layer:
+    return next(layer for layer in found if layer.name == "SR")
+
+
+@dataclass(frozen=True)
+class _Scene:
+    layers: Sequence[Layer]
+    title: str
+    quarantined: Sequence[Mark]
+
+    def state(self) -> dict[str, Any]:
+        return viewer_state(self.layers, _sr(self.layers), self.title, self.quarantined)
+
+
+def _print_state(scene: _Scene) -> None:
+    print(json.dumps(scene.state(), indent=2))
+    local = [layer.name for layer in scene.layers if urls.local_path(layer.url)]
     if local:
         names = ", ".join(local)
         print(f"{names}: on this computer, which Neuroglancer reaches through a web server only. Leave out --state to have them served.", file=sys.stderr)
 
 
-def _show(found: Sequence[Layer], title: str, port: int) -> None:
+def _show(scene: _Scene, port: int) -> None:
     """Serve what is local, print the link, wait for Ctrl-C."""
-    folders = {layer.name: path for layer in found if (path := urls.local_path(layer.url))}
+    folders = {layer.name: path for layer in scene.layers if (path := urls.local_path(layer.url))}
     if not folders:
-        print(f"In any Neuroglancer, if the volumes are public: {public_link(_state(found, title))}", flush=True)
+        print(f"In any Neuroglancer, if the volumes are public: {public_link(scene.state())}", flush=True)
     if importlib.util.find_spec("neuroglancer") is None:
         if not folders:
             return
         raise UserError("the neuroglancer package is not installed", "it holds the viewer", "pip install 'emsr[view]', or use --state")
     with contextlib.ExitStack() as stack:
         bases = stack.enter_context(serving(folders, port + 1 if port else 0)) if folders else {}
-        served = [replace(layer, url=bases.get(layer.name, layer.url)) for layer in found]
-        link = stack.enter_context(_neuroglancer(_state(served, title), port))
+        served = replace(scene, layers=[replace(layer, url=bases.get(layer.name, layer.url)) for layer in scene.layers])
+        link = stack.enter_context(_neuroglancer(served.state(), port))
         print(f"Neuroglancer: {link}\nCtrl-C ends it.", flush=True)
         threading.Event().wait()
 

@@ -46,6 +46,16 @@ class Layer:
         return f"{self.native.kind}://{self.url}{path}"
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A box of the volume with words to it: its lower and upper corner (nm; z, y, x)."""
+
+    name: str
+    low_nm: Triple
+    high_nm: Triple
+    words: str
+
+
 def coincides(layer: Layer) -> bool:
     """Whether Neuroglancer puts the layer in its true place by the volume's own metadata, under the axis names z, y, x."""
     voxel, corner = layer.native.level_voxel_nm, layer.native.corner_nm
@@ -67,8 +77,8 @@ def transform(layer: Layer) -> dict[str, Any]:
     }
 
 
-def viewer_state(layers: Sequence[Layer], focus: Layer, title: str) -> dict[str, Any]:
-    """Neuroglancer's state: `layers` from bottom to top in the xy layout, the middle section of `focus` whole in view.
+def viewer_state(layers: Sequence[Layer], focus: Layer, title: str, quarantined: Sequence[Mark] = ()) -> dict[str, Any]:
+    """Neuroglancer's state: `layers` from bottom to top in the xy layout, the middle section of `focus` whole in view, marks above them.
 
     xy, as serial sections are far coarser in z than in the plane. Global voxels are those of `focus`.
     """
@@ -83,7 +93,7 @@ def viewer_state(layers: Sequence[Layer], focus: Layer, title: str) -> dict[str,
         "position": middle[::-1],
         "crossSectionScale": max(extent[1:]) / unit / _PIXELS,
         "projectionScale": 1.5 * max(extent) / unit,
-        "layers": [_layer(layer) for layer in layers],
+        "layers": [_layer(layer) for layer in layers] + ([_annotations("quarantined", quarantined, focus.voxel_nm)] if quarantined else []),
         "selectedLayer": {"layer": focus.name, "visible": True},
         "layout": "xy",
     }
@@ -110,6 +120,24 @@ def _layer(layer: Layer) -> dict[str, Any]:
     if layer.contrast:
         out["shaderControls"] = {"contrast": {"range": list(layer.contrast)}}
     return out
+
+
+def _annotations(name: str, marks: Sequence[Mark], voxel_nm: Triple) -> dict[str, Any]:
+    """Boxes kept in the state itself, in voxels of `voxel_nm`."""
+
+    def point(corner_nm: Triple) -> list[float]:
+        return [c / v for c, v in zip(corner_nm[::-1], voxel_nm[::-1], strict=True)]
+
+    return {
+        "type": "annotation",
+        "name": name,
+        "source": {"url": "local://annotations", "transform": {"outputDimensions": {axis: _metres(v) for axis, v in zip("xyz", voxel_nm[::-1], strict=True)}}},
+        "tab": "annotations",
+        "annotationColor": "#ff4040",
+        "annotations": [
+            {"type": "axis_aligned_bounding_box", "id": m.name, "pointA": point(m.low_nm), "pointB": point(m.high_nm), "description": m.words} for m in marks
+        ],
+    }
 
 
 def _metres(nm: float) -> list[Any]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import resource
+import socket
 import sys
 import threading
 import time
 import traceback
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import __version__, allocator
+from pipeline import __version__, allocator, watchdog
 from pipeline.config import SourceConfig
-from pipeline.errors import ClusterError, DataError, EmsrError, TransientError, UserError
+from pipeline.errors import ClusterError, DataError, EmsrError, TargetError, TransientError, UserError
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import DEVICE_LOCK, Network, NetworkSpec, Rings, back_projection_error, super_resolve
 from pipeline.plan import Plan, PyramidBlock, Slab
@@ -49,6 +51,7 @@ class Job:
     plan: Plan
     target: TargetSpec
     retries: int
+    stall_s: float
     emsr: str = __version__
     """The client's version: the worker's must be the same."""
     rates: Rates = NO_LIMIT
@@ -123,13 +126,13 @@ def process_slab(job: OpenJob, index: int, rings: Rings | None = None) -> Receip
     if job.job.source.skip_empty and owned.min() == owned.max():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     read = time.perf_counter()
-    with DEVICE_LOCK:
+    with watchdog.turn(DEVICE_LOCK):
         locked = time.perf_counter()
         sr = super_resolve(job.network, lr, sections, job.plan, slab, rings)
         computed = time.perf_counter()
     for z in job.plan.empty_sections(slab):
         sr[z] = owned[z] = 0  # both, so that the fidelity volume claims nothing there
-    with ENCODE_LOCK:
+    with watchdog.turn(ENCODE_LOCK):
         objects = encode_slab(job, slab, owned, sr)
     voxels = sr.size
     del sr, lr, owned
@@ -144,7 +147,7 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
     block = job.plan.pyramid_block(index)
     coarser = _read_halved(job, block)
     read = time.perf_counter()
-    with ENCODE_LOCK:
+    with watchdog.turn(ENCODE_LOCK):
         objects = job.target.encode(block.level, block.write, coarser)
     del coarser
     _put(job, objects)
@@ -154,21 +157,33 @@ def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
 def process_lease(job: Job, start: int, stop: int, most_s: float = math.inf) -> LeaseResult:
     """Tasks start .. stop-1, one after another. A task that fails for good is a quarantined receipt, never an exception.
 
-    After `most_s` seconds no further task is begun: there are fewer receipts then, of the first tasks.
+    A task that stalls is one too; then this process ends soon. After `most_s` seconds no further task is begun. In both cases there
+    are fewer receipts, of the first tasks.
 
-    Raises UserError only where this worker cannot open the job at all (a path it does not see, weights it lacks, too little memory).
+    Raises UserError where this worker cannot open the job at all (a path it does not see, weights it lacks, too little memory) or may
+    not write the target (a full disk, no permission): that is no slab's fault, and no slab would fare better.
     """
     requests.limit(job.rates)
     opened = open_job(job)
     end = time.monotonic() + most_s
     rings: Rings | None = {} if job.plan.lattice.window > 1 else None
     receipts: list[Receipt] = []
-    for index in range(start, stop):
-        if receipts and time.monotonic() >= end:
-            break
-        receipts.append(_attempt(opened, index, rings))
-        allocator.give_back()
-    return LeaseResult(tuple(receipts), _peak_bytes(), opened.base_bytes, opened.network.resident, requests.RECORD.take())
+    here = f"{socket.gethostname()}:{os.getpid()}"
+
+    def tasks() -> None:
+        for index in range(start, stop):
+            if receipts and time.monotonic() >= end:
+                break
+            receipts.append(replace(_attempt(opened, index, rings), worker=here))
+            allocator.give_back()
+
+    stuck_at = watchdog.watch(tasks, job.stall_s)
+    ended = tuple(receipts)
+    if stuck_at:
+        why = f"no progress for {job.stall_s:.0f} s (work.stall_s), given up\n\n{stuck_at}"
+        ended += (Receipt(start + len(ended), QUARANTINED, error=why, seconds=job.stall_s, worker=here),)
+        watchdog.leave()
+    return LeaseResult(ended, _peak_bytes(), opened.base_bytes, opened.network.resident, requests.RECORD.take())
 
 
 def rehearse(job: Job) -> int:
@@ -193,6 +208,7 @@ def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> 
     if plan.fidelity is not None:
         objects |= target.encode(FIDELITY, plan.fidelity_box(slab), back_projection_error(owned, sr, plan.scale))
     for level in range(1, plan.in_memory):
+        watchdog.beat()
         sr = halve(sr)
         objects |= target.encode(level, plan.level_box(slab, level), sr)
     return objects
@@ -276,19 +292,29 @@ def _receipt(index: int, objects: dict[str, bytes], began: float, **parts: Any) 
 
 
 def _put(job: OpenJob, objects: dict[str, bytes]) -> None:
-    _retrying(job, lambda: job.target.put(objects))
+    try:
+        _retrying(job, lambda: job.target.put(objects))
+    except UserError as error:
+        raise TargetError(error.saw, error.wanted, error.do) from None
 
 
 def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
-    return retrying(call, job.job.retries, requests.RECORD.retry)
+    def once() -> T:
+        watchdog.beat()
+        return call()
+
+    return retrying(once, job.job.retries, requests.RECORD.retry)
 
 
 def _attempt(job: OpenJob, index: int, rings: Rings | None = None) -> Receipt:
     """The task's receipt, whatever happens: bad data at once, anything unforeseen after `retries` more tries."""
     began = time.perf_counter()
     for left in range(job.job.retries, -1, -1):
+        watchdog.beat()
         try:
             return process_slab(job, index, rings) if index < job.plan.slabs else process_pyramid_block(job, index)
+        except TargetError:
+            raise
         except (DataError, TransientError, UserError) as error:
             return Receipt(index, QUARANTINED, error=_why(error), seconds=time.perf_counter() - began)
         except Exception as error:

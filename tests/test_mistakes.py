@@ -40,7 +40,7 @@ FULL: dict[str, Any] = {
         "fidelity": True,
     },
     "network": {"name": "bicubic", "scale": 8, "preset": None, "weights": None, "sha256": None, "cell": 64, "halo": 8, "precision": "float32"},
-    "work": {"slab_shape": [2, 16, 16], "retries": 3, "in_flight": 2, "budget": {"output_bytes": "10TB"}},
+    "work": {"slab_shape": [2, 16, 16], "retries": 3, "stall_s": 600, "in_flight": 2, "budget": {"output_bytes": "10TB"}},
     "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 0},
 }
 MAY_BE_NULL = {
@@ -122,6 +122,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("work.slab_shape", [3, 16, 16], "whole shards"),
     ("work.slab_shape", [2, 17, 16], "whole shards"),
     ("work.retries", -1, "0"),
+    ("work.stall_s", 0, "1"),
     ("work.in_flight", 0, "1"),
     ("work.budget", {"output_bytes": "1kB"}, "budget"),
     ("work.budget", {"output_bytes": "much"}, "500GB"),

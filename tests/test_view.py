@@ -31,7 +31,11 @@ from PIL import Image
 from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
+from pipeline import config, status
 from pipeline.file_server import serving
+from pipeline.prepare import claim, prepare, sidecar
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import QUARANTINED, Entry, Ledger
 from pipeline.view import browser_url, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +137,38 @@ def test_a_coarser_level_of_the_source(tmp_path: Path, capsys: pytest.CaptureFix
     write_ome(tmp_path / "sr", np.zeros((6, 256, 320), np.uint8), (45.0, 74 / 8, 74 / 8), corner)
     assert main([str(write_yaml(tmp_path, "url: lr.zarr, mip: 1")), "--state"]) == 0
     assert not any("transform" in layer["source"] for layer in json.loads(capsys.readouterr().out)["layers"])
+
+
+def give_up(volume: Path, tasks: list[int]) -> None:
+    """A claimed target whose ledger holds these tasks as quarantined."""
+    prepared = prepare(config.load(volume))
+    store = Store(sidecar(prepared.job.target.url))
+    claim(prepared, store)
+    ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "r")
+    ledger.record(Entry(i, QUARANTINED, error=f"its chunk {i} is missing\n\nTraceback", worker="host:1") for i in tasks)
+    ledger.flush()
+
+
+def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slabs of 2 x 32 x 32 LR voxels, z fastest: number 1 is the next one in z, the last one is cut by the volume's end."""
+    write_ome(tmp_path / "lr.zarr", LR, VOXEL, (900.0, -370.0, 51.5))
+    shapes = "target: {url: sr, chunk_shape: [2, 64, 64], shard_shape: [2, 256, 256]}\nwork: {slab_shape: [2, 32, 32]}\n"
+    (tmp_path / "volume.yaml").write_text(f"source: {{url: lr.zarr}}\nnetwork: {{name: bicubic, scale: {SCALE}}}\n{shapes}")
+    give_up(tmp_path / "volume.yaml", [1, 17])
+    assert main([str(tmp_path / "volume.yaml"), "--state"]) == 0
+    layer = json.loads(capsys.readouterr().out)["layers"][-1]
+    assert (layer["name"], layer["type"]) == ("quarantined", "annotation")
+    assert [box["id"] for box in layer["annotations"]] == ["task 1", "task 17"]
+    assert "LR box" in layer["annotations"][0]["description"]
+    assert layer["annotations"][0]["description"].endswith("its chunk 1 is missing")
+    first = np.array([51.5 / SR_VOXEL[2], -370 / SR_VOXEL[1], 900 / SR_VOXEL[0]])
+    for box, low, high in zip(layer["annotations"], ([0, 0, 2], [512, 256, 4]), ([256, 256, 4], [640, 512, 6]), strict=True):
+        np.testing.assert_allclose(box["pointA"], first + low, atol=1e-6)
+        np.testing.assert_allclose(box["pointB"], first + high, atol=1e-6)
+    assert status.main([str(tmp_path / "volume.yaml")]) == 1
+    out = capsys.readouterr().out
+    assert "quarantined  task 17, LR box" in out
+    assert "its chunk 17 is missing [host:1]" in out
 
 
 @pytest.mark.parametrize(
@@ -393,6 +429,17 @@ def check_coincide(
     assert shift(seen["LR", LOW], seen["SR", LOW]) < 0.5
     unlike = SR[middle - 1, : sr.shape[0], : sr.shape[1]]
     assert alike(seen["SR", LOW], unlike) < 0.5, "the measure must tell sections apart"
+
+
+def test_the_browser_shows_what_is_quarantined(browser: Browser, tmp_path: Path) -> None:
+    write_ome(tmp_path / "lr.zarr", LR, VOXEL, (0.0, 0.0, 0.0))
+    write_yaml(tmp_path)
+    give_up(tmp_path / "volume.yaml", [0])
+    with viewing(tmp_path / "volume.yaml") as link:
+        browser.open(link, 4)
+        (box,) = browser.js("return viewer.layerManager.getLayerByName('quarantined').layer.toJSON().annotations")
+    assert (box["id"], box["pointA"], box["pointB"]) == ("task 0", [0, 0, 0], [640, 512, 6])
+    assert box["description"].endswith("its chunk 0 is missing")
 
 
 def test_ome_source_and_sharded_ome_target(browser: Browser, volume: Path, tmp_path: Path) -> None:

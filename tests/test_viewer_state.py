@@ -13,7 +13,7 @@ from pipeline.plan import LevelSpec
 from pipeline.storage.targets import StoredTarget
 from pipeline.storage.volume import TargetSpec
 from pipeline.viewer_source import Native, read_native
-from pipeline.viewer_state import PUBLIC, Layer, coincides, public_link, transform, viewer_state
+from pipeline.viewer_state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
 
 Docs = dict[str, Any]
 
@@ -229,6 +229,19 @@ def test_the_whole_state() -> None:
     assert "transform" not in state["layers"][0]["source"]
     assert [row[3] for row in state["layers"][1]["source"]["transform"]["matrix"]] == pytest.approx([0, 0, 0.4])
     assert all("#uicontrol invlerp contrast" in entry["shader"] for entry in state["layers"])
+
+
+def test_quarantined_tasks_are_boxes_in_a_layer_of_their_own() -> None:
+    """Corners in voxels of the focus, x first: 1000 nm and 1080 nm are sections 25 and 27 of 40 nm, -8 nm is 1.6 voxels of 5 nm below 0."""
+    sr = Layer("SR", "u", Native("zarr3", "", ("z", "y", "x"), (40, 5, 5), (25, 0, 0), (1, 1, 1), ZYX(8, 512, 768)), (40, 5, 5), (1000, 0, -8))
+    assert [layer["name"] for layer in viewer_state([sr], sr, "")["layers"]] == ["SR"]
+    layer = viewer_state([sr], sr, "", [Mark("task 7", (1000, 0, -8), (1080, 640, 632), "why")])["layers"][1]
+    assert (layer["type"], layer["name"], layer["source"]["url"]) == ("annotation", "quarantined", "local://annotations")
+    assert layer["source"]["transform"]["outputDimensions"] == {"x": [5e-9, "m"], "y": [5e-9, "m"], "z": [4e-8, "m"]}
+    (box,) = layer["annotations"]
+    assert (box["type"], box["id"], box["description"]) == ("axis_aligned_bounding_box", "task 7", "why")
+    assert box["pointA"] == pytest.approx([-1.6, 0, 25])
+    assert box["pointB"] == pytest.approx([126.4, 128, 27])
 
 
 def test_the_link_carries_the_state() -> None:

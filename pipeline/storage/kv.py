@@ -49,6 +49,11 @@ def spec(url: str) -> dict[str, Any]:
     return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"/{path}/"}
 
 
+# tensorstore waits for ever for a server that has accepted a request and stays silent, unless it is told how long (these are read once, at the first
+# request of the process).
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+
 CACHE_BYTES = 64 << 20
 LIST_SECONDS = 20.0
 
@@ -66,7 +71,7 @@ def context() -> ts.Context:
             "gcs_request_concurrency": {"limit": 32},
             "http_request_concurrency": {"limit": 32},
             # tensorstore's own default is 32 tries over a quarter of an hour, in which a mistyped host shows nothing
-            **{f"{kind}_request_retries": {"max_retries": 4, "initial_delay": "500ms", "max_delay": "4s"} for kind in ("http", "s3", "gcs")},
+            **{f"{kind}_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "4s"} for kind in ("http", "s3", "gcs")},
         }
     )
 
@@ -80,6 +85,8 @@ def classify(error: BaseException, what: str) -> EmsrError:
     code = found.group(1) if found else ""
     if "NoSuchBucket" in text or "The specified bucket does not exist" in text:
         return UserError(f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first")
+    if "No space left" in text or "quota exceeded" in text:
+        return UserError(f"{what}: no space left", "", "Free some space there, then run the same command again: what is written is kept")
     if code == "NOT_FOUND" or "is missing" in text:
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):

@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import tenacity
 from numpy.typing import NDArray
 
-from pipeline.errors import LedgerError
+from pipeline.errors import LedgerError, TransientError
 from pipeline.storage.kv import Store
 
 PENDING, WRITTEN, SKIPPED, QUARANTINED = range(4)
@@ -31,12 +32,17 @@ RECORD = np.dtype([("index", "<u8"), ("state", "u1"), ("checksum", "<u4"), ("byt
 _MAGIC = b"EMSRLED1"
 FLUSH_S = 5.0
 FLUSH_RECORDS = 4096
+PATIENCE_S = 300.0
+"""So long a run goes on while nothing can be published. Records wait, and a crash would lose them all."""
 SNAPSHOT_EVERY = 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One task's end: `checksum` is the CRC-32 over its stored objects in key order, `bytes` their total size."""
+    """One task's end: `checksum` is the CRC-32 over its stored objects in key order, `bytes` their total size.
+
+    `error` and `worker` (HOST:PID) are kept for quarantined tasks only.
+    """
 
     index: int
     state: int
@@ -44,6 +50,40 @@ class Entry:
     bytes: int = 0
     seconds: float = 0.0
     error: str = ""
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """Why a task was given up, by which worker process, when (Unix time)."""
+
+    error: str = ""
+    worker: str = ""
+    time: float = 0.0
+
+    @property
+    def first_line(self) -> str:
+        return (self.error.splitlines() or ["no reason kept"])[0]
+
+
+@dataclass
+class Timings:
+    """Seconds that tasks took: those in the segments that were read since the newest snapshot."""
+
+    tasks: int = 0
+    total: float = 0.0
+    slowest: float = 0.0
+    slowest_task: int = -1
+
+    def add(self, records: NDArray[np.void]) -> None:
+        done = records[records["state"] == WRITTEN]
+        if not len(done):
+            return
+        worst = int(done["seconds"].argmax())
+        self.tasks += len(done)
+        self.total += float(done["seconds"].sum())
+        if done["seconds"][worst] > self.slowest:
+            self.slowest, self.slowest_task = float(done["seconds"][worst]), int(done["index"][worst])
 
 
 class Ledger:
@@ -57,8 +97,10 @@ class Ledger:
         self._queued: list[Entry] = []
         self._seq = 0
         self._since_snapshot = 0
-        self._flushed = time.monotonic()
+        self._flushed = self._tried = time.monotonic()
+        self._failing_since = 0.0
         self.bytes_written = 0
+        self.timings = Timings()
         self.damaged: list[str] = []
         """Keys of segments that could not be read: their tasks count as pending again."""
 
@@ -67,7 +109,10 @@ class Ledger:
         return len(self._state)
 
     def load(self) -> None:
-        """Newest readable snapshot, then the segments after it."""
+        """Newest readable snapshot, then the segments after it. What was known before is forgotten."""
+        self._state[:] = PENDING
+        self.bytes_written, self._since_snapshot, self.timings = 0, 0, Timings()
+        self.damaged.clear()
         names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix)]
         segments = sorted(n for n in names if n.startswith("segment-"))
         self._seq = max([_seq(n) for n in names if n.startswith(("segment-", "snapshot-"))], default=0)
@@ -78,6 +123,7 @@ class Ledger:
                 break
         for records in self._segments([n for n in segments if _seq(n) > start]):
             self._apply(records)
+            self.timings.add(records)
             self._since_snapshot += 1
 
     def _segments(self, names: Iterable[str]) -> Iterator[NDArray[np.void]]:
@@ -132,22 +178,40 @@ class Ledger:
     def record(self, entries: Iterable[Entry]) -> None:
         """Queue records of tasks whose objects are durable. They become durable with the next flush."""
         for entry in entries:
-            if entry.state == QUARANTINED:
-                body = {"index": entry.index, "error": entry.error, "run": self._run, "time": time.time()}
-                self._store.put(f"{self._prefix}quarantine/{entry.index}.json", json.dumps(body, indent=1).encode())
             self._state[entry.index] = entry.state
             self._queued.append(entry)
 
     def tick(self) -> None:
-        """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records."""
-        if len(self._queued) >= FLUSH_RECORDS or (self._queued and time.monotonic() - self._flushed >= FLUSH_S):
+        """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records. A passing fault is waited out for PATIENCE_S seconds."""
+        now = time.monotonic()
+        if not self._queued or (len(self._queued) < FLUSH_RECORDS and now - self._flushed < FLUSH_S) or now - self._tried < FLUSH_S / 5:
+            return
+        try:
             self.flush()
+        except TransientError:
+            self._failing_since = self._failing_since or now
+            if now - self._failing_since > PATIENCE_S:
+                raise
+
+    def close(self) -> None:
+        """The last flush of a run: passing faults are waited out here too."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TransientError), stop=tenacity.stop_after_delay(PATIENCE_S), wait=tenacity.wait_fixed(FLUSH_S), reraise=True
+        )
+        retrying(self.flush)
 
     def flush(self) -> None:
-        """Publish what is queued; returns when it is durable."""
-        self._flushed = time.monotonic()
-        if not self._queued:
-            return
+        """Publish what is queued; returns when it is durable. What cannot be published stays queued."""
+        self._tried = time.monotonic()
+        if self._queued:
+            self._publish()
+        self._flushed, self._failing_since = time.monotonic(), 0.0
+
+    def _publish(self) -> None:
+        for entry in self._queued:
+            if entry.state == QUARANTINED:
+                body = {"index": entry.index, "error": entry.error, "worker": entry.worker, "run": self._run, "time": time.time()}
+                self._store.put(f"{self._prefix}quarantine/{entry.index}.json", json.dumps(body, indent=1).encode())
         records = np.array([(e.index, e.state, e.checksum, e.bytes, e.seconds) for e in self._queued], RECORD)
         self._seq += 1
         self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self._run}", _pack_segment(records))
@@ -158,13 +222,14 @@ class Ledger:
             self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self._run}", self._pack_snapshot())
             self._since_snapshot = 0
 
-    def why(self, index: int) -> str:
-        """The text kept when this task was quarantined."""
+    def why(self, index: int) -> Quarantine:
+        """What was kept when this task was quarantined."""
         value = self._store.get(f"{self._prefix}quarantine/{index}.json")
         try:
-            return str(json.loads(value or b"{}").get("error", ""))
-        except ValueError:
-            return ""
+            kept = json.loads(value or b"{}")
+            return Quarantine(str(kept.get("error", "")), str(kept.get("worker", "")), float(kept.get("time", 0.0)))
+        except (ValueError, TypeError, AttributeError):
+            return Quarantine()
 
     def _pack_snapshot(self) -> bytes:
         low, high = np.packbits(self._state & 1), np.packbits(self._state >> 1)

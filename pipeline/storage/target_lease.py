@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -24,6 +25,8 @@ class TargetLease:
     def __init__(self, store: Store, run_id: str) -> None:
         self.run_id = run_id
         self.lost = threading.Event()
+        self.workers: dict[str, dict[str, float]] = {}
+        """What each worker has done, by name: told to `status` with every renewal."""
         self._store = store
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -43,7 +46,8 @@ class TargetLease:
     def acquire(self) -> None:
         """Raises LedgerError while another run is alive or was faster. A dead run's lease is taken over."""
         generation = self.refuse_others()
-        if not self._store.put_if(KEY, self._body(), generation):
+        # Where the answer to the first try was lost, the second one finds our own lease.
+        if not self._store.put_if(KEY, self._body(), generation) and not self._is_ours():
             raise LedgerError("another run took this target in the same moment", "one run per target", "Wait for it to end")
         self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lease")
         self._thread.start()
@@ -52,28 +56,30 @@ class TargetLease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=RENEW_S)
-        if not self.lost.is_set():
-            found = _parse(self._store.get(KEY))
-            if found is not None and found["run"] == self.run_id:
+        with suppress(EmsrError):  # the lease of a process that is gone counts for nothing anyway
+            if not self.lost.is_set() and self._is_ours():
                 self._store.put(KEY, self._body(released=True))
 
+    def _is_ours(self) -> bool:
+        found = _parse(self._store.get(KEY))
+        return found is not None and found["run"] == self.run_id
+
     def _body(self, released: bool = False) -> bytes:
-        me = psutil.Process()
         lease = {
             "run": self.run_id,
             "host": socket.gethostname(),
-            "pid": me.pid,
-            "started": me.create_time(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
             "renewed": time.time(),
             "released": released,
+            "workers": self.workers,
         }
         return json.dumps(lease).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
-                found = _parse(self._store.get(KEY))
-                if found is None or found["run"] != self.run_id:
+                if not self._is_ours():
                     self.lost.set()
                     return
                 self._store.put(KEY, self._body())
@@ -85,6 +91,15 @@ def holder(store: Store) -> dict[str, object] | None:
     """Who writes this target now, None where nobody does."""
     lease = _parse(store.get(KEY))
     return lease if lease is not None and _alive(lease, own=True) else None
+
+
+def last_workers(store: Store) -> dict[str, dict[str, float]]:
+    """What each worker of the run that holds, or last held, this target has done: tasks, quarantined, seconds, last (Unix time)."""
+    try:
+        told = json.loads(store.get(KEY) or b"{}").get("workers", {})
+        return {str(name): {k: float(tally[k]) for k in ("tasks", "quarantined", "seconds", "last")} for name, tally in told.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _parse(value: bytes | None) -> dict[str, object] | None:
@@ -104,9 +119,19 @@ def _alive(holder: dict[str, object], own: bool = False) -> str:
     if holder["host"] == socket.gethostname():
         try:
             process = psutil.Process(int(str(holder["pid"])))
-            same = abs(process.create_time() - float(str(holder["started"]))) < 2.0
+            same = _started(process.pid) == holder["started"]
             return "it is running" if same and process.status() != psutil.STATUS_ZOMBIE and (own or process.pid != os.getpid()) else ""
         except psutil.NoSuchProcess:
             return ""
-    age = time.time() - float(str(holder["renewed"]))
-    return f"its lease was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if age < TTL_S else ""
+    age = time.time() - float(str(holder["renewed"]))  # from the future by more than TTL_S: a clock that was set back, and no sign of life either
+    return f"its lease was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
+
+
+def _started(pid: int) -> str:
+    """When this process began, the same whatever is done to the clock. Raises psutil.NoSuchProcess."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat, open("/proc/sys/kernel/random/boot_id") as boot:
+            # Fields are counted from behind the command's name, which may hold anything.
+            return f"{stat.read().rpartition(')')[2].split()[19]} ticks after boot {boot.read().strip()}"
+    except (OSError, IndexError):
+        return f"{psutil.Process(pid).create_time():.0f}"

@@ -1,0 +1,82 @@
+"""`run_faults.py COMMAND volume.yaml ...`: a command with the stand-in network, a log of every slab, and on demand one bad slab.
+
+    FAULT_LOG     a file: lines `begin|end TASK PID TIME`, appended by every worker
+    FAULT_TASK    the slab concerned
+    FAULT_KIND    fail: raises; hang: never returns, holding the device; exhaust: allocates until nothing is left, and is killed for it
+    FAULT_FLUSH_S seconds between the ledger's segments, instead of 5
+
+COMMAND `here` is the main job in this process alone. Workers are spawned and import this file again, so what is installed below reaches them too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import standin
+
+from pipeline import worker
+from pipeline.storage import ledger
+
+standin.install()
+ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
+_process_slab, _super_resolve = worker.process_slab, worker.super_resolve
+
+
+def _log(event: str, index: int) -> None:
+    if path := os.environ.get("FAULT_LOG"):
+        with open(path, "a") as log:
+            log.write(f"{event} {index} {os.getpid()} {time.monotonic():.3f}\n")
+
+
+def process_slab(job: Any, index: int, rings: Any = None) -> Any:
+    _log("begin", index)
+    receipt = _process_slab(job, index, rings)
+    _log("end", index)
+    return receipt
+
+
+def super_resolve(network: Any, lr: Any, ids: Any, plan: Any, slab: Any, rings: Any = None) -> Any:
+    if os.environ.get("FAULT_TASK") == str(slab.index):
+        {"fail": _fail, "hang": _hang, "exhaust": _exhaust}[os.environ["FAULT_KIND"]]()
+    return _super_resolve(network, lr, ids, plan, slab, rings)
+
+
+def _fail() -> None:
+    raise ArithmeticError("this slab always fails")
+
+
+def _hang() -> None:
+    time.sleep(10_000)
+
+
+def _exhaust() -> None:
+    """Really allocates, within a limit that spares the machine; ends as the kernel ends a process that has no memory left."""
+    with open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20), resource.RLIM_INFINITY))
+    taken = []
+    try:
+        while True:
+            taken.append(np.ones(16 << 20, np.uint8))
+    except MemoryError:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+worker.process_slab, worker.super_resolve = process_slab, super_resolve
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "here":
+        from conftest import run_here
+
+        run_here(Path(arguments[0]))
+        sys.exit(0)
+    sys.exit(importlib.import_module(f"pipeline.{command}").main(arguments))
