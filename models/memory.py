@@ -38,7 +38,7 @@ def _encode(params: Params, tile: int) -> float:
     """LR features, then decoder, mask and MPF in turn, each beside what the ones before left."""
     n, r, width, widths = tile * tile, params.scale, params.width, params.prior.widths
     first, half, quarter = widths[0], (r / 2) ** 2, (r / 4) ** 2
-    reference = [c * (r / 2 ** (level + 1)) ** 2 for level, c in enumerate(widths[1:])]
+    reference = [c * (r / (2 << level)) ** 2 for level, c in enumerate(widths[1:])]
     held = n * (1 + width + sum(reference))
     to_image = 2.5 * _band(4 * first, tile * r // 2, reach=2) + n * r * r
     decoder = held + max(3 * n * reference[0], to_image)  # a norm block holds four maps; or the last doubling
