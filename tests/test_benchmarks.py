@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -18,9 +19,36 @@ def benchmark(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("noop_slabs.py", ("2000", "1")), ("overlap.py", ("4", "32")), ("map_overlap.py", ("16", "16", "1"))])
+SMALL = {
+    "noop_slabs.py": ("2000", "1"),
+    "many_workers.py": ("500", "8"),
+    "overlap.py": ("4", "32"),
+    "map_overlap.py": ("16", "16", "1"),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), SMALL.items())
 def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
     assert benchmark(name, *arguments)
+
+
+def test_nothing_is_named_after_a_slab_in_dask() -> None:
+    """Prefixes, groups and spans live as long as the scheduler: one of each at most, whatever the number of slabs."""
+    code = "import noop_slabs; from dask_processes import apart\n    with apart(1) as client: print(noop_slabs.measure(client, 3000)['names_that_stay'])"
+    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
+    script = f"if __name__ == '__main__':\n    {code}\n"
+    done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=200)
+    kept = ast.literal_eval(done.stdout)
+    assert kept["tasks"] == 0
+    assert max(kept["prefixes"], kept["groups"], kept["spans"]) <= 1
+
+
+def test_a_finished_ledger_loads_at_once() -> None:
+    """A million slabs in two seconds, ten million in five: CPU time, for machines are shared."""
+    few, many, again = (ast.literal_eval(line) for line in benchmark("resume.py", "1000000", "10000000").splitlines())
+    assert few["cpu_s"] < 1
+    assert many["cpu_s"] < 5
+    assert again["cpu_s"] < 4, "most of it imports"
 
 
 def test_a_workers_peak_is_within_15_percent_of_the_promise() -> None:
