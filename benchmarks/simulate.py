@@ -50,7 +50,9 @@ class World:
     block_s: float = 2.0
     """One task of the second pass."""
     open_s: float = 20.0
-    """What the first lease of a worker takes beyond its tasks."""
+    """What the first lease of a worker takes beyond its tasks ..."""
+    lease_s: float = 0.05
+    """... and every lease: receipts on their way, the next lease on its way."""
     lease_cost_s: float = 0.003
     """Of scheduler and client, one lease after another."""
     slow_share: float = 0.005
@@ -203,9 +205,8 @@ class Simulation:
         written = sum(r.state == WRITTEN for r in copy.receipts)
         self.played.reads += written * world.reads
         self.played.writes += written * world.writes
-        if not worker.opened:
-            worker.opened = True
-            seconds += world.open_s
+        seconds += world.lease_s if worker.opened else world.open_s
+        worker.opened = True
         if self._random.random() < seconds / world.hang_s:
             return  # it never comes back, unless its worker dies
         self._at(self._now + seconds, lambda life=worker.life: self._end(copy, worker, life))  # type: ignore[misc]

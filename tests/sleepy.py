@@ -1,7 +1,7 @@
 """Tasks that sleep and put one small object, for runs of the real schedule on real workers without a network.
 
-A task's index is in its object. It sleeps `TASK_S` seconds (0.05); `HANGS` names one that sleeps for ten minutes when it is tried
-first, and only then.
+A task's index is in its object; a lease puts one more when it begins. A task sleeps `TASK_S` seconds (0.05); `HANGS` names one
+that sleeps for ten minutes when it is tried first, and only then.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def job_of(folder: str, columns: int, depth: int) -> Job:
 def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
     """Like process_lease, but for what a task does."""
     store = Store(job.target.url)
+    store.put(f"lease-{start}", b"")
     receipts: list[Receipt] = []
     end = time.monotonic() + most_s
     for index in range(start, stop):

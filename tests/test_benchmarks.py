@@ -23,6 +23,7 @@ def benchmark(name: str, *arguments: str) -> str:
     ("name", "arguments"),
     [
         ("noop_slabs.py", ("2000", "1")),
+        ("many_workers.py", ("500", "8")),
         ("overlap.py", ("4", "32")),
         ("map_overlap.py", ("16", "16", "1")),
         ("network_speed.py", ("peak", "8", "8", "1")),
@@ -33,6 +34,25 @@ def benchmark(name: str, *arguments: str) -> str:
 )
 def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
     assert benchmark(name, *arguments)
+
+
+def test_nothing_is_named_after_a_slab_in_dask() -> None:
+    """Prefixes, groups and spans live as long as the scheduler: one of each at most, whatever the number of slabs."""
+    code = "import noop_slabs; from dask_processes import apart\n    with apart(1) as client: print(noop_slabs.measure(client, 3000)['names_that_stay'])"
+    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
+    script = f"if __name__ == '__main__':\n    {code}\n"
+    done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=200)
+    kept = ast.literal_eval(done.stdout)
+    assert kept["tasks"] == 0
+    assert max(kept["prefixes"], kept["groups"], kept["spans"]) <= 1
+
+
+def test_a_finished_ledger_loads_at_once() -> None:
+    """A million slabs in two seconds, ten million in five: CPU time, for machines are shared."""
+    few, many, again = (ast.literal_eval(line) for line in benchmark("resume.py", "1000000", "10000000").splitlines())
+    assert few["cpu_s"] < 1
+    assert many["cpu_s"] < 5
+    assert again["cpu_s"] < 4, "most of it imports"
 
 
 @pytest.mark.parametrize("scale", ["8", "16"])
