@@ -20,7 +20,7 @@ from conftest import REPOSITORY, TESTS, texture, tree, volume_yaml, write_lr
 from pipeline import recorded
 from pipeline.config import SourceConfig
 from pipeline.geometry import ZYX
-from pipeline.schedule import LEASE_S
+from pipeline.leases import LEASE_S
 from pipeline.storage.ledger import WRITTEN
 from pipeline.storage.sources import open_source
 
