@@ -169,7 +169,7 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
 
 
 def make(name: str, work: Path, only: Sequence[str]) -> int:
-    """Convert, train, and with all stages done score and install; returns the first exit code that is not 0."""
+    """Convert, train, and score and install what is finished; returns the first exit code that is not 0."""
     shared, tissue = Path(os.environ.get("EMSR_SHARED", "../shared")).resolve(), TISSUES[name]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "hr.zarr").exists():
@@ -177,7 +177,7 @@ def make(name: str, work: Path, only: Sequence[str]) -> int:
     for stage in only or STAGES:
         if code := train.main([str(write(work / f"{stage}.yaml", stage_yaml(stage, tissue, shared)))]):
             return code
-    for scale in () if only else (8, 16):
+    for scale in [at for at in (8, 16) if f"finish-x{at}" in (only or STAGES)]:
         weights = work / f"finish-x{scale}" / "last.safetensors"
         table = scores(work / f"scores-x{scale}", tissue, shared, scale, weights)
         BUILTIN.mkdir(exist_ok=True)
@@ -231,7 +231,7 @@ def card(name: str, tissue: Tissue, scale: int, work: Path, table: str) -> str:
     """What must be said of the weights wherever they go."""
     told = []
     for stage in STAGES:
-        if not stage.endswith(f"x{16 // scale * 8}"):
+        if not stage.endswith(f"x{16 // scale * 8}") or stage == STAGES[f"network-x{scale}"].get("start"):
             last = json.loads((work / stage / "metrics.jsonl").read_text().splitlines()[-1])
             told.append(f"{stage} ({last['step']} steps, {last['step'] / last['steps_per_s'] / 60:.0f} minutes)")
     ends = {"last": tissue.taught[1] - 1, "last_held_out": tissue.held_out[1] - 1, "seed": COMMON["seed"]}
