@@ -25,7 +25,7 @@ def job_of(folder: str, columns: int, depth: int) -> Job:
     network = describe(NetworkConfig(name="nearest", scale=8))
     plan = Plan(box, box, ZYX(1, 8, 8), 8, network.lattice, (), None)
     target = TargetSpec(f"file://{folder}", "ome-zarr", "raw", 8, (1, 1, 1), (0, 0, 0), (), None)
-    return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0)
+    return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0, 600)
 
 
 def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
