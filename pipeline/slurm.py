@@ -19,6 +19,8 @@ from pipeline.errors import ClusterError
 
 JOB_NAME = "emsr"
 MARGIN_MOST_S = 300
+START_S = 300
+"""A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take more than Dask's 60 s."""
 
 _SETTINGS = {
     # A job that ended is looked for this long (its nanny may be restarting the worker), then another is submitted for it.
@@ -49,6 +51,7 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
         "job_cpu": asked.cores or in_flight,
         "cores": in_flight,  # dask-jobqueue's word for threads
         "processes": 1,
+        "death_timeout": START_S,
         "worker_extra_args": [
             *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{stagger}s"),
             *("--memory-limit", "0", "--no-dashboard"),  # Slurm bounds memory; slabs are no Dask data, which alone Dask could spill

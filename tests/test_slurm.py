@@ -127,6 +127,7 @@ def test_the_job_script() -> None:
         assert f"#SBATCH {line}\n" in script
     assert "\nmodule load cuda\n" in script
     assert "--nthreads 3" in script
+    assert "--death-timeout 300" in script
     assert "--nworkers" not in script
     assert "--lifetime 3000s --lifetime-stagger 300s" in script
     without = slurm.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1, None)
