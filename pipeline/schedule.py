@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
@@ -199,7 +200,7 @@ class _Window:
         """Asked of the scheduler once a second."""
         now = time.monotonic()
         if now - self._asked > 1.0:
-            threads = self._client.nthreads() or {}
+            threads = _asked(self._client.nthreads) or {}
             self._crew, self._asked = Crew(len(threads), sum(threads.values())), now
             if threads:
                 self._seen_worker = now
@@ -278,8 +279,8 @@ class _Window:
     def _elsewhere(self, lease: Lease) -> list[str] | None:
         """The idlest workers that have no copy of this lease; None where there are no others."""
         copies = {key: future for key, (out, future) in self._out.items() if out is lease}
-        holders = {address for addresses in self._client.who_has(list(copies.values())).values() for address in addresses}
-        busy = [(len(keys), address) for address, keys in self._client.processing().items() if copies.keys().isdisjoint(keys) and address not in holders]
+        holders = {address for addresses in _asked(self._client.who_has, list(copies.values())).values() for address in addresses}
+        busy = [(len(keys), address) for address, keys in _asked(self._client.processing).items() if copies.keys().isdisjoint(keys) and address not in holders]
         return [address for _, address in sorted(busy)[:CANDIDATES]] or None
 
     def _ended(self, timeout: float) -> list[Future | Answers | Exception]:
@@ -299,6 +300,14 @@ class _Window:
             if not may_come(self._client):
                 raise _no_worker()
             self._seen_worker = time.monotonic()
+
+
+def _asked(call: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What the scheduler answers. ClusterError where it is gone."""
+    try:
+        return call(*arguments)
+    except OSError as error:
+        raise _scheduler_gone(error) from None
 
 
 def _scheduler_gone(why: OSError | None = None) -> ClusterError:
