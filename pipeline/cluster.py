@@ -95,6 +95,14 @@ def refuse_other_versions(client: Client) -> None:
             raise ClusterError(f"the worker at {address} has {theirs}, this is emsr {__version__}", "the same version in every process", "Install it there")
 
 
+def stop_profiling(client: Client) -> None:
+    """Dask looks at every thread of its workers a hundred times a second, for ever. Under Python 3.11 such a look can stop a worker
+    for good (cpython #106883): what it allocates may start a garbage collection, and one that ends a `threading.local` waits for the
+    lock that the look holds.
+    """
+    client.register_plugin(_NoProfile())
+
+
 @contextmanager
 def _there(config: ClusterConfig) -> Iterator[Client]:
     assert config.address is not None
@@ -174,6 +182,17 @@ def _stay_near(device: str) -> None:
         return
     with suppress(OSError, TypeError):
         os.sched_setaffinity(0, get_cpu_affinity(int(device) if device.isdigit() else device))
+
+
+class _NoProfile(WorkerPlugin):  # type: ignore[misc]
+    """Without statistics of where tasks spend their time, for workers that are there and those that come."""
+
+    name = "emsr-no-profile"
+
+    def setup(self, worker: Worker) -> None:
+        for name in ("profile", "profile-cycle"):
+            if (callback := worker.periodic_callbacks.pop(name, None)) is not None:
+                callback.stop()
 
 
 class _IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import math
 import os
 import sys
@@ -66,11 +67,22 @@ def watch(work: Callable[[], None], stall_s: float) -> str:
     while thread.is_alive():
         thread.join(LOOK_S)
         if thread.is_alive() and time.monotonic() - pulse.at > stall_s:
-            frame = sys._current_frames().get(thread.ident or 0)
-            return "".join(traceback.format_stack(frame)) if frame is not None else "no stack"
+            return _stack(thread.ident or 0)
     if raised:
         raise raised[0]
     return ""
+
+
+def _stack(ident: int) -> str:
+    """Where a thread stands. No garbage is collected meanwhile: under Python 3.11 that can wait for ever (cpython #106883)."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        frame = sys._current_frames().get(ident)
+    finally:
+        if collected:
+            gc.enable()
+    return "".join(traceback.format_stack(frame)) if frame is not None else "no stack"
 
 
 def leave() -> None:

@@ -124,6 +124,20 @@ def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_pat
     assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
 
 
+def test_no_worker_is_profiled() -> None:
+    """Not those that are there, and not those that come later."""
+    with cluster.connect(ClusterConfig(workers=1), 2) as client:
+
+        def profiled() -> list[bool]:
+            return list(client.run(lambda dask_worker: any("profile" in name for name in dask_worker.periodic_callbacks)).values())
+
+        assert profiled() == [True], "this is how Dask begins"
+        cluster.stop_profiling(client)
+        client.cluster.scale(2)
+        client.wait_for_workers(2)
+        assert profiled() == [False, False]
+
+
 def devices(asked: ClusterConfig) -> set[tuple[str | None, str | None]]:
     with cluster.connect(asked, 1) as client:
         return set(client.run(lambda: (os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("EMSR_DEVICE"))).values())
