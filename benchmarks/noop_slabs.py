@@ -65,8 +65,18 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
     for who in ("scheduler", "client"):
         out[f"{who}_cpu_ms_per_slab"] = round(1e3 * (last[who][0] - first[who][0]) / job.plan.tasks, 3)
         out[f"{who}_mb"] = {0: round(first[who][1], 1)} | {done: round(used[who][1], 1) for done, used in marks.items()}
-    out["names_that_stay"] = client.run_on_scheduler(names_that_stay)
+    out["names_that_stay"] = settled(client)
     return out
+
+
+def settled(client: Client) -> dict[str, int]:
+    """`names_that_stay` once the scheduler has let go of what was released, which it hears of after the client has its results."""
+    for _ in range(100):
+        kept = client.run_on_scheduler(names_that_stay)
+        if not kept["tasks"]:
+            break
+        time.sleep(0.1)
+    return dict(kept)
 
 
 def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:

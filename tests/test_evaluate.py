@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def test_weights_that_are_not_named_are_fetched(name: str, tmp_path: Path, monke
     """Backbones from torchvision's cache, as after a download; heads from the packages. Without a cache, here, a message."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     arguments = [None] * (2 if name == "dists" else 1)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use for good
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     with pytest.raises(OSError, match="urlopen"):

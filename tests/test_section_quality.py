@@ -100,10 +100,10 @@ def tissue(sections: int, side: int, seed: int, alike: float = 0.6) -> np.ndarra
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), count=st.integers(12, 24), data=st.data())
 def test_any_tenth_of_sections_from_elsewhere_is_found(seed: int, count: int, data: st.DataObject) -> None:
-    """Unrelated sections of the same kind, wherever they lie but side by side at an end, where two that are alike may be right."""
+    """Unrelated sections of the same kind, wherever they lie. Neighbours correlate by 0.75: of fainter resemblance little is left three sections away."""
     bad = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=2)))
-    volume = tissue(count, 96, seed)
-    volume[bad] = tissue(60, 96, seed + 1)[::30][: len(bad)]
+    volume = tissue(count, 96, seed, 0.75)
+    volume[bad] = tissue(60, 96, seed + 1, 0.75)[::30][: len(bad)]
     assert sorted(verdicts(volume)) == bad
 
 
