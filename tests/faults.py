@@ -245,11 +245,11 @@ def source_changed(scene: Scene) -> None:
     scene.source, scene.keys = undisturbed(place, None)
     scene.undisturbed = place
     scene.write()
-    document = Path(scene.source) / "zarr.json"
+    document = Path(scene.source) / "0" / "zarr.json"
     before = document.read_bytes()
     with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.2") as client:
         alive = scene.under_way(client)
-        document.write_bytes(before.replace(b"45.0", b"50.0"))
+        document.write_bytes(before.replace(b'"fill_value": 0', b'"fill_value": 7'))
         if workers := _workers(client):
             _kill(workers[0].pid)
         code, said = scene.end(client)

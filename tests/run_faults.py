@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from pipeline.storage import ledger
 
 standin.install()
 ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
-_process_slab, _super_resolve = worker.process_slab, worker.super_resolve
+# Dask's preloading imports a file again that is already there.
+_process_slab = getattr(worker.process_slab, "undisturbed", worker.process_slab)
+_super_resolve = getattr(worker.super_resolve, "undisturbed", worker.super_resolve)
 
 
 def _log(event: str, index: int) -> None:
@@ -70,7 +73,10 @@ def _exhaust() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+process_slab.undisturbed, super_resolve.undisturbed = _process_slab, _super_resolve  # type: ignore[attr-defined]
 worker.process_slab, worker.super_resolve = process_slab, super_resolve
+if "FAKETIME_TIMESTAMP_FILE" in os.environ:  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps
+    time.sleep = lambda seconds: threading.Event().wait(seconds)  # type: ignore[assignment, func-returns-value]
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]

@@ -114,17 +114,19 @@ job = prepare(config.load(sys.argv[1])).job
 assert worker.process_lease(job, 0, 1).receipts[0].state == WRITTEN
 opened = worker.open_job(job)
 vms = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:"))
-resource.setrlimit(resource.RLIMIT_AS, (vms + (int(sys.argv[2]) << 20), -1))
-print(worker.process_lease(job, 1, 2).receipts[0].error)
+for more in range(220, 40, -20):
+    resource.setrlimit(resource.RLIMIT_AS, (vms + (more << 20), -1))
+    if error := worker.process_lease(job, 1, 2).receipts[0].error:
+        print(error)
+        break
 """
 
 
-@pytest.mark.slow  # how many addresses a thread takes differs by allocator: the limit is to be found anew
 def test_a_tile_without_memory_is_quarantined_at_once_and_says_what_would_fit(small: Path) -> None:
-    """A real limit, set on the process after its first slab; the thread that watches over a lease takes some 70 MiB of addresses."""
+    """A real limit, lowered on a process that has done a slab until another one finds no room; how much it takes differs by machine."""
     keys = KEYS | {"network__weights": "small.safetensors", "network__cell": 64, "work__slab_shape": [2, 32, 32]}
     path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **keys)
-    done = subprocess.run([sys.executable, "-c", _SHORT, str(path), "135"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", _SHORT, str(path)], capture_output=True, text=True, check=True)
     first = done.stdout.splitlines()[0]
     assert first.startswith("TooLargeError: network.cell 64 with halo 8: a tile of 80 x 80 LR voxels")
     assert "GB are there. Wanted: network.cell " in first
