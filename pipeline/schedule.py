@@ -15,7 +15,7 @@ from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
-from pipeline import worker
+from pipeline import steady_clock, worker
 from pipeline.cluster import may_come, refuse_other_versions, stop_profiling
 from pipeline.errors import ClusterError, EmsrError, LedgerError
 from pipeline.leases import Crew, Lease, Leases
@@ -45,6 +45,7 @@ def rehearse(client: Client, job: Job) -> None:
     _first_worker(client)
     refuse_other_versions(client)
     stop_profiling(client)
+    steady_clock.install_everywhere(client)
     try:
         client.submit(worker.rehearse, job, key=f"rehearse-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
     except TimeoutError:

@@ -18,7 +18,7 @@ from certificates import write_certificates
 from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
 from distributed import Client
 
-from pipeline import cluster, config
+from pipeline import cluster, config, steady_clock
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ClusterError
 from pipeline.prepare import prepare
@@ -136,6 +136,18 @@ def test_no_worker_is_profiled() -> None:
         client.cluster.scale(2)
         client.wait_for_workers(2)
         assert profiled() == [False, False]
+
+
+def test_no_clock_that_is_set_holds_messages_up() -> None:
+    """Messages of client, scheduler, workers and those that come later wait by a clock of emsr's (tests/faults.py sets real ones back)."""
+    with cluster.connect(ClusterConfig(workers=1), 2) as client:
+        steady_clock.install_everywhere(client)
+        client.cluster.scale(2)
+        client.wait_for_workers(2)
+        clocks = "__import__('distributed').batched.time.__module__, __import__('tornado.ioloop').ioloop.IOLoop.time.__module__"
+        found = [eval(clocks), client.run_on_scheduler(eval, clocks), *client.run(eval, clocks).values()]
+        assert found == [("pipeline.steady_clock",) * 2] * 4
+    assert abs(steady_clock.steady() - time.time()) < 60
 
 
 def devices(asked: ClusterConfig) -> set[tuple[str | None, str | None]]:
