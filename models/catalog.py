@@ -21,7 +21,7 @@ class Traits:
 
 
 NETWORKS: dict[str, Traits] = {
-    "gpemsr": Traits(window=5, padding="mirror", cell=64, halo=8, min_halo=0, weights=True),
+    "gpemsr": Traits(window=5, padding="mirror", cell=64, halo=16, min_halo=0, weights=True),
     "nearest": Traits(window=1, padding="edge", cell=64, halo=0, min_halo=0, weights=False),
     "bicubic": Traits(window=1, padding="edge", cell=64, halo=8, min_halo=8, weights=False),
 }

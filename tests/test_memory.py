@@ -99,7 +99,7 @@ def test_a_cell_that_no_device_could_hold_is_refused_before_anything_is_written(
     before = tree(small)
     assert run.main([str(path), *flags]) == 2
     said = capsys.readouterr().err
-    assert "a tile of 4112 x 4112 LR voxels" in said
+    assert "a tile of 4128 x 4128 LR voxels" in said
     assert "Wanted: network.cell" in said
     assert "Traceback" not in said
     assert tree(small) == before
@@ -128,7 +128,7 @@ def test_a_tile_without_memory_is_quarantined_at_once_and_says_what_would_fit(sm
     path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **keys)
     done = subprocess.run([sys.executable, "-c", _SHORT, str(path)], capture_output=True, text=True, check=True)
     first = done.stdout.splitlines()[0]
-    assert first.startswith("TooLargeError: network.cell 128 with halo 8: a tile of 144 x 144 LR voxels")
+    assert first.startswith("TooLargeError: network.cell 128 with halo 16: a tile of 160 x 160 LR voxels")
     assert "GB are there. Wanted: network.cell " in first
     cell = int(first.partition("Wanted: network.cell ")[2].split()[0])
     assert cell % 8 == 0
