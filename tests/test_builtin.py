@@ -26,7 +26,7 @@ ALEX = SHARED / "weights" / "lpips-alex" / "alexnet_features_lpips_v0.1.safetens
 
 
 def test_these_come_with_emsr() -> None:
-    assert [path.stem for path in FILES] == ["drosophila-vnc-x16", "drosophila-vnc-x8", "flyem-medulla-x8"]
+    assert [path.stem for path in FILES] == ["drosophila-vnc-x16", "drosophila-vnc-x8", "flyem-medulla-x16", "flyem-medulla-x8"]
     assert builtin("builtin", 8) == builtin("builtin:flyem-medulla", 8)
 
 

@@ -103,7 +103,7 @@ def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
     [
         ({"name": "edvr"}, "is not in this version"),
         ({"name": "gpemsr"}, "network.weights is not given"),
-        ({"name": "gpemsr", "weights": "builtin:mouse"}, r"there are builtin:drosophila-vnc \(x16\), .*, builtin:flyem-medulla \(x8\)"),
+        ({"name": "gpemsr", "weights": "builtin:mouse"}, r"there are builtin:drosophila-vnc \(x16\), .*, builtin:flyem-medulla \(x16\)"),
         ({"name": "gpemsr", "weights": "builtin", "preset": "paper"}, "is for scale 8, preset small"),
         ({"name": "gpemsr", "weights": "builtin:../builtin/flyem-medulla"}, "there are"),
         ({"name": "gpemsr", "weights": "file:///nowhere/w.safetensors"}, "is not there"),
