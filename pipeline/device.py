@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +78,7 @@ class Transfer:
             self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
             self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fetched: dict[int, torch.Tensor] = {}
+        self._total: torch.Tensor | float = 0.0  # of all that was put, on the device: one look at the end tells whether every value is a number
 
     def fetch(self, at: int) -> None:
         """Begin to copy a section that `take` will soon want."""
@@ -100,12 +104,16 @@ class Transfer:
         """(rh, rw) in 0..1 as grey levels, rounded on the device, into section `at` of `out`."""
         import torch
 
+        self._total = self._total + sr.float().sum()
         grey = sr.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
         self._landing[at].copy_(grey, non_blocking=True)
 
     def finish(self) -> None:
-        """Wait until `out` holds every section."""
+        """Wait until `out` holds every section. Raises DataError where one holds what is no number, which grey levels would hide."""
         import torch
+
+        if not math.isfinite(float(self._total)):
+            raise DataError("the network made values that are no numbers; take network.precision float32 (or bfloat16), or other weights")
 
         if self._beside is not None:
             torch.cuda.current_stream(self._device).synchronize()

@@ -16,7 +16,7 @@ from models import memory, weights
 from models.config import preset
 from models.network import SuperResolver
 from pipeline import device, run
-from pipeline.errors import TooLargeError
+from pipeline.errors import DataError, TooLargeError
 from pipeline.geometry import ZYX, Box
 from pipeline.inference import NetworkSpec, footprint
 from pipeline.plan import Lattice, LevelSpec, Plan
@@ -152,3 +152,12 @@ def test_sections_and_grey_levels_pass_as_they_are() -> None:
     transfer.put(1, torch.tensor([[-1.0, 0.5], [100.4 / 255, 2.0]]))
     transfer.finish()
     assert out.tolist() == [[[0] * 4] * 2, [[0, 0, 128, 0], [100, 0, 255, 0]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_made_grey(value: float) -> None:
+    transfer = device.Transfer(torch.device("cpu"), texture((2, 8, 8)), np.zeros((2, 2, 2), np.uint8))
+    transfer.put(0, torch.ones(2, 2))
+    transfer.put(1, torch.tensor([[0.5, value], [0.0, 1.0]]))
+    with pytest.raises(DataError, match="no numbers"):
+        transfer.finish()
