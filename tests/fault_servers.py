@@ -23,7 +23,8 @@ KINDS = ("500", "503", "429", "cut", "silence")
 
 
 class Gateway(ThreadingHTTPServer):
-    """Forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails, by a seeded die.
+    """Forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails, by a seeded die; the kinds of
+    failure are dealt like cards, so that few requests meet them all.
 
     A failing request is answered 500, 503 or 429, cut off, or left in silence for `silence_s`; in half of the cases only after it has been
     carried out, as when an answer is lost. `stored` counts bytes by key over all uploads that were carried out, `requests` by fault and method,
@@ -42,6 +43,7 @@ class Gateway(ThreadingHTTPServer):
         self.requests: dict[str, int] = {}
         self.seen: list[str] = []
         self._random = random.Random(seed)
+        self._dealt: list[str] = []
 
     @property
     def url(self) -> str:
@@ -57,7 +59,8 @@ class Gateway(ThreadingHTTPServer):
         with self.lock:
             if self._random.random() >= self.share:
                 return "", True
-            return self._random.choice(KINDS), self._random.random() < 0.5
+            self._dealt = self._dealt or self._random.sample(KINDS, len(KINDS))
+            return self._dealt.pop(), self._random.random() < 0.5
 
     def bytes_under(self, prefix: str) -> int:
         return sum(size for key, size in self.stored.items() if key.startswith(prefix))

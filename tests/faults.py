@@ -289,7 +289,7 @@ def failing_s3(scene: Scene) -> None:
                 break
         gateway.share = 0
         assert code == 0, said
-        assert set(gateway.requests) & {*fault_servers.KINDS}, gateway.requests  # a small volume makes few requests
+        assert set(gateway.requests) >= {*fault_servers.KINDS}, gateway.requests
         for item in client.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix="out").search("Contents[].Key"):
             file = scene.folder / "sr" / item.removeprefix("out/") if item.startswith("out/") else scene.folder / "sr.emsr" / item.removeprefix("out.emsr/")
             file.parent.mkdir(parents=True, exist_ok=True)
