@@ -92,11 +92,9 @@ def measure(weights: str, volume: str, scale: int, lr: int, turns: int, ways: li
     with torch.inference_mode():
         for name, (module, run, _) in chosen.items():  # first calls compile and choose operators
             seen: list[Tensor] = []
-            hook = net.prior.indexer.register_forward_hook(lambda _module, _inputs, logits, seen=seen: seen.append(logits[:1].argmax(1)))
-            module_hook = module.prior.indexer.register_forward_hook(lambda _module, _inputs, logits, seen=seen: seen.append(logits[:1].argmax(1)))
-            results[name] = run(module, sections).clamp(0, 1), torch.cat(seen[-5:])
+            hook = module.prior.indexer.register_forward_hook(lambda _module, _inputs, logits, seen=seen: seen.append(logits[:1].argmax(1)))
+            results[name] = run(module, sections).clamp(0, 1), torch.cat(seen)
             hook.remove()
-            module_hook.remove()
             run(module, sections)
         for _ in range(turns):
             for name, (module, run, _) in chosen.items():
