@@ -56,13 +56,16 @@ def rehearse(client: Client, job: Job) -> None:
 
 def _first_worker(client: Client) -> None:
     """Wait for one: as long as it takes while a batch system has it in its queue."""
-    for wait in itertools.chain((SAY_S, NO_WORKER_S - SAY_S), itertools.repeat(NO_WORKER_S)):
+    possible = time.monotonic()
+    for turn in itertools.count():
         try:
-            return client.wait_for_workers(1, timeout=wait)  # type: ignore[no-any-return]
+            return client.wait_for_workers(1, timeout=SAY_S)  # type: ignore[no-any-return]
         except TimeoutError:
-            if wait == SAY_S:
+            if not turn:
                 print("emsr: waiting for the first worker", file=sys.stderr)
-            elif not may_come(client):
+            if may_come(client):
+                possible = time.monotonic()
+            elif time.monotonic() - possible > NO_WORKER_S:
                 raise _no_worker() from None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,14 @@ MARGIN_MOST_S = 300
 START_S = 300
 """A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take more than Dask's 60 s."""
 
+LOOK_S = 15.0
+"""Slurm is asked this often which jobs it has; those that it has no more are submitted again."""
+IN_VAIN_MOST = 3
+"""So many jobs may end one after the other before a worker of any has been heard of; then something is wrong with all of them."""
+
 _SETTINGS = {
-    # A job that ended is looked for this long (its nanny may be restarting the worker), then another is submitted for it.
-    "distributed.deploy.lost-worker-timeout": "30s",
+    # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends unseen.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
 }
 
 
@@ -94,20 +101,83 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
             raise ClusterError(
                 f"no scheduler can listen at cluster.host {config.host} ({error})", "an address or network interface of this machine", "See `ip address`"
             ) from None
-        with cluster, Client(cluster, set_as_default=False) as client:
-            minimum, maximum = config.bounds()
-            # adapt, even to a fixed number: alone it submits another job for one that ended.
-            cluster.adapt(minimum=minimum, maximum=maximum, target_duration="1s")
+        with cluster, Client(cluster, set_as_default=False) as client, Replacing(cluster) as cluster.replacing:
+            if config.adapt is None:
+                cluster.scale(config.bounds()[1])
+            else:
+                cluster.adapt(minimum=config.adapt.minimum, maximum=config.adapt.maximum, target_duration="1s")
             yield client
 
 
 def queued(cluster: Any) -> bool:
-    """Whether Slurm still has a job of the cluster: waiting, starting or running."""
-    numbers = [job.job_id for job in list(cluster.workers.values()) if job.job_id]
-    if not numbers:
-        return False
-    found = _call("squeue", "--noheader", "--format=%T", f"--jobs={','.join(numbers)}")
-    return bool(found.stdout.split())
+    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. ClusterError where jobs end in vain."""
+    in_vain = cluster.replacing.in_vain
+    if len(in_vain) >= IN_VAIN_MOST:
+        raise ClusterError(
+            f"jobs of Slurm ({', '.join(in_vain[:IN_VAIN_MOST])}) ended before a worker answered",
+            "jobs whose Python has emsr and which reach cluster.host",
+            "Read their output (slurm-JOBID.out, where the client was started)",
+        )
+    return bool(cluster.workers)
+
+
+class Replacing:
+    """Submits a job again that Slurm has no more: its walltime is over, its node is lost, or it ended before its worker came.
+
+    A thread of its own, while the `with` lasts. A job that ended before its worker came is replaced later each time, until one comes.
+    """
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_again, name="emsr-slurm", daemon=True)
+        self._came: set[str] = set()
+        self._failures, self._not_before = 0, 0.0
+        self.in_vain: list[str] = []
+        """Numbers of the jobs that ended before their worker came, since there was a worker."""
+
+    def __enter__(self) -> Replacing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+
+    def _look_again(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            with suppress(ClusterError):  # Slurm does not answer: it is asked again
+                self._look()
+
+    def _look(self) -> None:
+        jobs = {job.job_id: name for name, job in list(self._cluster.workers.items()) if job.job_id}
+        there = {worker["name"] for worker in self._cluster.scheduler_info["workers"].values()}
+        found = _call("squeue", "--noheader", "--me", "--format=%i")  # after the cluster: a job submitted in between is not missed
+        if found.returncode:
+            return
+        came = {number for number, name in jobs.items() if name in there} | self._came & jobs.keys()
+        if came - self._came:
+            self._failures = 0
+        self._came = came
+        if there:
+            self.in_vain = []
+        gone = jobs.keys() - set(found.stdout.split())
+        early = gone - came
+        if time.monotonic() < self._not_before:
+            gone -= early
+        elif early:
+            self._failures += 1
+            self._not_before = time.monotonic() + LOOK_S * 2 ** min(self._failures, 6)
+            self.in_vain += [] if there else sorted(early - set(self.in_vain))
+        if gone and len(self.in_vain) < IN_VAIN_MOST:
+            self._cluster.sync(self._replace, {number: jobs[number] for number in gone})
+
+    async def _replace(self, gone: dict[str, Any]) -> None:
+        for number, name in gone.items():
+            job = self._cluster.workers.get(name)
+            if job is not None and job.job_id == number:
+                del self._cluster.workers[name]
+        self._cluster.scale(len(self._cluster.worker_spec))  # opens what is wanted and not there
 
 
 def _try_submission(text: str) -> None:

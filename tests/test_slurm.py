@@ -16,7 +16,7 @@ import slurm_here
 from certificates import write_certificates
 from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
 
-from pipeline import cluster, config, slurm
+from pipeline import cluster, config, schedule, slurm
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ClusterError
 
@@ -81,6 +81,36 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
     while any(state in ("RUNNING", "PENDING", "COMPLETING") for state in states(conf).values()):
         assert time.monotonic() < end, "jobs outlive the run"
         time.sleep(0.5)
+
+
+@pytest.mark.timeout(400)
+def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path: Path) -> None:
+    """The first job finds its node unfit (the prologue ends it), the second one does the work."""
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    unfit = f"mkdir {tmp_path}/fit 2>/dev/null && exit 1"
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": JOB | {"prologue": [unfit]}}, network__name="nearest")
+    before = states(conf)
+    said = main_job(path, "run", SLURM_CONF=conf)
+    assert "1 written" in said.stdout
+    assert [state for number, state in sorted(states(conf).items()) if number not in before][0] == "FAILED"
+    assert len(states(conf)) == len(before) + 2
+
+
+@pytest.mark.timeout(400)
+def test_jobs_that_all_end_before_a_worker_comes_end_the_run(conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prologue that fails everywhere: after three jobs one message names them, and nothing was written."""
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    broken = CLUSTER | {"slurm": JOB | {"prologue": ["exit 1"]}}
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=broken, network__name="nearest")
+    number = len(states(conf))
+    monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setattr(slurm, "LOOK_S", 1.0)
+    monkeypatch.setattr(schedule, "SAY_S", 2.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClusterError, match="ended before a worker answered"), cluster.connect(config.load(path).cluster, 2) as client:
+        schedule._first_worker(client)
+    assert len(states(conf)) == number + slurm.IN_VAIN_MOST
+    assert not (tmp_path / "sr").exists()
 
 
 @pytest.mark.timeout(600)
