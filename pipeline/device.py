@@ -28,6 +28,20 @@ def pick() -> torch.device:
     return torch.device("cpu")
 
 
+def fix_rounding(device: torch.device) -> None:
+    """Same voxels, same bytes, on every worker with such a device (law 1), and float32 where float32 is asked for.
+
+    On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute float32
+    convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of threads.
+    """
+    import torch
+
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 class Room(NamedTuple):
     """Bytes that this process can still take on its device: `now`, and at `most`, with nobody else there."""
 

@@ -123,12 +123,9 @@ class Network:
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        import torch
-
         self.spec = spec
         self.device = device.pick()
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)  # the number of threads changes the last bits of transposed convolutions (law 1)
+        device.fix_rounding(self.device)
         self.module = models.build(spec.name, spec.scale, spec.preset)
         if spec.weights:
             path = _weights_file(spec)

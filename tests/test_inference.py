@@ -156,6 +156,16 @@ def test_threads_do_not_change_the_bytes() -> None:
         torch.set_num_threads(before)
 
 
+def test_a_network_takes_no_short_cuts_in_rounding() -> None:
+    """float32 means float32 on a GPU too, and an operator chosen by a race of timings would not be the same on the next worker."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    Network(describe(NetworkConfig(name="nearest", scale=8)))
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+
+
 def test_carried_rings_change_no_byte_and_save_the_halo() -> None:
     """Slabs that follow each other in z: each section is encoded once per tile, not once per slab and tile."""
     volume = texture((9, 32, 32))
