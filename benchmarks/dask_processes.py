@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from distributed import Client
 
-from pipeline.cluster import connect
+from pipeline.cluster import LOGS, connect
 from pipeline.config import ClusterConfig
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +25,7 @@ Usage = tuple[float, float]
 
 def environment() -> dict[str, str]:
     """For scheduler and workers: logs as short as the pipeline's own clusters keep them, the benchmarks' modules in reach."""
-    short = {"DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": "100", "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100"}
+    short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
     return {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
 
 

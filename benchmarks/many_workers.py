@@ -3,8 +3,8 @@
     python benchmarks/many_workers.py [slabs=100000] [workers=1024]
 
 The scheduler is a process of its own, and so is the one that holds all workers: distributed.Worker instances of one thread on
-one event loop, without nannies, monitors and profilers, which would need a machine each. What they cost together is not what
-1024 machines would; scheduler and client are the real ones.
+one event loop and eight threads for the tasks of all (a thousand threads would wait for Python's lock most of the time), without
+nannies, monitors and profilers. What they cost together is not what 1024 machines would; scheduler and client are the real ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dask_processes import environment, scheduler_address
 from distributed import Client, Worker
 from noop_slabs import measure
 
-from pipeline.cluster import connect
+from pipeline.cluster import LOGS, connect
 from pipeline.config import ClusterConfig
 
 _LIGHT = {
@@ -33,14 +34,15 @@ _LIGHT = {
     "distributed.worker.memory.terminate": False,
     "distributed.admin.system-monitor.interval": "1h",
     "distributed.admin.tick.interval": "1h",
-    "distributed.admin.log-length": 10,
+    **LOGS,
     "distributed.worker.http.routes": [],
     "distributed.comm.timeouts.connect": "300s",
 }
 
 
 async def _hold(address: str, count: int, folder: str) -> None:
-    workers = [await Worker(address, nthreads=1, name=n, local_directory=folder, dashboard=False) for n in range(count)]
+    threads = ThreadPoolExecutor(8)
+    workers = [await Worker(address, nthreads=1, name=n, local_directory=folder, dashboard=False, executor=threads) for n in range(count)]
     print("ready", flush=True)
     await asyncio.gather(*(worker.finished() for worker in workers))
 

@@ -6,12 +6,13 @@ import logging
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dask
-from distributed import Client, LocalCluster, Security, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Scheduler, Security, Worker, WorkerPlugin
 
 from pipeline import __version__, kubernetes, slurm
 from pipeline.cluster_config import ClusterConfig
@@ -19,10 +20,13 @@ from pipeline.errors import ClusterError
 
 CONNECT_S = 30
 
-_SETTINGS = {
-    # Short logs: the scheduler's memory must not grow with the number of leases (distributed #3898, #2371).
+LOGS = {
+    # The scheduler's memory must not grow with the number of leases (distributed #3898, #2371): it would keep the last 1000 messages to every worker.
     "distributed.admin.log-length": 100,
-    "distributed.admin.low-level-log-length": 100,
+    "distributed.admin.low-level-log-length": 2,
+}
+_SETTINGS = {
+    **LOGS,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -101,6 +105,18 @@ def stop_profiling(client: Client) -> None:
     lock that the look holds.
     """
     client.register_plugin(_NoProfile())
+
+
+def shorten_logs(client: Client) -> None:
+    """LOGS in a scheduler that was there, if it has emsr."""
+    with suppress(Exception):
+        client.run_on_scheduler(_shorten_logs)
+
+
+def _shorten_logs(dask_scheduler: Scheduler) -> None:
+    dask.config.set(LOGS)
+    for sent in (*dask_scheduler.stream_comms.values(), *dask_scheduler.client_comms.values()):
+        sent.recent_message_log = deque(sent.recent_message_log, maxlen=LOGS["distributed.admin.low-level-log-length"])
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import queue
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from distributed import Client, Future, KilledWorker
 
 from pipeline import steady_clock, worker
-from pipeline.cluster import may_come, refuse_other_versions, stop_profiling
+from pipeline.answers import Answers, Work, answer, asked
+from pipeline.cluster import may_come, refuse_other_versions, shorten_logs, stop_profiling
 from pipeline.errors import ClusterError, EmsrError, LedgerError
 from pipeline.leases import Crew, Lease, Leases
 from pipeline.price import NOTHING, Footprint
@@ -27,15 +28,8 @@ from pipeline.worker import Job, LeaseResult, Receipt, process_lease
 
 NO_WORKER_S = 300.0
 SAY_S = 20.0
-FETCH_S = 5.0
-"""Answers are fetched together; after so long each by itself, so that one that lies on a worker that hangs holds up no other."""
 CANDIDATES = 8
 """Workers that the copy of a late lease may go to: the idlest, but none that has a copy already."""
-
-Work = Callable[[Job, int, int, float], LeaseResult]
-Answers = dict[str, LeaseResult | None]
-"""By key; None: lost with the worker that held it."""
-NO_ANSWER = LeaseResult((), 0, 0)
 
 
 def rehearse(client: Client, job: Job) -> None:
@@ -44,6 +38,7 @@ def rehearse(client: Client, job: Job) -> None:
     """
     _first_worker(client)
     refuse_other_versions(client)
+    shorten_logs(client)
     stop_profiling(client)
     steady_clock.install_everywhere(client)
     try:
@@ -148,7 +143,7 @@ def drive(
                 break  # a level needs every shard of the one before it
             _stage(window, Leases(job.plan, ledger, stage, began), ledger, outcome, stop, held, progress)
     finally:
-        window.cancel()
+        window.close()
         ledger.close()
     outcome.interrupted = stop.is_set()
     return outcome
@@ -194,10 +189,12 @@ class _Window:
 
     def __init__(self, client: Client, job: Job, work: Work) -> None:
         self._client, self._job, self._work = client, job, work
-        self._done: queue.SimpleQueue[Future | Answers | Exception] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._out: dict[str, tuple[Lease, Future]] = {}
         self._number = 0
-        self._prefix = f"lease-{job.digest[:8]}"  # one for all: what Dask keys by prefix lives for ever
+        # Dask's name of them all is `lease`, for what it keeps by name lives for ever. What a killed run left running is not taken for this one's.
+        self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
+        self._answers = Answers(client, self._prefix)
         self._crew, self._asked = Crew(0, 0), 0.0
         self._seen_worker = time.monotonic()
 
@@ -218,51 +215,29 @@ class _Window:
         if job.rates != NO_LIMIT:
             job = dataclasses.replace(job, rates=job.rates.share(self._crew.workers))
         where = {} if lease.starts == 1 else {"workers": self._elsewhere(lease), "allow_other_workers": True}
-        future = self._client.submit(self._work, job, lease.span.start, lease.span.stop, lease.most_s, key=key, pure=False, **where)
+        future = self._client.submit(answer, asked(self._work, job, lease.span, lease.most_s), key=key, pure=False, **where)
         self._out[key] = lease, future
         future.add_done_callback(self._done.put)
 
     def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
         """Leases of which a copy came back, with its result, None where its workers died too often. Waits at most `timeout` seconds."""
         found: list[tuple[Lease, LeaseResult | None]] = []
-        finished = []
         for ended in self._ended(timeout):
-            if isinstance(ended, dict):
-                found.extend((self._let_go(key), ended[key] or NO_ANSWER) for key in ended.keys() & self._out.keys())
-            elif isinstance(ended, Exception):
-                raise _scheduler_gone(ended) if isinstance(ended, OSError) else ended
-            elif ended.key in self._out and ended.status == "finished":
-                finished.append(ended.key)
-            elif ended.key in self._out and ended.status == "error":
+            if ended.key not in self._out:
+                continue
+            if (result := self._answers.take(ended.key)) is not None:
+                found.append((self._let_go(ended.key), result))
+            elif ended.status == "error":
                 error = ended.exception()
                 if not isinstance(error, KilledWorker):
                     raise error if isinstance(error, EmsrError) else ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
                 found.append((self._let_go(ended.key), None))
-            elif ended.key in self._out and ended.status == "cancelled":
+            elif ended.status == "cancelled":
                 raise _scheduler_gone()
-            elif ended.key in self._out:  # it was finished, and its worker has died since
-                found.append((self._let_go(ended.key), NO_ANSWER))
-        if finished:
-            asyncio.run_coroutine_threadsafe(self._fetch(finished), self._client.loop.asyncio_loop)
+            elif ended.status == "finished":
+                raise ClusterError("a task has ended and its answer did not come", "a scheduler that passes events on", "Run the same command again")
         self._watch_workers()
         return found
-
-    async def _fetch(self, keys: list[str]) -> None:
-        """Puts the answers into the queue. Client.gather would wait for a worker that hangs, and let no other call pass."""
-        while keys := [key for key in keys if key in self._out]:
-            try:
-                response = await asyncio.wait_for(self._client.scheduler.gather(keys=keys), FETCH_S)
-            except TimeoutError:
-                if len(keys) > 1:
-                    await asyncio.gather(*(self._fetch([key]) for key in keys))
-                    return
-            except Exception as error:
-                self._done.put(error)
-                return
-            else:
-                lost = [] if response["status"] == "OK" else response["keys"]
-                self._done.put(dict.fromkeys(lost) if lost else response["data"])
-                keys = [key for key in keys if key not in lost] if lost else []
 
     def _let_go(self, key: str) -> Lease:
         lease, future = self._out.pop(key)
@@ -273,8 +248,9 @@ class _Window:
         """Copies that are still out: one that waits is dropped, one that runs goes on and nobody asks for its receipts."""
         self._cancel([key for key, (out, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         self._cancel(list(self._out))
+        self._answers.close()
 
     def _cancel(self, keys: list[str]) -> None:
         futures = [self._out.pop(key)[1] for key in keys]
@@ -288,7 +264,7 @@ class _Window:
         busy = [(len(keys), address) for address, keys in _asked(self._client.processing).items() if copies.keys().isdisjoint(keys) and address not in holders]
         return [address for _, address in sorted(busy)[:CANDIDATES]] or None
 
-    def _ended(self, timeout: float) -> list[Future | Answers | Exception]:
+    def _ended(self, timeout: float) -> list[Future]:
         try:
             ended = [self._done.get(timeout=timeout)]
         except queue.Empty:

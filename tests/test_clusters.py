@@ -16,13 +16,18 @@ from typing import Any
 import pytest
 from certificates import write_certificates
 from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
-from distributed import Client
+from dask import config as dask_config
+from dask.utils import key_split
+from distributed import Client, LocalCluster, Scheduler
+from sleepy import job_of, nothing
 
 from pipeline import cluster, config, steady_clock
+from pipeline.answers import Answers, answer, asked
 from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ClusterError
 from pipeline.prepare import prepare
-from pipeline.worker import open_job
+from pipeline.schedule import _Window
+from pipeline.worker import LeaseResult, open_job, process_lease
 
 SHAPE = (6, 40, 32)
 SMALL: dict[str, Any] = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
@@ -136,6 +141,36 @@ def test_no_worker_is_profiled() -> None:
         client.cluster.scale(2)
         client.wait_for_workers(2)
         assert profiled() == [False, False]
+
+
+def test_a_scheduler_that_was_there_keeps_few_of_its_messages() -> None:
+    """A thousand to every worker, whole leases among them, as Dask has it, would be gigabytes with a thousand workers."""
+
+    def kept(dask_scheduler: Scheduler) -> set[int | None]:
+        return {sent.recent_message_log.maxlen for sent in (*dask_scheduler.stream_comms.values(), *dask_scheduler.client_comms.values())}
+
+    as_dask_has_it = {"distributed.admin.low-level-log-length": 1000}
+    with dask_config.set(as_dask_has_it), LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as there, Client(there) as client:
+        assert client.run_on_scheduler(kept) == {1000}
+        cluster.shorten_logs(client)
+        there.scale(2)
+        client.wait_for_workers(2)
+        assert client.run_on_scheduler(kept) == {2}
+
+
+def test_what_a_killed_run_left_running_is_no_answer() -> None:
+    """Its tasks are called as this run's might be, and go on after it: two runs of one target share no key."""
+    with cluster.connect(ClusterConfig(workers=1), 1) as client:
+        job = job_of("/nowhere", 1, 1)
+        prefixes = {_Window(client, job, process_lease)._prefix for _ in range(2)}
+        assert len(prefixes) == 2
+        assert {key_split(f"{prefix}-1") for prefix in prefixes} == {"lease"}
+        heard = Answers(client, "lease-mine")
+        for key in ("lease-mine-1", "lease-other-1"):
+            client.submit(answer, asked(nothing, job, range(1), 1.0), key=key).result(timeout=30)
+        assert heard.take("lease-mine-1") == LeaseResult((), 0, 0)
+        assert heard.take("lease-mine-1") is None
+        assert heard.take("lease-other-1") is None
 
 
 def test_no_clock_that_is_set_holds_messages_up() -> None:
