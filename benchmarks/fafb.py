@@ -6,9 +6,13 @@ a mask, taken here as the complement of an ellipse in every section.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
-from models import NETWORKS
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
 from pipeline import layout
 from pipeline.config import TargetConfig
 from pipeline.geometry import ZYX, Box
@@ -21,17 +25,26 @@ TISSUE = 106e12 / FINE.product
 SOURCE_CHUNK = ZYX(8, 256, 256)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Multiply-adds for one output section of one 64 x 64 cell, paper's network, all exact savings made, in 10^9: what is done
-    once per section (`per_section`, also for the z-halo of a lease) and once per window. Counted for a tile of 64.
+class Work(NamedTuple):
+    """Floating-point operations (two per multiply-add) of one tile, paper's network, all exact savings made: what is done once per
+    section (also for the z-halo of a lease) and once per window.
     """
 
     per_section: float
     per_window: float
 
 
-WORK = {8: Work(112, 148), 16: Work(443, 219)}
+@cache
+def work(scale: int, tile: int) -> Work:
+    """Counted on the modules, which compute nothing: their tensors have no data. Attention grows with the tile's area squared."""
+    network: Any = models.build("gpemsr", scale, "paper").to("meta").eval()
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as section:
+            state = network.encode_section(torch.zeros(1, 1, tile, tile, device="meta"))
+        with FlopCounterMode(display=False) as window:
+            network.fuse_window([state] * 5)
+    return Work(section.get_total_flops(), window.get_total_flops())
+
 
 PEAK_TFLOPS = {"A100": 19.5, "H100": 67.0}
 """float32 without tensor cores, as their makers state."""
@@ -42,8 +55,8 @@ CPU_CORE_TFLOPS = 0.090 * 0.6
 
 
 def plan_of(scale: int, target: TargetConfig) -> Plan:
-    traits = NETWORKS["gpemsr"]
-    lattice = Lattice(traits.cell, traits.halo, traits.window, traits.padding)
+    traits = models.NETWORKS["gpemsr"]
+    lattice = Lattice(traits.cell, traits.halo[scale], traits.window, traits.padding)
     region = ZYX(FINE.z, FINE.y // scale, FINE.x // scale)
     shapes = layout.choose(region, scale, target, None)
     box = Box.at(ZYX(0, 0, 0), region)
@@ -51,12 +64,11 @@ def plan_of(scale: int, target: TargetConfig) -> Plan:
 
 
 def slab_flop(plan: Plan, slabs_per_lease: float) -> float:
-    """Floating-point operations (two per multiply-add) of one slab: tiles are larger than cells, and a lease has a z-halo."""
-    work, lattice = WORK[plan.scale], plan.lattice
+    """Floating-point operations of one slab: tiles are larger than cells, and a lease has a z-halo."""
+    done, lattice = work(plan.scale, plan.lattice.tile), plan.lattice
     cells = plan.slab_shape.y * plan.slab_shape.x / lattice.cell**2
     halo = 1 + 2 * lattice.z_halo / (plan.slab_shape.z * slabs_per_lease)
-    per_centre = work.per_section * halo + work.per_window
-    return 2e9 * per_centre * plan.slab_shape.z * cells * (lattice.tile / lattice.cell) ** 2
+    return (done.per_section * halo + done.per_window) * plan.slab_shape.z * cells
 
 
 def is_tissue(plan: Plan, index: int) -> bool:

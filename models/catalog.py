@@ -8,22 +8,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Traits:
-    """`window` sections enter one output section; lateral `padding` is `mirror` or `edge`; `cell` and `halo` are the
+    """`window` sections enter one output section; lateral `padding` is `mirror` or `edge`; `cell` and, by scale, `halo` are the
     default lattice in LR voxels and `min_halo` the least that keeps cells without seams; `weights` tells whether it has any.
     """
 
     window: int
     padding: str
     cell: int
-    halo: int
+    halo: dict[int, int]
     min_halo: int
     weights: bool
 
 
 NETWORKS: dict[str, Traits] = {
-    "gpemsr": Traits(window=5, padding="mirror", cell=64, halo=16, min_halo=0, weights=True),
-    "nearest": Traits(window=1, padding="edge", cell=64, halo=0, min_halo=0, weights=False),
-    "bicubic": Traits(window=1, padding="edge", cell=64, halo=8, min_halo=8, weights=False),
+    "gpemsr": Traits(window=5, padding="mirror", cell=64, halo={8: 16, 16: 24}, min_halo=0, weights=True),
+    "nearest": Traits(window=1, padding="edge", cell=64, halo={8: 0, 16: 0}, min_halo=0, weights=False),
+    "bicubic": Traits(window=1, padding="edge", cell=64, halo={8: 8, 16: 8}, min_halo=8, weights=False),
 }
 
 BUILTIN_PRESET = "small"

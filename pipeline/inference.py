@@ -49,7 +49,7 @@ def describe(config: NetworkConfig) -> NetworkSpec:
         known = ", ".join(models.NETWORKS)
         raise NetworkError(f"network.name {config.name} is not in this version", f"one of {known}", "Set network.name to one of them")
     cell = traits.cell if config.cell is None else config.cell
-    halo = traits.halo if config.halo is None else config.halo
+    halo = traits.halo[config.scale] if config.halo is None else config.halo
     if halo < traits.min_halo:
         raise NetworkError(
             f"network.halo {halo} would show the cell borders of {config.name}", f"at least {traits.min_halo} LR voxels", "Raise or remove network.halo"
