@@ -23,8 +23,8 @@ KINDS = ("500", "503", "429", "cut", "silence")
 
 
 class Gateway(ThreadingHTTPServer):
-    """Forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails, by a seeded die; the kinds of
-    failure are dealt like cards, so that few requests meet them all.
+    """Forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails. What happens to each is dealt
+    like cards, one of every kind of failure and as many blanks as belong to them, so that few requests meet them all.
 
     A failing request is answered 500, 503 or 429, cut off, or left in silence for `silence_s`; in half of the cases only after it has been
     carried out, as when an answer is lost. `stored` counts bytes by key over all uploads that were carried out, `requests` by fault and method,
@@ -57,10 +57,13 @@ class Gateway(ThreadingHTTPServer):
     def fault(self) -> tuple[str, bool]:
         """The kind of this request's fault ("" for none), and whether the request is carried out all the same."""
         with self.lock:
-            if self._random.random() >= self.share:
+            if not self.share:
                 return "", True
-            self._dealt = self._dealt or self._random.sample(KINDS, len(KINDS))
-            return self._dealt.pop(), self._random.random() < 0.5
+            if not self._dealt:
+                cards = [*KINDS, *[""] * round(len(KINDS) * (1 / self.share - 1))]
+                self._dealt = self._random.sample(cards, len(cards))
+            kind = self._dealt.pop()
+            return kind, not kind or self._random.random() < 0.5
 
     def bytes_under(self, prefix: str) -> int:
         return sum(size for key, size in self.stored.items() if key.startswith(prefix))
