@@ -123,7 +123,6 @@ def test_a_lease_whose_answer_was_lost_is_held(gateway: Gateway, environ: dict[s
         held.release()
 
 
-@pytest.mark.slow
 def test_the_main_job_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Main job, ledger, lease, resume, verify and view; the gateway adds the conditional writes that the emulator lacks."""
     pytest.importorskip("gcp_storage_emulator")
