@@ -38,6 +38,11 @@ def states(conf: str) -> dict[str, str]:
     return dict(re.findall(r"JobId=(\d+) .*?JobState=(\w+)", said.stdout))
 
 
+def logged(folder: Path) -> dict[str, object]:
+    """JOB, whose output goes to `folder` in place of where the tests were started."""
+    return JOB | {"extra_directives": [f"--output={folder}/%j.out"]}
+
+
 def until(ready: Callable[[], object], client: subprocess.Popen[str], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not ready():
@@ -88,7 +93,7 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path
     """The first job finds its node unfit (the prologue ends it), the second one does the work."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     unfit = f"mkdir {tmp_path}/fit 2>/dev/null && exit 1"
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": JOB | {"prologue": [unfit]}}, network__name="nearest")
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": logged(tmp_path) | {"prologue": [unfit]}}, network__name="nearest")
     before = states(conf)
     said = main_job(path, "run", SLURM_CONF=conf)
     assert "1 written" in said.stdout
@@ -100,13 +105,12 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path
 def test_jobs_that_all_end_before_a_worker_comes_end_the_run(conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prologue that fails everywhere: after three jobs one message names them, and nothing was written."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
-    broken = CLUSTER | {"slurm": JOB | {"prologue": ["exit 1"]}}
+    broken = CLUSTER | {"slurm": logged(tmp_path) | {"prologue": ["exit 1"]}}
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=broken, network__name="nearest")
     number = len(states(conf))
     monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setattr(slurm, "LOOK_S", 1.0)
     monkeypatch.setattr(schedule, "SAY_S", 2.0)
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match="ended before a worker answered"), cluster.connect(config.load(path).cluster, 2) as client:
         schedule._first_worker(client)
     assert len(states(conf)) == number + slurm.IN_VAIN_MOST
