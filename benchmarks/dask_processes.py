@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 from distributed import Client
 
-from pipeline.cluster import LOGS, connect
-from pipeline.config import ClusterConfig
+from pipeline.cluster.connect import LOGS, connect
+from pipeline.config.volume import ClusterConfig
 
 HERE = Path(__file__).resolve().parent
 Usage = tuple[float, float]

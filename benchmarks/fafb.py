@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from pipeline import layout
-from pipeline.config import TargetConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import Lattice, Plan
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import TargetConfig
+from pipeline.plan.plan import Lattice, Plan
+from pipeline.prepare import layout
 
 SECTIONS = 7062
 FINE = ZYX(SECTIONS, 155_648, 253_952)

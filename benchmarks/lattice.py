@@ -31,9 +31,9 @@ from examples.make_phantom import phantom
 from models.degrade import degrade
 from models.metadata import read_metadata
 from models.network import SuperResolver
-from pipeline.geometry import ZYX, Box
-from pipeline.inference import pad_laterally
-from pipeline.plan import Lattice
+from pipeline.base.geometry import ZYX, Box
+from pipeline.inference.network import pad_laterally
+from pipeline.plan.plan import Lattice
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

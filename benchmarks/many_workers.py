@@ -23,8 +23,8 @@ from dask_processes import environment, scheduler_address
 from distributed import Client, Worker
 from noop_slabs import measure
 
-from pipeline.cluster import LOGS, connect
-from pipeline.config import ClusterConfig
+from pipeline.cluster.connect import LOGS, connect
+from pipeline.config.volume import ClusterConfig
 
 _LIGHT = {
     "distributed.worker.profile.enabled": False,

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [few|all] [slabs=6]
 
 `few` takes about two minutes, `all` about twenty. Prints for every case the worker's size before its first slab, its peak
-(VmHWM), the promise (pipeline.price.memory_bytes, with the compression that the run reached) and peak over promise: 1.00 is wanted,
+(VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that the run reached) and peak over promise: 1.00 is wanted,
 0.85 to 1.15 is kept by a test.
 """
 
@@ -20,9 +20,9 @@ from tissue_job import drive_all, ready, write_source
 
 import models
 from models import weights
-from pipeline.cluster import connect
-from pipeline.config import ClusterConfig
-from pipeline.price import memory_bytes, stored_share
+from pipeline.cluster.connect import connect
+from pipeline.config.volume import ClusterConfig
+from pipeline.plan.price import memory_bytes, stored_share
 
 MIB = 1 << 20
 DEPTH = 8

@@ -32,7 +32,7 @@ import models
 from examples.make_phantom import phantom
 from models.degrade import degrade
 from models.network import SectionState, SuperResolver
-from pipeline.allocator import settle
+from pipeline.process.allocator import settle
 
 GIB = 1 << 30
 

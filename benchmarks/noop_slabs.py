@@ -17,16 +17,16 @@ from typing import Any
 from dask_processes import Usage, apart, usage
 from distributed import Client, Scheduler
 
-from pipeline.config import NetworkConfig, SourceConfig, TargetConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.inference import describe
-from pipeline.layout import choose
-from pipeline.plan import Plan
-from pipeline.schedule import Outcome, drive
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig
+from pipeline.inference.network import describe
+from pipeline.plan.plan import Plan
+from pipeline.prepare.layout import choose
+from pipeline.schedule.schedule import Outcome, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import WRITTEN, Ledger
 from pipeline.storage.volume import TargetSpec
-from pipeline.worker import Job, LeaseResult, Receipt
+from pipeline.worker.slab import Job, LeaseResult, Receipt
 
 
 def noop(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:

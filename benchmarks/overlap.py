@@ -16,8 +16,8 @@ from pathlib import Path
 import sleeping
 from tissue_job import Driven, drive_all, ready, write_source
 
-from pipeline.cluster import connect
-from pipeline.config import ClusterConfig
+from pipeline.cluster.connect import connect
+from pipeline.config.volume import ClusterConfig
 
 
 def measure(slabs: int, side: int) -> list[dict[str, float]]:

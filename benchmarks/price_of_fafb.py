@@ -19,14 +19,14 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from pipeline import layout
-from pipeline.config import TargetConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import Plan
-from pipeline.price import input_voxels
-from pipeline.pyramid import halve
-from pipeline.storage.targets import open_target
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import TargetConfig
+from pipeline.plan.plan import Plan
+from pipeline.plan.price import input_voxels
+from pipeline.prepare import layout
+from pipeline.storage.targets.open import open_target
 from pipeline.storage.volume import TargetSpec
+from pipeline.worker.pyramid import halve
 
 TARGETS = {
     "OME-Zarr, blosc-zstd": TargetConfig(url="x"),

@@ -20,8 +20,8 @@ import yaml
 import zarr
 from dask_processes import environment
 
-from pipeline import config as configuration
-from pipeline.prepare import claim, prepare, sidecar
+from pipeline.config import volume as configuration
+from pipeline.prepare.prepare import claim, prepare, sidecar
 from pipeline.storage import ledger as stored
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, WRITTEN, Ledger

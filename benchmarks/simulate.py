@@ -3,7 +3,7 @@
     python benchmarks/simulate.py [gpu|cpu|spot|refused|budget]
 
 FAFB at x8 (benchmarks/fafb.py). Workers come over time, die, reach their walltime, are slow or hang; the store refuses what rises
-too fast. `pipeline.leases` decides as in a real run, the ledger is the real one; simulated are Dask (leases go to whoever is
+too fast. `pipeline.schedule.leases` decides as in a real run, the ledger is the real one; simulated are Dask (leases go to whoever is
 free, those of the dead to others, up to the allowed failures), workers and the store. Prints days, requests, lost work.
 tests/test_simulate.py checks the model against a real run.
 """
@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 
 import fafb
 
-from pipeline.config import TargetConfig
-from pipeline.leases import Crew, Lease, Leases
-from pipeline.plan import Plan
-from pipeline.price import input_voxels
+from pipeline.config.volume import TargetConfig
+from pipeline.plan.plan import Plan
+from pipeline.plan.price import input_voxels
+from pipeline.schedule.leases import Crew, Lease, Leases
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Ledger
-from pipeline.worker import Receipt
+from pipeline.worker.slab import Receipt
 
 ALLOWED_FAILURES = 3
 HOUR = 3600.0

@@ -14,9 +14,9 @@ import zarr
 from distributed import Client
 
 from examples.make_phantom import phantom
-from pipeline import config as configuration
-from pipeline.prepare import Prepared, claim, prepare, sidecar
-from pipeline.schedule import Outcome, drive
+from pipeline.config import volume as configuration
+from pipeline.prepare.prepare import Prepared, claim, prepare, sidecar
+from pipeline.schedule.schedule import Outcome, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 

@@ -22,10 +22,10 @@ import numpy as np
 from make_phantom import MARK, SCALE, degrade, holds
 from numpy.typing import NDArray
 
-from pipeline.command import guarded
+from pipeline.base.command import guarded
+from pipeline.base.errors import SourceError
 from pipeline.convert import convert
-from pipeline.errors import SourceError
-from pipeline.storage.section_files import open_stack
+from pipeline.storage.conversion.section_files import open_stack
 
 URL = "https://raw.githubusercontent.com/unidesigner/groundtruth-drosophila-vnc/4a5f051466d24d8dc1e855ab55658bb1b1dcd6bf/stack1/raw"
 SECTIONS = 20

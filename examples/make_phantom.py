@@ -21,9 +21,9 @@ import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.command import guarded
+from pipeline.base.command import guarded
+from pipeline.base.errors import TargetError, UserError
 from pipeline.convert import convert
-from pipeline.errors import TargetError, UserError
 
 SCALE = 8
 SHAPE = (16, 1024, 1024)

@@ -17,12 +17,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline import urls
-from pipeline.command import guarded
-from pipeline.errors import SourceError, UserError
-from pipeline.geometry import ZYX
-from pipeline.storage.ome_zarr_stack import layer_shapes, write_stack
-from pipeline.storage.section_files import Section, Stack, open_stack
+from pipeline.base.command import guarded
+from pipeline.base.errors import SourceError, UserError
+from pipeline.base.geometry import ZYX
+from pipeline.config import urls
+from pipeline.storage.conversion.ome_zarr_stack import layer_shapes, write_stack
+from pipeline.storage.conversion.section_files import Section, Stack, open_stack
 
 
 def convert(

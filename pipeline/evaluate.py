@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pipeline import evaluate_config
-from pipeline.command import guarded
-from pipeline.config import SourceConfig
-from pipeline.contact_sheet import SIDE, compose, heat
-from pipeline.errors import DataError, NetworkError, UserError
-from pipeline.evaluate_config import TableConfig, VolumeConfig, WeightsConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.storage.sources import open_source
+from pipeline.base.command import guarded
+from pipeline.base.errors import DataError, NetworkError, UserError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config import table as evaluate_config
+from pipeline.config.table import TableConfig, VolumeConfig, WeightsConfig
+from pipeline.config.volume import SourceConfig
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.volume import Source, Uint8Array
+from pipeline.viewer.contact_sheet import SIDE, compose, heat
 
 Metric = Callable[[Uint8Array, Uint8Array], float]
 SR, BICUBIC = "SR", "bicubic"

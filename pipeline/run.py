@@ -15,16 +15,18 @@ from types import FrameType
 
 from distributed import Client
 
-from pipeline import bad_sections, report, section_survey
-from pipeline import config as configuration
-from pipeline.cluster import batch_job, connect, worker_count
-from pipeline.command import INTERRUPTED, guarded
-from pipeline.config import Config
-from pipeline.dry_run import print_price
-from pipeline.prepare import Prepared, check_place, claim, prepare, sidecar
-from pipeline.progress import RunProgress, SurveyProgress
-from pipeline.schedule import Outcome, drive, rehearse
-from pipeline.section_survey import Survey
+from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.cluster.connect import batch_job, connect, worker_count
+from pipeline.config import volume as configuration
+from pipeline.config.volume import Config
+from pipeline.prepare.dry_run import print_price
+from pipeline.prepare.prepare import Prepared, check_place, claim, prepare, sidecar
+from pipeline.schedule import report
+from pipeline.schedule.progress import RunProgress, SurveyProgress
+from pipeline.schedule.schedule import Outcome, drive, rehearse
+from pipeline.sections import bad_sections
+from pipeline.sections import survey as section_survey
+from pipeline.sections.survey import Survey
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
 from pipeline.storage.target_lease import TargetLease

@@ -7,11 +7,11 @@ import json
 import sys
 import time
 
-from pipeline import config as configuration
-from pipeline import recorded
-from pipeline.command import guarded
-from pipeline.config import Config
-from pipeline.prepare import sidecar
+from pipeline.base.command import guarded
+from pipeline.config import volume as configuration
+from pipeline.config.volume import Config
+from pipeline.prepare import recorded
+from pipeline.prepare.prepare import sidecar
 from pipeline.storage.ledger import QUARANTINED
 from pipeline.storage.target_lease import holder, last_workers
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import train_config
-from pipeline.command import INTERRUPTED, guarded
-from pipeline.errors import NetworkError, UserError
-from pipeline.train_config import StageConfig
-from pipeline.training_data import open_volume
+from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.base.errors import NetworkError, UserError
+from pipeline.config import stage as train_config
+from pipeline.config.stage import StageConfig
+from pipeline.training.data import open_volume
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,7 @@ def train(config: StageConfig) -> int:
 
         from models.training.crops import Augmentation, Crops, centre_windows
         from models.training.loop import Loop, Recipe
-        from pipeline.train_stage import prepare
+        from pipeline.training.stage import prepare
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", "it is needed for training", "pip install 'emsr[train]'") from None
     if config.threads:
@@ -98,7 +98,7 @@ def _resume(loop: Loop, config: StageConfig) -> None:
 
 
 def _save(config: StageConfig, name: str, network: nn.Module, facts: dict[str, Any]) -> None:
-    from pipeline.train_stage import save
+    from pipeline.training.stage import save
 
     unfinished = config.output / f"{name}.unfinished"
     save(config, unfinished, network, facts)

@@ -10,16 +10,16 @@ import time
 from rich.console import Console
 from rich.progress import track
 
-from pipeline import config as configuration
-from pipeline.command import guarded
-from pipeline.config import Config
-from pipeline.errors import LedgerError
-from pipeline.prepare import prepare, same_plan, sidecar
+from pipeline.base.command import guarded
+from pipeline.base.errors import LedgerError
+from pipeline.config import volume as configuration
+from pipeline.config.volume import Config
+from pipeline.prepare.prepare import prepare, same_plan, sidecar
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, STATES, WRITTEN, Entry, Ledger
 from pipeline.storage.target_lease import TargetLease
-from pipeline.storage.targets import open_target
-from pipeline.worker import checksum, object_keys
+from pipeline.storage.targets.open import open_target
+from pipeline.worker.slab import checksum, object_keys
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,18 +14,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline import config as volume_yaml
-from pipeline import recorded, urls
-from pipeline.command import guarded
-from pipeline.config import Config
-from pipeline.errors import SourceError, TargetError, UserError
-from pipeline.file_server import HOST, serving
-from pipeline.geometry import ZYX
+from pipeline.base.command import guarded
+from pipeline.base.errors import SourceError, TargetError, UserError
+from pipeline.base.geometry import ZYX
+from pipeline.config import urls
+from pipeline.config import volume as volume_yaml
+from pipeline.config.volume import Config
+from pipeline.prepare import recorded
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED
-from pipeline.storage.sources import open_source
-from pipeline.viewer_source import Native, Triple, read_native
-from pipeline.viewer_state import Layer, Mark, public_link, viewer_state
+from pipeline.storage.sources.open import open_source
+from pipeline.viewer.file_server import HOST, serving
+from pipeline.viewer.source import Native, Triple, read_native
+from pipeline.viewer.state import Layer, Mark, public_link, viewer_state
 
 MARKED = 1000
 

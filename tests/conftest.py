@@ -94,11 +94,12 @@ def main_job(yaml_path: Path, script: str = "run_standin.py", check: bool = True
 
 def run_here(yaml_path: Path) -> Any:
     """Every task of a volume.yaml in this process, without Dask: the job, after all receipts were written."""
-    from pipeline import config, section_survey
-    from pipeline.prepare import claim, prepare, sidecar
+    from pipeline.config import volume as config
+    from pipeline.prepare.prepare import claim, prepare, sidecar
+    from pipeline.sections import survey as section_survey
     from pipeline.storage.kv import Store
     from pipeline.storage.ledger import WRITTEN, Ledger
-    from pipeline.worker import process_lease
+    from pipeline.worker.slab import process_lease
 
     wanted = config.load(yaml_path)
     store = Store(sidecar(wanted.target.url))

@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 from conftest import REPOSITORY, TESTS, texture, tree, volume_yaml, write_lr
 
-from pipeline import recorded
-from pipeline.config import SourceConfig
-from pipeline.geometry import ZYX
-from pipeline.leases import LEASE_S
+from pipeline.base.geometry import ZYX
+from pipeline.config.volume import SourceConfig
+from pipeline.prepare import recorded
+from pipeline.schedule.leases import LEASE_S
 from pipeline.storage.ledger import WRITTEN
-from pipeline.storage.sources import open_source
+from pipeline.storage.sources.open import open_source
 
 FLUSH_S = 0.5
 PROMISE_S = LEASE_S + FLUSH_S + 5.0

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
-from pipeline.file_server import byte_range
+from pipeline.viewer.file_server import byte_range
 
 KINDS = ("500", "503", "429", "cut", "silence")
 

@@ -20,7 +20,7 @@ import psutil
 from conftest import REPOSITORY, TESTS, volume_yaml
 from fault_scene import FLUSH_S, Scene, undisturbed
 
-from pipeline import recorded
+from pipeline.prepare import recorded
 from pipeline.storage.ledger import PENDING, QUARANTINED
 
 FAKETIME = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
@@ -300,7 +300,7 @@ def failing_s3(scene: Scene) -> None:
 
 def clock_jumps(scene: Scene) -> None:
     """The clock of all processes jumps under way: forward by hours, back by a minute. tensorstore's thread pool waits by the time of day, so that a
-    clock set back holds it up for as long; what Dask would wait, `pipeline.steady_clock` spares.
+    clock set back holds it up for as long; what Dask would wait, `pipeline.cluster.steady_clock` spares.
     """
     scene.write()
     clock = scene.folder / "clock"

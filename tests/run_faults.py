@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import standin
 
-from pipeline import worker
 from pipeline.storage import ledger
+from pipeline.worker import slab as worker
 
 standin.install()
 ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))

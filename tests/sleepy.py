@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import time
 
-from pipeline.config import NetworkConfig, SourceConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.inference import describe
-from pipeline.plan import Plan
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import NetworkConfig, SourceConfig
+from pipeline.inference.network import describe
+from pipeline.plan.plan import Plan
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import WRITTEN
 from pipeline.storage.volume import TargetSpec
-from pipeline.worker import Job, LeaseResult, Receipt
+from pipeline.worker.slab import Job, LeaseResult, Receipt
 
 
 def job_of(folder: str, columns: int, depth: int) -> Job:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from source_volumes import VOXEL_NM, Written
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceError
-from pipeline.storage.sources import open_source
+from pipeline.base.errors import SourceError
+from pipeline.config.volume import SourceConfig
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.volume import Source
 
 

@@ -17,12 +17,14 @@ from test_section_quality import tissue
 import models
 from models.degrade import degrade
 from models.evaluation.fidelity import psnr
-from pipeline import config, run, section_survey, status, verify
-from pipeline.errors import SourceError
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import Lattice, Plan
+from pipeline import run, status, verify
+from pipeline.base.errors import SourceError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config import volume as config
+from pipeline.plan.plan import Lattice, Plan
+from pipeline.sections import survey as section_survey
 from pipeline.storage.kv import Store
-from pipeline.storage.sources import open_source
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.volume import VolumeInfo
 
 BAD = {5: "constant", 9: "resembles"}

@@ -21,13 +21,15 @@ from dask.utils import key_split
 from distributed import Client, LocalCluster, Scheduler
 from sleepy import job_of, nothing
 
-from pipeline import cluster, config, steady_clock
-from pipeline.answers import Answers, answer, asked
-from pipeline.cluster_config import ClusterConfig
-from pipeline.errors import ClusterError
-from pipeline.prepare import prepare
-from pipeline.schedule import _Window
-from pipeline.worker import LeaseResult, open_job, process_lease
+from pipeline.base.errors import ClusterError
+from pipeline.cluster import connect as cluster
+from pipeline.cluster import steady_clock
+from pipeline.config import volume as config
+from pipeline.config.cluster import ClusterConfig
+from pipeline.prepare.prepare import prepare
+from pipeline.schedule.answers import Answers, answer, asked
+from pipeline.schedule.schedule import _Window
+from pipeline.worker.slab import LeaseResult, open_job, process_lease
 
 SHAPE = (6, 40, 32)
 SMALL: dict[str, Any] = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
@@ -181,7 +183,7 @@ def test_no_clock_that_is_set_holds_messages_up() -> None:
         client.wait_for_workers(2)
         clocks = "__import__('distributed').batched.time.__module__, __import__('tornado.ioloop').ioloop.IOLoop.time.__module__"
         found = [eval(clocks), client.run_on_scheduler(eval, clocks), *client.run(eval, clocks).values()]
-        assert found == [("pipeline.steady_clock",) * 2] * 4
+        assert found == [("pipeline.cluster.steady_clock",) * 2] * 4
     assert abs(steady_clock.steady() - time.time()) < 60
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import texture
 from PIL import Image
 
-from pipeline.contact_sheet import CAPTION, GAP, contact_sheet
+from pipeline.viewer.contact_sheet import CAPTION, GAP, contact_sheet
 
 
 def opened(data: bytes) -> np.ndarray:

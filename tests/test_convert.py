@@ -15,9 +15,9 @@ from conftest import texture, tree
 from ome_zarr_models.v05.image import Image as NgffImage
 from PIL import Image
 
+from pipeline.base.errors import SourceError, TargetError, UserError
 from pipeline.convert import convert, main
-from pipeline.errors import SourceError, TargetError, UserError
-from pipeline.storage.section_files import natural_key, open_stack
+from pipeline.storage.conversion.section_files import natural_key, open_stack
 
 NM = ("--voxel-size-nm", "45", "4", "4")
 SMALL = texture((5, 40, 48))

@@ -18,10 +18,10 @@ import source_volumes as written
 import tensorstore as ts
 from source_volumes import CHUNK, FORMATS, SHAPE, SHARD, VOXEL_NM, Written
 
-from pipeline.config import FillConfig, MaskConfig, SourceConfig
-from pipeline.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError, UserError
-from pipeline.geometry import ZYX, Box
-from pipeline.storage.sources import open_mask, open_source
+from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError, UserError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
+from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.volume import Source, VolumeInfo
 
 FILL = 7  # in no volume's truth

@@ -15,9 +15,12 @@ import yaml
 from conftest import REPOSITORY
 from pydantic import BaseModel
 
-from pipeline import __version__, evaluate_config, train_config, yaml_file
+from pipeline import __version__
 from pipeline.__main__ import COMMANDS
-from pipeline.config import Config, keys, load
+from pipeline.config import stage as train_config
+from pipeline.config import table as evaluate_config
+from pipeline.config import yaml_file
+from pipeline.config.volume import Config, keys, load
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("deploy/*.md")])
 README_COMMANDS = {

@@ -22,8 +22,8 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.file_server import byte_range, serving
+from pipeline.base.errors import UserError
+from pipeline.viewer.file_server import byte_range, serving
 
 DATA = bytes(range(256)) * 40
 

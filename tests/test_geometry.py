@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, tiles
 
 ints = st.integers(-50, 50)
 zyx = st.builds(ZYX, ints, ints, ints)

@@ -16,7 +16,7 @@ import models
 from models import weights
 from models.network import SuperResolver
 from pipeline import run
-from pipeline.file_server import serving
+from pipeline.viewer.file_server import serving
 
 
 @pytest.fixture(scope="module")

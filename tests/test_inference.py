@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import models
-from pipeline.config import NetworkConfig
-from pipeline.errors import NetworkError
-from pipeline.geometry import ZYX, Box
-from pipeline.inference import Network, Rings, back_projection_error, describe, pad_laterally, super_resolve
-from pipeline.plan import Lattice, Plan, Slab
-from pipeline.pyramid import halve
+from pipeline.base.errors import NetworkError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import NetworkConfig
+from pipeline.inference.network import Network, Rings, back_projection_error, describe, pad_laterally, super_resolve
+from pipeline.plan.plan import Lattice, Plan, Slab
+from pipeline.worker.pyramid import halve
 
 
 def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box, rings: Rings | None = None) -> np.ndarray:

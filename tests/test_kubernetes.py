@@ -9,8 +9,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY, texture, tree, volume_yaml, write_lr
 
-from pipeline import config, kubernetes, run
-from pipeline.cluster_config import ClusterConfig
+from pipeline import run
+from pipeline.cluster import kubernetes
+from pipeline.config import volume as config
+from pipeline.config.cluster import ClusterConfig
 
 FILES = REPOSITORY / "deploy" / "kubernetes"
 POD = {"image": "emsr:1", "memory": "8GiB"}

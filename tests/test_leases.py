@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.geometry import ZYX, Box
-from pipeline.leases import LATE_LEAST_S, LEASE_MOST, LEASE_S, RAMP_FIRST, RAMP_PER_S, STARTS_MOST, Crew, Lease, Leases
-from pipeline.plan import Lattice, Plan
+from pipeline.base.geometry import ZYX, Box
+from pipeline.plan.plan import Lattice, Plan
+from pipeline.schedule.leases import LATE_LEAST_S, LEASE_MOST, LEASE_S, RAMP_FIRST, RAMP_PER_S, STARTS_MOST, Crew, Lease, Leases
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, WRITTEN, Ledger
-from pipeline.worker import Receipt
+from pipeline.worker.slab import Receipt
 
 
 def plan_of(columns: int, depth: int) -> Plan:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pipeline.errors import LedgerError
+from pipeline.base.errors import LedgerError
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, QUARANTINED, SKIPPED, WRITTEN, Entry, Ledger

@@ -15,19 +15,20 @@ import models
 from models import memory, weights
 from models.config import preset
 from models.network import SuperResolver
-from pipeline import device, run
-from pipeline.errors import DataError, TooLargeError
-from pipeline.geometry import ZYX, Box
-from pipeline.inference import NetworkSpec, footprint
-from pipeline.plan import Lattice, LevelSpec, Plan
-from pipeline.price import Footprint, memory_bytes
+from pipeline import run
+from pipeline.base.errors import DataError, TooLargeError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.inference.network import NetworkSpec, footprint
+from pipeline.plan.plan import Lattice, LevelSpec, Plan
+from pipeline.plan.price import Footprint, memory_bytes
+from pipeline.process import device
 
 _PEAK = """
 import sys
 import numpy as np
-from pipeline import allocator
-from pipeline.inference import Network, NetworkSpec, footprint
-from pipeline.plan import Lattice
+from pipeline.process import allocator
+from pipeline.inference.network import Network, NetworkSpec, footprint
+from pipeline.plan.plan import Lattice
 name, scale, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 allocator.settle()
 network = Network(NetworkSpec("gpemsr", scale, name, "", "float32", Lattice(tile - 16, 8, 5, "mirror")))
@@ -107,8 +108,10 @@ def test_a_cell_that_no_device_could_hold_is_refused_before_anything_is_written(
 
 _SHORT = """
 import resource, sys
-from pipeline import config, device, worker
-from pipeline.prepare import prepare
+from pipeline.config import volume as config
+from pipeline.process import device
+from pipeline.worker import slab as worker
+from pipeline.prepare.prepare import prepare
 from pipeline.storage.ledger import WRITTEN
 job = prepare(config.load(sys.argv[1])).job
 assert worker.process_lease(job, 0, 1).receipts[0].state == WRITTEN

@@ -11,9 +11,9 @@ import yaml
 from conftest import texture, tree, write_lr
 
 from pipeline import run
-from pipeline.config import Config, keys, load
-from pipeline.errors import ConfigError
-from pipeline.yaml_file import parse_bytes
+from pipeline.base.errors import ConfigError
+from pipeline.config.volume import Config, keys, load
+from pipeline.config.yaml_file import parse_bytes
 
 WRONG_TYPES: list[Any] = ["x", -1, 1.5, True, None, [], {}, [1], {"a": 1}, "", float("nan"), float("inf"), 10**30, "\u0000"]
 
@@ -278,7 +278,7 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_address_where_nobody_listens(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cluster.CONNECT_S", 1)
+    monkeypatch.setattr("pipeline.cluster.connect.CONNECT_S", 1)
     body = copy.deepcopy(FULL) | {"cluster": {"kind": "address", "address": "tcp://127.0.0.1:9"}}
     assert "no Dask scheduler answers" in refused(place, yaml.safe_dump(body), capsys)
 

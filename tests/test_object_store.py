@@ -24,12 +24,12 @@ from fault_servers import Gateway
 from test_inference import whole_bicubic
 
 from pipeline import status, verify, view
-from pipeline.errors import TransientError
-from pipeline.file_server import serving
+from pipeline.base.errors import TransientError
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, WRITTEN, Entry, Ledger
 from pipeline.storage.target_lease import TargetLease, holder
+from pipeline.viewer.file_server import serving
 
 VOXELS = texture((4, 48, 40))
 

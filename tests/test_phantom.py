@@ -14,8 +14,8 @@ import zarr
 from conftest import REPOSITORY, SHARED, tree
 from ome_zarr_models.v05.image import Image as NgffImage
 
-from pipeline.config import load
-from pipeline.errors import TargetError, UserError
+from pipeline.base.errors import TargetError, UserError
+from pipeline.config.volume import load
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 import fetch_drosophila_vnc

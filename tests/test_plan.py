@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import layout, price
-from pipeline.config import TargetConfig
-from pipeline.errors import TargetError
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import Lattice, Plan
+from pipeline.base.errors import TargetError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import TargetConfig
+from pipeline.plan import price
+from pipeline.plan.plan import Lattice, Plan
+from pipeline.prepare import layout
 
 
 @st.composite
@@ -119,10 +120,10 @@ def test_shapes_that_contradict_are_refused_with_numbers_that_would_do(keys: dic
 _TEN_MILLION = """
 import time
 began = time.perf_counter()
-from pipeline import layout
-from pipeline.config import TargetConfig
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import Lattice, Plan
+from pipeline.prepare import layout
+from pipeline.config.volume import TargetConfig
+from pipeline.base.geometry import ZYX, Box
+from pipeline.plan.plan import Lattice, Plan
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, Ledger
 box = Box.of((0, 0, 0), (8000, 51200, 51200))

@@ -13,9 +13,9 @@ from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.geometry import ZYX, Box, tiles
-from pipeline.storage.precomputed_shard_files import ShardFiles
+from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.storage.precomputed_sharding import MAX_PRESHIFT_BITS, bits_for, chunk_number, nearest_shape, shard_name, shard_shapes
+from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 from pipeline.storage.volume import LevelSpec
 
 grids = st.builds(ZYX, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline import pyramid
-from pipeline.pyramid import Uint8Array, halve
+from pipeline.worker import pyramid
+from pipeline.worker.pyramid import Uint8Array, halve
 
 
 def reference(voxels: Uint8Array) -> Uint8Array:

@@ -17,8 +17,8 @@ from PIL import Image
 from test_inference import whole_bicubic
 
 from pipeline import verify
-from pipeline.pyramid import halve
-from pipeline.storage.targets import open_target
+from pipeline.storage.targets.open import open_target
+from pipeline.worker.pyramid import halve
 
 STACKS = {"drosophila-vnc-stack1": (45.0, 4.6, 4.6), "flyem-medulla-z40": (40.0, 10.0, 10.0), "flyem-medulla-labelled-z40": (40.0, 10.0, 10.0)}
 

@@ -17,7 +17,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from pipeline import status
-from pipeline.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
 from pipeline.storage import requests
 from pipeline.storage.kv import Store
 from pipeline.storage.requests import Pace, Rates

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from section_damage import DAMAGES
 
 from models.degrade import degrade
-from pipeline.section_quality import AROUND, LAGS, TELLING, Measured, _block_correlations, _displacement, judge, measure, resemblance
-from pipeline.section_survey import MARGIN
+from pipeline.sections.quality import AROUND, LAGS, TELLING, Measured, _block_correlations, _displacement, judge, measure, resemblance
+from pipeline.sections.survey import MARGIN
 
 STACKS = [("drosophila-vnc-stack1", 8), ("drosophila-vnc-stack1", 16), ("flyem-medulla-z40", 8), ("flyem-medulla-z40", 16), ("flyem-medulla-labelled-z40", 8)]
 TALL = 20

@@ -17,10 +17,10 @@ from sleepy import job_of, sleep_and_put
 sys.path.append(str(REPOSITORY / "benchmarks"))
 from simulate import World, simulate
 
-from pipeline.cluster import connect
-from pipeline.config import ClusterConfig
-from pipeline.plan import Plan
-from pipeline.schedule import drive
+from pipeline.cluster.connect import connect
+from pipeline.config.volume import ClusterConfig
+from pipeline.plan.plan import Plan
+from pipeline.schedule.schedule import drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, Ledger
 

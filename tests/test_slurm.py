@@ -16,9 +16,12 @@ import slurm_here
 from certificates import write_certificates
 from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
 
-from pipeline import cluster, config, schedule, slurm
-from pipeline.cluster_config import ClusterConfig
-from pipeline.errors import ClusterError
+from pipeline.base.errors import ClusterError
+from pipeline.cluster import connect as cluster
+from pipeline.cluster import slurm
+from pipeline.config import volume as config
+from pipeline.config.cluster import ClusterConfig
+from pipeline.schedule import schedule
 
 JOB = {"walltime": "01:00:00", "memory": "2GB", "cores": 2}
 CLUSTER = {"kind": "slurm", "host": "127.0.0.1", "workers": 1, "slurm": JOB}

@@ -17,10 +17,10 @@ import zarr.codecs
 from source_checks import at, edit, opened, refusal
 from source_volumes import SHAPE, VOXEL_NM, Written, truth
 
-from pipeline.config import MaskConfig, SourceConfig
-from pipeline.errors import SourceError
-from pipeline.geometry import ZYX, Box
-from pipeline.storage.sources import open_mask, open_source
+from pipeline.base.errors import SourceError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import MaskConfig, SourceConfig
+from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.volume import VolumeInfo
 
 

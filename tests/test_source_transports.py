@@ -15,9 +15,9 @@ import pytest
 import source_volumes as written
 from source_volumes import FORMATS, VOXEL_NM, truth
 
-from pipeline.config import FillConfig, SourceConfig
-from pipeline.errors import DamagedChunkError, MissingChunkError, SourceError, TransientError
-from pipeline.storage.sources import open_source
+from pipeline.base.errors import DamagedChunkError, MissingChunkError, SourceError, TransientError
+from pipeline.config.volume import FillConfig, SourceConfig
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.volume import Source
 
 CARRIED = ["zarr2-blosc", "zarr3-sharded-blosc", "ome-0.4", "ome-0.5", "n5-group", "precomputed-raw", "precomputed-jpeg", "precomputed-sharded-raw"]

@@ -18,10 +18,10 @@ import zarr
 from source_checks import at, edit, opened, refusal
 from source_volumes import FORMATS, OFFSET, SHAPE, VOXEL_NM, Written, truth
 
-from pipeline.config import SourceConfig
-from pipeline.errors import SourceError
-from pipeline.geometry import ZYX, Box
-from pipeline.storage.sources import open_source
+from pipeline.base.errors import SourceError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import SourceConfig
+from pipeline.storage.sources.open import open_source
 
 
 @pytest.fixture(scope="module", params=FORMATS)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from sleepy import job_of, sleep_and_put
 
-from pipeline.cluster import connect
-from pipeline.config import ClusterConfig
-from pipeline.schedule import Outcome, drive
+from pipeline.cluster.connect import connect
+from pipeline.config.volume import ClusterConfig
+from pipeline.schedule.schedule import Outcome, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, WRITTEN, Ledger
 

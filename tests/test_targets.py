@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from ome_zarr_models.v05.image import Image
 
-from pipeline.errors import DamagedChunkError, MissingChunkError, TargetError, UserError
-from pipeline.geometry import ZYX, Box, tiles
+from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, UserError
+from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.storage.precomputed_sharding import shard_shapes
-from pipeline.storage.precomputed_target import voxel_offset
-from pipeline.storage.targets import is_empty, open_target
+from pipeline.storage.targets.open import is_empty, open_target
+from pipeline.storage.targets.precomputed_target import voxel_offset
 from pipeline.storage.volume import FIDELITY, LevelSpec, Target, TargetSpec, Uint8Array
 
 CASES = [("ome-zarr", "raw"), ("ome-zarr", "zstd"), ("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "png"), ("precomputed", "jpeg")]

@@ -31,12 +31,13 @@ from PIL import Image
 from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
-from pipeline import config, status
-from pipeline.file_server import serving
-from pipeline.prepare import claim, prepare, sidecar
+from pipeline import status
+from pipeline.config import volume as config
+from pipeline.prepare.prepare import claim, prepare, sidecar
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Entry, Ledger
 from pipeline.view import browser_url, main
+from pipeline.viewer.file_server import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALE, VOXEL = 8, (45.0, 37.0, 37.0)

@@ -8,12 +8,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.geometry import ZYX
-from pipeline.plan import LevelSpec
-from pipeline.storage.targets import StoredTarget
+from pipeline.base.geometry import ZYX
+from pipeline.plan.plan import LevelSpec
+from pipeline.storage.targets.open import StoredTarget
 from pipeline.storage.volume import TargetSpec
-from pipeline.viewer_source import Native, read_native
-from pipeline.viewer_state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
+from pipeline.viewer.source import Native, read_native
+from pipeline.viewer.state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
 
 Docs = dict[str, Any]
 

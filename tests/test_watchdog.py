@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline import watchdog
+from pipeline.process import watchdog
 
 
 def sleeper() -> None:

@@ -25,9 +25,9 @@ from tifffile import imread
 
 from models.degrade import degrade
 from pipeline import evaluate, run, train
-from pipeline.command import guarded
+from pipeline.base.command import guarded
+from pipeline.base.errors import UserError
 from pipeline.convert import convert
-from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
 
-from pipeline.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.config.urls import split_format
 from pipeline.storage import requests
-from pipeline.urls import split_format
 
 _CODE = re.compile(
     r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNAVAILABLE|DEADLINE_EXCEEDED|"

@@ -22,7 +22,7 @@ import numpy as np
 import tenacity
 from numpy.typing import NDArray
 
-from pipeline.errors import LedgerError, TransientError
+from pipeline.base.errors import LedgerError, TransientError
 from pipeline.storage.kv import Store
 
 PENDING, WRITTEN, SKIPPED, QUARANTINED = range(4)

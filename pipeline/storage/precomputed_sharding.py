@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.geometry import ZYX
+from pipeline.base.geometry import ZYX
 
 MAX_PRESHIFT_BITS = 9
 """Chunks of one minishard, as a power of two: a reader fetches one minishard index (24 bytes per chunk) for the first chunk it wants."""

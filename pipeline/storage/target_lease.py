@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import psutil
 
-from pipeline.errors import EmsrError, LedgerError
+from pipeline.base.errors import EmsrError, LedgerError
 from pipeline.storage.kv import Store
 
 KEY = "lease.json"

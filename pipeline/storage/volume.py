@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.geometry import ZYX, Box
-from pipeline.plan import LevelSpec as LevelSpec
+from pipeline.base.geometry import ZYX, Box
+from pipeline.plan.plan import LevelSpec as LevelSpec
 
 Uint8Array = NDArray[np.uint8]
 

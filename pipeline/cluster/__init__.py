@@ -1,0 +1,1 @@
+"""Where Dask workers come from: this machine, a scheduler, Slurm or Kubernetes."""

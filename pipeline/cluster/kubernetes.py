@@ -1,0 +1,117 @@
+"""Workers as Kubernetes pods, through the dask-kubernetes operator: one pod, one worker process, at most one GPU."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from distributed import Client
+
+from pipeline.base.errors import ClusterError
+from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig
+
+USER = 1000
+"""The image's user: see Dockerfile."""
+
+CREDENTIALS = "/var/run/secrets/emsr"
+
+SPOT = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "node.kubernetes.io/spot", "eks.amazonaws.com/capacityType")
+"""Taints by which providers and administrators keep ordinary pods from nodes that may be taken away."""
+
+
+def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
+    """The DaskCluster resource: a scheduler, and what each worker will be; no worker yet."""
+    asked = config.kubernetes
+    assert asked is not None
+    gpu = {"nvidia.com/gpu": "1"} if config.gpus_per_worker else {}
+    size = {"cpu": str(asked.cores or in_flight), "memory": str(asked.memory), **gpu}
+    worker = _container(config, "worker", ["worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(in_flight), "--memory-limit", "0", "--no-dashboard"])
+    worker["resources"] = {"requests": size, "limits": dict(size)}
+    scheduler = _container(config, "scheduler", ["scheduler", "--host", "0.0.0.0"])  # the pod's own address; only its namespace's service leads there
+    scheduler["resources"] = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+    scheduler["ports"] = [{"name": "tcp-comm", "containerPort": 8786}, {"name": "http-dashboard", "containerPort": 8787}]
+    scheduler["readinessProbe"] = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 2, "timeoutSeconds": 10}
+    ports = [{"name": port["name"], "protocol": "TCP", "port": port["containerPort"], "targetPort": port["name"]} for port in scheduler["ports"]]
+    selector = {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
+    taints = [*(SPOT if asked.spot else ()), *gpu]
+    return {
+        "apiVersion": "kubernetes.dask.org/v1",
+        "kind": "DaskCluster",
+        "metadata": {"name": name},
+        "spec": {
+            "worker": {"replicas": 0, "spec": _pod(config, worker, taints)},
+            "scheduler": {"spec": _pod(config, scheduler, []), "service": {"type": "ClusterIP", "selector": selector, "ports": ports}},
+        },
+    }
+
+
+def manifest(config: ClusterConfig, in_flight: int) -> str:
+    """The same as YAML, as `run --dry-run` prints it."""
+    return str(yaml.safe_dump(spec(config, in_flight, "emsr"), sort_keys=False))
+
+
+@contextmanager
+def pods(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
+    """A client of a cluster that the operator makes and that goes with it."""
+    try:
+        from dask_kubernetes.operator import KubeCluster
+    except ImportError:
+        raise ClusterError("the dask-kubernetes package is not installed", "", "pip install 'emsr[kubernetes]'") from None
+    assert config.kubernetes is not None
+    made = spec(config, in_flight, f"emsr-{uuid.uuid4().hex[:8]}")
+    try:
+        cluster = KubeCluster(custom_cluster_spec=made, namespace=config.kubernetes.namespace, quiet=True)
+    except Exception as error:  # kr8s, httpx and the operator's own time-outs share no ancestor
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ClusterError(f"Kubernetes gives no Dask cluster ({why})", "a cluster with the dask-kubernetes operator", "See docs/clusters.md") from None
+    with cluster, Client(cluster, set_as_default=False) as client:
+        minimum, maximum = config.bounds()
+        if minimum < maximum:
+            cluster.adapt(minimum=minimum, maximum=maximum)
+        else:
+            cluster.scale(maximum)
+        yield client
+
+
+def _pod(config: ClusterConfig, container: dict[str, Any], taints: list[str]) -> dict[str, Any]:
+    """Unprivileged, with no access to the Kubernetes API; `taints` are those it may run beside."""
+    asked = config.kubernetes
+    assert asked is not None
+    volumes: list[dict[str, Any]] = [{"name": "scratch", "emptyDir": {}}]
+    if asked.secret is not None and container["name"] == "worker":
+        volumes.append({"name": "credentials", "secret": {"secretName": asked.secret}})
+    if asked.volume_claim is not None and container["name"] == "worker":
+        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": asked.volume_claim}})
+    return {
+        "automountServiceAccountToken": False,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}},
+        "tolerations": [{"key": key, "operator": "Exists"} for key in taints],
+        "containers": [container],
+        "volumes": volumes,
+    }
+
+
+def _container(config: ClusterConfig, name: str, args: list[str]) -> dict[str, Any]:
+    asked = config.kubernetes
+    assert asked is not None
+    env = dict(WORKER_ENVIRON)
+    if name == "worker" and config.gpus_per_worker == 0:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    mounts: list[dict[str, Any]] = [{"name": "scratch", "mountPath": "/tmp"}]
+    if asked.secret is not None and name == "worker":
+        mounts.append({"name": "credentials", "mountPath": CREDENTIALS, "readOnly": True})
+        env |= {"AWS_SHARED_CREDENTIALS_FILE": f"{CREDENTIALS}/aws", "GOOGLE_APPLICATION_CREDENTIALS": f"{CREDENTIALS}/gcs.json"}
+    if asked.volume_claim is not None and name == "worker":
+        mounts.append({"name": "data", "mountPath": "/data"})
+    return {
+        "name": name,
+        "image": asked.image,
+        "command": ["dask"],
+        "args": args,
+        "env": [{"name": key, "value": value} for key, value in env.items()],
+        "volumeMounts": mounts,
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
+    }

@@ -1,0 +1,210 @@
+"""Workers as Slurm jobs, through dask-jobqueue: one job, one worker process, at most one GPU."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import dask
+import psutil
+from distributed import Client, Security
+
+from pipeline.base.errors import ClusterError
+from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
+
+JOB_NAME = "emsr"
+MARGIN_MOST_S = 300
+START_S = 300
+"""A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take more than Dask's 60 s."""
+
+LOOK_S = 15.0
+"""Slurm is asked this often which jobs it has; those that it has no more are submitted again."""
+IN_VAIN_MOST = 3
+"""So many jobs may end one after the other before a worker of any has been heard of; then something is wrong with all of them."""
+
+_SETTINGS = {
+    # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends unseen.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
+}
+
+
+def script(config: ClusterConfig, in_flight: int, security: Security | None) -> str:
+    """The job script that `run` would submit, with a place holder for the scheduler's address."""
+    protocol = None if security is None else "tls://"
+    scheduler = f"{protocol or 'tcp://'}SCHEDULER:PORT"
+    made = _dask_jobqueue().slurm.SLURMJob(scheduler, name="WORKER", protocol=protocol, security=security, **options(config, in_flight))
+    return str(made.job_script())
+
+
+def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
+    """What dask-jobqueue makes a job script of."""
+    asked = config.slurm
+    assert asked is not None
+    lifetime, stagger = lifetime_s(walltime_s(asked.walltime))
+    gpus = config.gpus_per_worker
+    return {
+        "job_name": JOB_NAME,
+        "queue": asked.partition,
+        "account": asked.account,
+        "walltime": asked.walltime,
+        "memory": asked.memory,
+        "job_cpu": asked.cores or in_flight,
+        "cores": in_flight,  # dask-jobqueue's word for threads
+        "processes": 1,
+        "death_timeout": START_S,
+        "worker_extra_args": [
+            *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{stagger}s"),
+            *("--memory-limit", "0", "--no-dashboard"),  # Slurm bounds memory; slabs are no Dask data, which alone Dask could spill
+        ],
+        "job_extra_directives": [*(["--gres=gpu:1"] if gpus else []), *asked.extra_directives],
+        "job_script_prologue": [
+            *(f"export {name}={value}" for name, value in WORKER_ENVIRON.items()),
+            *(["export CUDA_VISIBLE_DEVICES="] if gpus == 0 else []),
+            *asked.prologue,
+        ],
+    }
+
+
+def lifetime_s(walltime: int) -> tuple[int, int]:
+    """When a worker gives back its leases and ends its job, and by how much that is spread; both seconds.
+
+    |------------- lifetime ----------|-- stagger --|-- margin --|   the earliest and latest end lie stagger either side of lifetime
+                                                                 walltime
+    """
+    margin = stagger = min(MARGIN_MOST_S, walltime // 10)
+    return max(1, walltime - margin - stagger), stagger
+
+
+@contextmanager
+def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> Iterator[Client]:
+    """A client whose scheduler runs here, at `cluster.host`, and whose workers are jobs; ended ones are replaced."""
+    jobqueue = _dask_jobqueue()
+    assert config.host is not None
+    _try_submission(script(config, in_flight, security))
+    at = {"interface": config.host} if config.host in psutil.net_if_addrs() else {"host": config.host}
+    with dask.config.set(_SETTINGS):
+        try:
+            cluster = jobqueue.SLURMCluster(
+                **options(config, in_flight),
+                scheduler_options={**at, "dashboard_address": "127.0.0.1:0"},
+                security=security,
+                silence_logs=logging.CRITICAL,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ClusterError(
+                f"no scheduler can listen at cluster.host {config.host} ({error})", "an address or network interface of this machine", "See `ip address`"
+            ) from None
+        with cluster, Client(cluster, set_as_default=False) as client, Replacing(cluster) as cluster.replacing:
+            if config.adapt is None:
+                cluster.scale(config.bounds()[1])
+            else:
+                cluster.adapt(minimum=config.adapt.minimum, maximum=config.adapt.maximum, target_duration="1s")
+            yield client
+
+
+def queued(cluster: Any) -> bool:
+    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. ClusterError where jobs end in vain."""
+    in_vain = cluster.replacing.in_vain
+    if len(in_vain) >= IN_VAIN_MOST:
+        raise ClusterError(
+            f"jobs of Slurm ({', '.join(in_vain[:IN_VAIN_MOST])}) ended before a worker answered",
+            "jobs whose Python has emsr and which reach cluster.host",
+            "Read their output (slurm-JOBID.out, where the client was started)",
+        )
+    return bool(cluster.workers)
+
+
+class Replacing:
+    """Submits a job again that Slurm has no more: its walltime is over, its node is lost, or it ended before its worker came.
+
+    A thread of its own, while the `with` lasts. A job that ended before its worker came is replaced later each time, until one comes.
+    """
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look_again, name="emsr-slurm", daemon=True)
+        self._came: set[str] = set()
+        self._failures, self._not_before = 0, 0.0
+        self.in_vain: list[str] = []
+        """Numbers of the jobs that ended before their worker came, since there was a worker."""
+
+    def __enter__(self) -> Replacing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(60)
+
+    def _look_again(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            with suppress(ClusterError):  # Slurm does not answer: it is asked again
+                self._look()
+
+    def _look(self) -> None:
+        jobs = {job.job_id: name for name, job in list(self._cluster.workers.items()) if job.job_id}
+        there = {worker["name"] for worker in self._cluster.scheduler_info["workers"].values()}
+        found = _call("squeue", "--noheader", "--me", "--format=%i")  # after the cluster: a job submitted in between is not missed
+        if found.returncode:
+            return
+        came = {number for number, name in jobs.items() if name in there} | self._came & jobs.keys()
+        if came - self._came:
+            self._failures = 0
+        self._came = came
+        if there:
+            self.in_vain = []
+        gone = jobs.keys() - set(found.stdout.split())
+        early = gone - came
+        if time.monotonic() < self._not_before:
+            gone -= early
+        elif early:
+            self._failures += 1
+            self._not_before = time.monotonic() + LOOK_S * 2 ** min(self._failures, 6)
+            self.in_vain += [] if there else sorted(early - set(self.in_vain))
+        if gone and len(self.in_vain) < IN_VAIN_MOST:
+            self._cluster.sync(self._replace, {number: jobs[number] for number in gone})
+
+    async def _replace(self, gone: dict[str, Any]) -> None:
+        for number, name in gone.items():
+            job = self._cluster.workers.get(name)
+            if job is not None and job.job_id == number:
+                del self._cluster.workers[name]
+        self._cluster.scale(len(self._cluster.worker_spec))  # opens what is wanted and not there
+
+
+def _try_submission(text: str) -> None:
+    """Slurm's own opinion of the job script, before anything is submitted. ClusterError with its words."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.sh"
+        path.write_text(text, encoding="utf-8")
+        found = _call("sbatch", "--test-only", str(path))
+    if found.returncode:
+        said = " ".join(found.stderr.replace("sbatch: error: ", "").split())
+        raise ClusterError(
+            f"Slurm would not take the job: {said}", "a job that some partition can run", "Correct cluster.slurm; see `run --dry-run` for the script"
+        )
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ClusterError(
+            f"`{command[0]}` does not answer ({error})", "a machine that may submit Slurm jobs", "Run there, or use another cluster.kind"
+        ) from None
+
+
+def _dask_jobqueue() -> Any:
+    try:
+        import dask_jobqueue
+    except ImportError:
+        raise ClusterError("the dask-jobqueue package is not installed", "", "pip install 'emsr[slurm]'") from None
+    return dask_jobqueue

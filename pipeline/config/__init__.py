@@ -1,0 +1,1 @@
+"""YAML files as frozen values: volume.yaml, stage.yaml and table.yaml, parsed and checked."""

@@ -1,0 +1,150 @@
+"""The `cluster` part of volume.yaml: where the workers come from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from pipeline.config import yaml_file
+from pipeline.config.yaml_file import Bytes
+
+WORKER_ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s"}
+"""What workers that are not children of the client need of its settings (see cluster.py)."""
+
+Workers = Annotated[StrictInt, Field(ge=1, le=100_000)]
+
+
+def _walltime(value: object) -> str:
+    """Quoted, since YAML reads a bare 12:00:00 as the number 43200."""
+    if not isinstance(value, str) or not re.fullmatch(r"(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d", value) or not walltime_s(value):
+        raise ValueError('a time in quotes, hours:minutes:seconds or days-hours:minutes:seconds, such as "12:00:00"')
+    return value
+
+
+def walltime_s(text: str) -> int:
+    """`D-HH:MM:SS` or `HH:MM:SS` -> seconds."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _one_line(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError("one line of text")
+    return value
+
+
+Line = Annotated[StrictStr, AfterValidator(_one_line)]
+
+
+class _Model(BaseModel):
+    model_config = yaml_file.MODEL
+
+
+class SecurityConfig(_Model):
+    """TLS: every process shows `cert_file` and believes those that `ca_file` signed."""
+
+    ca_file: Line
+    cert_file: Line
+    key_file: Line
+
+
+class AdaptConfig(_Model):
+    """As many workers as there is work for, within bounds."""
+
+    minimum: Workers = 1
+    maximum: Workers
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AdaptConfig:
+        if self.minimum > self.maximum:
+            raise ValueError("adapt.minimum not above adapt.maximum")
+        return self
+
+
+class SlurmConfig(_Model):
+    """One job of one worker process."""
+
+    walltime: Annotated[str, BeforeValidator(_walltime)]
+    memory: Bytes
+    partition: Line | None = None
+    account: Line | None = None
+    cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    prologue: tuple[Line, ...] = ()
+    extra_directives: tuple[Line, ...] = ()
+
+
+class KubernetesConfig(_Model):
+    """One pod of one worker process, and the scheduler's."""
+
+    image: Line
+    memory: Bytes
+    namespace: Line | None = None
+    cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    spot: StrictBool = False
+    secret: Line | None = None
+    volume_claim: Line | None = None
+
+
+class ClusterConfig(_Model):
+    kind: Literal["local", "address", "slurm", "kubernetes"] = "local"
+    workers: Workers | None = None
+    adapt: AdaptConfig | None = None
+    address: StrictStr | None = None
+    host: Line | None = None
+    security: SecurityConfig | None = None
+    gpus_per_worker: Annotated[StrictInt, Field(ge=0, le=1)] | None = None
+    slurm: SlurmConfig | None = None
+    kubernetes: KubernetesConfig | None = None
+
+    @model_validator(mode="after")
+    def _address(self) -> ClusterConfig:
+        if self.kind == "address":
+            if not self.address or not re.fullmatch(r"(tcp|tls|ws|wss|ucx|ucxx)://[^\s/:]+:\d{1,5}|[\w.\-]+:\d{1,5}", self.address):
+                raise ValueError("cluster.address such as tcp://scheduler:8786 or tls://scheduler:8786 (kind is address)")
+            if self.security is not None and not self.address.startswith("tls://"):
+                raise ValueError("cluster.address that begins with tls:// (cluster.security is given)")
+        return self
+
+    @model_validator(mode="after")
+    def _belong(self) -> ClusterConfig:
+        """Each key stands beside the kinds that read it."""
+        for key, kinds in _KINDS.items():
+            if self.kind not in kinds and getattr(self, key) is not None:
+                raise ValueError(f"no cluster.{key} when cluster.kind is {self.kind}")
+        for key in ("slurm", "kubernetes"):
+            if self.kind == key and getattr(self, key) is None:
+                raise ValueError(f"the keys of cluster.{key} (kind is {key})")
+        if self.kind == "slurm" and self.host is None:
+            raise ValueError("cluster.host, the address or network interface of this machine that jobs reach, 127.0.0.1 if all run here (kind is slurm)")
+        if self.workers is not None and self.adapt is not None:
+            raise ValueError("either cluster.workers or cluster.adapt, not both")
+        return self
+
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most workers that are asked for of a batch system."""
+        if self.adapt is not None:
+            return self.adapt.minimum, self.adapt.maximum
+        return self.workers or 1, self.workers or 1
+
+    def beside(self, folder: Path) -> ClusterConfig:
+        """With paths taken from the folder of volume.yaml."""
+        if self.security is None:
+            return self
+        paths = {key: str(folder / os.path.expanduser(path)) for key, path in self.security.model_dump().items()}
+        return self.model_copy(update={"security": SecurityConfig(**paths)})
+
+
+_KINDS = {
+    "address": ("address",),
+    "adapt": ("slurm", "kubernetes"),
+    "host": ("slurm",),
+    "security": ("address", "slurm"),
+    "gpus_per_worker": ("local", "slurm", "kubernetes"),
+    "slurm": ("slurm",),
+    "kubernetes": ("kubernetes",),
+}

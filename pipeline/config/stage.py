@@ -1,0 +1,164 @@
+"""stage.yaml as frozen values: what `python -m pipeline.train` trains, on what, how long."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from pipeline.base.errors import ConfigError, UserError
+from pipeline.config import urls, yaml_file
+from pipeline.config.volume import Url
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Steps = Annotated[StrictInt, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = yaml_file.MODEL
+
+
+class VolumeConfig(_Model):
+    """HR sections to learn from, or to validate on; `lr` where the LR of the same tissue was really scanned."""
+
+    url: Url
+    mip: Annotated[StrictInt, Field(ge=0)] = 0
+    array: StrictStr | None = None
+    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    sections: tuple[StrictInt, StrictInt] | None = None
+    bad_sections: tuple[StrictInt, ...] = ()
+    lr: Url | None = None
+
+    @model_validator(mode="after")
+    def _range(self) -> VolumeConfig:
+        if self.sections is not None and not 0 <= self.sections[0] < self.sections[1]:
+            raise ValueError("sections [first, one past the last] with 0 <= first < last")
+        return self
+
+
+class DataConfig(_Model):
+    train: Annotated[tuple[VolumeConfig, ...], Field(min_length=1)]
+    validate_on: tuple[VolumeConfig, ...] = ()
+    licence: StrictStr
+    crop: Annotated[StrictInt, Field(ge=32)]
+    flips: StrictBool = True
+    drift: Annotated[StrictInt, Field(ge=0)] = 0
+    noise: Weight = 0.0
+    validation_crop: Annotated[StrictInt, Field(ge=32)] = 512
+    validation_windows: Annotated[StrictInt, Field(ge=1)] = 8
+
+
+class NetworkConfig(_Model):
+    """`vqgan`, `indexer` and `flow` are what the other stages wrote, `flow` perhaps SPyNet as published; `start` are weights of ours to go on from."""
+
+    scale: Literal[8, 16]
+    preset: Literal["paper", "small"] = "paper"
+    mpf: StrictBool = True
+    pod: StrictBool = True
+    three_da: StrictBool = True
+    vqgan: Path | None = None
+    indexer: Path | None = None
+    flow: Path | None = None
+    vgg19: Path | None = None
+    alone: StrictBool = False
+    start: Path | None = None
+
+
+class LossConfig(_Model):
+    """Weights of the losses beside the stage's first, and the files of the networks that they need."""
+
+    squares: StrictBool = False
+    codebook: Weight = 10.0
+    adversarial: Weight = 0.05
+    adversarial_from: Annotated[StrictInt, Field(ge=0)] = 40_000
+    critic_width: Steps = 64
+    reference: Weight = 0.0
+    vgg: Path | None = None
+    perceptual: Weight = 0.0
+    lpips_alex: Path | None = None
+
+    @model_validator(mode="after")
+    def _files(self) -> LossConfig:
+        if self.reference and self.vgg is None:
+            raise ValueError("losses.vgg, the file of VGG19 or VGG16, where losses.reference is not 0")
+        if self.perceptual and self.lpips_alex is None:
+            raise ValueError("losses.lpips_alex, a file of LPIPS weights, where losses.perceptual is not 0")
+        return self
+
+
+class StageConfig(_Model):
+    """One stage.yaml."""
+
+    stage: Literal["flow", "vqgan", "indexer", "network"]
+    output: Path
+    data: DataConfig
+    network: NetworkConfig
+    losses: LossConfig = LossConfig()
+    steps: Steps
+    batch: Steps = 8
+    centres: Steps = 1
+    rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
+    periods: tuple[Steps, ...] = ()
+    average: Share = 0.0
+    quantise_from: Annotated[StrictInt, Field(ge=0)] = 0
+    revive_every: Annotated[StrictInt, Field(ge=0)] = 0
+    flow_shift: Weight = 16.0
+    flow_bend: Weight = 4.0
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    validate_every: Steps = 5000
+    checkpoint_every: Steps = 5000
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: Steps = 1
+    threads: Steps | None = None
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    half: StrictBool = False
+    card: StrictStr = ""
+
+    @model_validator(mode="after")
+    def _needs(self) -> StageConfig:
+        needed = {"indexer": ["vqgan"], "network": ["vqgan", "indexer"] if self.network.mpf else []}.get(self.stage, [])
+        for key in needed:
+            if getattr(self.network, key) is None:
+                raise ValueError(f"network.{key}, the file of an earlier stage, for stage {self.stage}")
+        if self.data.crop % (4 * self.network.scale):
+            raise ValueError(f"data.crop as a multiple of {4 * self.network.scale} HR voxels (four LR voxels)")
+        return self
+
+    def digest(self) -> str:
+        """What a checkpoint belongs to: all that decides its numbers, so not where, how long, or how often it is looked at."""
+        apart = {"output", "checkpoint_every", "validate_every", "devices", "accelerator", "threads", "card", "half"}
+        return hashlib.sha256(self.model_dump_json(exclude=apart).encode()).hexdigest()
+
+
+def load(path: str | Path) -> StageConfig:
+    """Read and check stage.yaml; URLs come back normalised, relative to the file. ConfigError names every problem at once."""
+    path = Path(path)
+    config, lines = yaml_file.read(path, StageConfig, "stage.yaml")
+    base = path.resolve().parent
+    problems: list[str] = []
+
+    def absolute(model: Any, place: tuple[str | int, ...]) -> Any:
+        changed: dict[str, Any] = {}
+        for key in type(model).model_fields:
+            value = getattr(model, key)
+            if isinstance(value, BaseModel):
+                changed[key] = absolute(value, (*place, key))
+            elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+                changed[key] = tuple(absolute(item, (*place, key, i)) for i, item in enumerate(value))
+            elif isinstance(value, Path):
+                changed[key] = base / value.expanduser()
+            elif key in ("url", "lr") and value is not None:
+                try:
+                    changed[key] = urls.normalise(value, base)
+                except UserError as error:
+                    at = (*place, key)
+                    problems.append(f"{path}:{yaml_file.line(lines, at)}: {'.'.join(map(str, at))}: {error}")
+        return model.model_copy(update=changed)
+
+    found: StageConfig = absolute(config, ())
+    if problems:
+        raise ConfigError(problems)
+    return found

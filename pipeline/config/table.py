@@ -1,0 +1,85 @@
+"""table.yaml as frozen values: which volumes are scored against which truth, by which metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from pipeline.base.errors import ConfigError, UserError
+from pipeline.config import urls, yaml_file
+from pipeline.config.volume import Url
+
+Metric = Literal["psnr", "ssim", "lpips_alex", "lpips_vgg", "dists"]
+
+
+class _Model(BaseModel):
+    model_config = yaml_file.MODEL
+
+
+class VolumeConfig(_Model):
+    """`lr`, where given, is enlarged by bicubic and scored beside. `first_section` is where the SR lies in the truth."""
+
+    name: StrictStr
+    sr: Url
+    gt: Url
+    lr: Url | None = None
+    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    sections: tuple[StrictInt, StrictInt] | None = None
+    crop: StrictBool = False
+
+    @model_validator(mode="after")
+    def _range(self) -> VolumeConfig:
+        if self.sections is not None and not 0 <= self.sections[0] < self.sections[1]:
+            raise ValueError("sections [first, one past the last] with 0 <= first < last")
+        return self
+
+
+class WeightsConfig(_Model):
+    """Files of the networks behind the perceptual metrics; what is not named is fetched where there is internet."""
+
+    lpips_alex: Path | None = None
+    vgg16: Path | None = None
+    dists: Path | None = None
+
+
+class TableConfig(_Model):
+    """One table.yaml."""
+
+    volumes: Annotated[tuple[VolumeConfig, ...], Field(min_length=1)]
+    output: Path
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("psnr", "ssim")
+    weights: WeightsConfig = WeightsConfig()
+
+    @model_validator(mode="after")
+    def _names(self) -> TableConfig:
+        names = [volume.name for volume in self.volumes]
+        if len(set(names)) < len(names):
+            raise ValueError("a name of its own for every volume")
+        return self
+
+
+def load(path: str | Path) -> TableConfig:
+    """Read and check table.yaml; paths come back absolute, relative to the file. ConfigError names every problem at once."""
+    path = Path(path)
+    config, lines = yaml_file.read(path, TableConfig, "table.yaml")
+    base = path.resolve().parent
+    problems: list[str] = []
+
+    def absolute(volume: VolumeConfig, i: int) -> VolumeConfig:
+        changed: dict[str, str] = {}
+        for key in ("sr", "gt", "lr"):
+            url = getattr(volume, key)
+            try:
+                changed |= {} if url is None else {key: urls.normalise(url, base)}
+            except UserError as error:
+                problems.append(f"{path}:{yaml_file.line(lines, ('volumes', i, key))}: volumes.{i}.{key}: {error}")
+        return volume.model_copy(update=changed)
+
+    volumes = tuple(absolute(volume, i) for i, volume in enumerate(config.volumes))
+    if problems:
+        raise ConfigError(problems)
+    files = {key: base / value.expanduser() for key in WeightsConfig.model_fields if (value := getattr(config.weights, key)) is not None}
+    weights = config.weights.model_copy(update=files)
+    return config.model_copy(update={"volumes": volumes, "weights": weights, "output": base / config.output.expanduser()})

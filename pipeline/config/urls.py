@@ -1,0 +1,55 @@
+"""URLs as users write them, made absolute: plain paths, file, s3, gs, http(s), each with an optional format prefix."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from pipeline.base.errors import UserError
+
+SCHEMES = ("file", "s3", "gs", "http", "https")
+FORMATS = ("zarr", "zarr2", "zarr3", "n5", "precomputed")
+
+
+def split_format(url: str) -> tuple[str | None, str]:
+    """`precomputed://gs://b/p` -> ("precomputed", "gs://b/p"); a URL without a format prefix -> (None, url)."""
+    head, sep, rest = url.partition("://")
+    if sep and head in FORMATS:
+        return head, rest
+    return None, url
+
+
+def normalise(url: str, base: Path) -> str:
+    """A URL of one of SCHEMES without a trailing slash; a plain path becomes file://, relative ones are taken from `base`.
+
+    Raises UserError for an unknown scheme or an empty path.
+    """
+    if not url.isprintable():
+        raise UserError(f"url {url!r} holds control characters", "printable ones", "Remove them")
+    kind, rest = split_format(url)
+    prefix = f"{kind}://" if kind else ""
+    scheme, sep, _ = rest.partition("://")
+    if not sep:
+        if not rest.strip():
+            raise UserError(f"url {url!r} has no path", "a path or file://, s3://, gs://, https:// URL")
+        return prefix + "file://" + quote(os.path.normpath(base / Path(rest).expanduser()))
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{s}://" for s in SCHEMES + FORMATS)
+        raise UserError(f"url {url!r} starts with {scheme}://", f"a plain path or one of {known}")
+    parts = urlsplit(rest)
+    if scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.strip("/")):
+        raise UserError(f"url {url!r} names no absolute path", "file:///folder/volume")
+    if scheme != "file" and not parts.netloc:
+        raise UserError(f"url {url!r} names no bucket or host", f"{scheme}://bucket-or-host/path")
+    if parts.query or parts.fragment:
+        raise UserError(f"url {rest.partition('?')[0]}?... holds a query", "a URL without one", "Give credentials by the environment, not in the URL")
+    if scheme == "file":
+        return prefix + "file://" + quote(os.path.normpath(unquote(parts.path)))
+    return prefix + rest.rstrip("/")
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a file:// URL (a format prefix is allowed), None for other schemes."""
+    _, rest = split_format(url)
+    return Path(unquote(urlsplit(rest).path)) if rest.startswith("file://") else None

@@ -1,0 +1,212 @@
+"""volume.yaml as frozen values. Every mistake becomes one line: file:line, key path, value seen, what is allowed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from pipeline.base.errors import ConfigError, UserError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config import urls, yaml_file
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.yaml_file import Bytes
+
+
+def _zyx(value: object) -> object:
+    if isinstance(value, ZYX):
+        return value
+    if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) is int for v in value)):
+        raise ValueError("three whole numbers [z, y, x]")
+    return ZYX.of(value)
+
+
+def _positive(value: ZYX) -> ZYX:
+    if min(value) < 1:
+        raise ValueError("three whole numbers [z, y, x], each at least 1")
+    return value
+
+
+def _sizes(value: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(math.isfinite(v) and v > 0 for v in value):
+        raise ValueError("three positive numbers [z, y, x] in nm")
+    return value
+
+
+def _list_of_numbers(value: object) -> object:
+    if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)):
+        raise ValueError("three positive numbers [z, y, x] in nm")
+    return tuple(float(v) for v in value)
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("a path or URL that is not empty")
+    return value
+
+
+ZYXField = Annotated[ZYX, BeforeValidator(_zyx)]
+ShapeField = Annotated[ZYX, BeforeValidator(_zyx), AfterValidator(_positive)]
+VoxelSize = Annotated[tuple[float, float, float], BeforeValidator(_list_of_numbers), AfterValidator(_sizes)]
+Url = Annotated[StrictStr, AfterValidator(_not_blank)]
+
+
+class _Model(BaseModel):
+    model_config = yaml_file.MODEL
+
+
+class BoxConfig(_Model):
+    """Region of interest in LR voxels, volume coordinates, half open."""
+
+    start: ZYXField
+    stop: ZYXField
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BoxConfig:
+        if min(self.stop - self.start) < 1:
+            raise ValueError("box.stop greater than box.start on every axis")
+        return self
+
+    @property
+    def box(self) -> Box:
+        return Box(self.start, self.stop)
+
+
+class FillConfig(_Model):
+    fill: Annotated[StrictInt, Field(ge=0, le=255)]
+
+
+class BadSectionsConfig(_Model):
+    """Sections (z in volume coordinates) that must not enter any window."""
+
+    list: tuple[StrictInt, ...] = ()
+    detect: StrictBool = False
+    rule: Literal["nearest", "refuse"] = "nearest"
+    output: Literal["neighbours", "empty"] = "neighbours"
+
+
+class MaskConfig(_Model):
+    url: Url
+    mip: Annotated[StrictInt, Field(ge=0)] = 0
+    missing_chunks: Literal["error"] | FillConfig = "error"
+
+
+class SourceConfig(_Model):
+    url: Url
+    mip: Annotated[StrictInt, Field(ge=0)] = 0
+    array: StrictStr | None = None
+    box: BoxConfig | None = None
+    voxel_size_nm: VoxelSize | None = None
+    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    missing_chunks: Literal["error"] | FillConfig = "error"
+    bad_sections: BadSectionsConfig = BadSectionsConfig()
+    mask: MaskConfig | None = None
+    skip_empty: StrictBool = False
+
+    @model_validator(mode="after")
+    def _window(self) -> SourceConfig:
+        w = self.intensity_window
+        if w is not None and not 0 <= w[0] < w[1] <= 65535:
+            raise ValueError("intensity_window [low, high] with 0 <= low < high <= 65535")
+        return self
+
+
+class TargetConfig(_Model):
+    url: Url
+    format: Literal["ome-zarr", "precomputed"] = "ome-zarr"
+    chunk_shape: ShapeField | None = None
+    shard_shape: ShapeField | None = None
+    encoding: Literal["raw", "zstd", "blosc-zstd", "jpeg", "png"] | None = None
+    mips: Literal["auto"] | Annotated[StrictInt, Field(ge=1, le=16)] = "auto"
+    fidelity: StrictBool = True
+
+    @model_validator(mode="after")
+    def _encoding(self) -> TargetConfig:
+        allowed = ENCODINGS[self.format]
+        if self.encoding is not None and self.encoding not in allowed:
+            raise ValueError(f"target.encoding for format {self.format}: one of {', '.join(allowed)}")
+        return self
+
+
+ENCODINGS: dict[str, tuple[str, ...]] = {"ome-zarr": ("blosc-zstd", "zstd", "raw"), "precomputed": ("raw", "jpeg", "png")}
+
+NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", "real-esrgan", "edvr", "basicvsr"]
+
+
+class NetworkConfig(_Model):
+    name: NetworkName
+    scale: Literal[8, 16]
+    preset: Literal["paper", "small"] | None = None
+    weights: StrictStr | None = None
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    cell: Annotated[StrictInt, Field(ge=8, le=4096, multiple_of=8)] | None = None
+    halo: Annotated[StrictInt, Field(ge=0, le=512, multiple_of=8)] | None = None
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class BudgetConfig(_Model):
+    output_bytes: Bytes
+
+
+class RequestsConfig(_Model):
+    """Bounds on what all workers together ask of the stores."""
+
+    read: Annotated[StrictInt, Field(ge=1)] | None = None
+    write: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class WorkConfig(_Model):
+    slab_shape: ShapeField | None = None
+    retries: Annotated[StrictInt, Field(ge=0, le=100)] = 3
+    stall_s: Annotated[StrictInt, Field(ge=1, le=86_400)] = 600
+    in_flight: Annotated[StrictInt, Field(ge=1, le=16)] = 2
+    requests_per_second: RequestsConfig | None = None
+    budget: BudgetConfig | None = None
+
+
+class Config(_Model):
+    """One volume.yaml."""
+
+    source: SourceConfig
+    target: TargetConfig
+    network: NetworkConfig
+    work: WorkConfig = WorkConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load(path: str | Path) -> Config:
+    """Read and check volume.yaml. URLs come back normalised (file:// absolute). ConfigError names every problem at once."""
+    path = Path(path)
+    config, lines = yaml_file.read(path, Config, "volume.yaml")
+    base = path.resolve().parent
+    problems, changed = [], {}
+    weights = config.network.weights
+    named = {
+        "source": config.source.url,
+        "target": config.target.url,
+        "source.mask": config.source.mask.url if config.source.mask else None,
+        "network": None if weights is None or weights.split(":")[0] == "builtin" else weights,
+    }
+    for where, url in named.items():
+        if url is None:
+            continue
+        key = "weights" if where == "network" else "url"
+        try:
+            changed[where] = urls.normalise(url, base)
+        except UserError as error:
+            problems.append(f"{path}:{yaml_file.line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    source = config.source.model_copy(update={"url": changed["source"]})
+    if source.mask is not None:
+        source = source.model_copy(update={"mask": source.mask.model_copy(update={"url": changed["source.mask"]})})
+    target = config.target.model_copy(update={"url": changed["target"]})
+    network = config.network.model_copy(update={"weights": changed.get("network", config.network.weights)})
+    return config.model_copy(update={"source": source, "target": target, "network": network, "cluster": config.cluster.beside(base)})
+
+
+def keys() -> dict[tuple[str, ...], list[str]]:
+    """Every mapping of volume.yaml with the keys it may hold."""
+    return yaml_file.keys(Config)

@@ -1,0 +1,174 @@
+"""A YAML file as frozen pydantic values. Every mistake becomes one line: file:line, key path, value seen, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from pipeline.base.errors import ConfigError
+
+MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+"""How every model of a file of ours is: no unknown key, nothing changes after reading."""
+
+KeyPath = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+
+
+def parse_bytes(value: object) -> int:
+    """`10TB`, `1.5 GiB` or a plain number of bytes -> bytes. ValueError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]i?)?B?\s*", value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError("a size such as 500GB, 10TB or 2TiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2) or ""])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
+    """The file's values, and the line of every key path. `kind` names such a file. ConfigError names every problem at once."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}). Give the path of a {kind}"]) from None
+    raw, lines = _parse(text, str(path), kind, model)
+    try:
+        return model.model_validate(raw), lines
+    except ValidationError as error:
+        raise ConfigError(_problems(error, str(path), lines, model)) from None
+
+
+def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any, dict[KeyPath, int]]:
+    """The YAML text as plain values, and the line (from 1) of every key path."""
+    lines: dict[KeyPath, int] = {}
+    problems: list[str] = []
+
+    def build(node: yaml.Node, path: KeyPath) -> Any:
+        lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > 12:
+            raise ConfigError([f"{name}:{node.start_mark.line + 1}: nested too deeply. A {kind} has few levels"])
+        if isinstance(node, yaml.MappingNode):
+            out: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
+                at = key_node.start_mark.line + 1
+                if not isinstance(key, str):
+                    problems.append(f"{name}:{at}: {_dotted(path)}: saw a key that is no word. Wanted a key of {kind}")
+                    continue
+                if key in out:
+                    problems.append(f"{name}:{at}: {_dotted((*path, key))}: given twice. Keep one")
+                lines[(*path, key)] = at
+                out[key] = build(value_node, (*path, key))
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            return [build(child, (*path, i)) for i, child in enumerate(node.value)]
+        return loader.construct_object(node)
+
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        value = build(root, ()) if root is not None else None
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError([f"{name}:{at}: not YAML: {error.problem or error}. Check the indentation and quotes there"]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError([f"{name}: not YAML: {' '.join(str(error).split())}"]) from None
+    if problems:
+        raise ConfigError(problems)
+    if not isinstance(value, dict):
+        seen = "nothing" if value is None else type(value).__name__
+        required = [key for key, field in model.model_fields.items() if field.is_required()]
+        others = [key for key in model.model_fields if key not in required]
+        optional = f" (and {', '.join(others)})" if others else ""
+        raise ConfigError([f"{name}:1: saw {seen}, wanted the keys {', '.join(required)}{optional}. See the examples folder"])
+    return value, lines
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(p) for p in path) or "(top)"
+
+
+def line(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)
+
+
+def keys(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
+    """Every mapping of the file with the keys it may hold."""
+    found = {path: list(model.model_fields)}
+    for name, field in model.model_fields.items():
+        for sub in _models_in(field.annotation):
+            found |= keys(sub, (*path, name))
+    return found
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
+    return []
+
+
+def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], model: type[BaseModel]) -> list[str]:
+    """pydantic's errors, one line per place: several branches of a union that failed at one key become one line."""
+    known = keys(model)
+    by_place: dict[KeyPath, list[tuple[str, str, Any]]] = {}
+    for item in error.errors(include_url=False):
+        *parents, last = item["loc"] or ("",)
+        path: KeyPath = tuple(p for p in parents if isinstance(p, int) or _is_key(str(p)))
+        if last != "" and (isinstance(last, int) or item["type"] == "extra_forbidden" or _is_key(str(last))):
+            path = (*path, last)
+        by_place.setdefault(path, []).append((item["type"], item["msg"], item["input"]))
+    out = []
+    for path, faults in by_place.items():
+        where = f"{name}:{line(lines, path)}: {_dotted(path)}"
+        kind, _, value = faults[0]
+        if kind == "extra_forbidden":
+            allowed = known.get(tuple(str(p) for p in path[:-1]), [])
+            near = difflib.get_close_matches(str(path[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else ""
+            out.append(f"{where}: unknown key. Allowed here: {', '.join(allowed)}. {hint}".rstrip())
+        elif kind == "missing":
+            out.append(f"{where}: missing. It is required")
+        else:
+            wanted = " or ".join(dict.fromkeys(_wanted(k, msg) for k, msg, _ in faults if k != "missing"))
+            seen = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
+            out.append(f"{where}: {seen}wanted {wanted}")
+    return out
+
+
+def _is_key(part: str) -> bool:
+    """pydantic puts the names of union branches into the location; keys of ours are plain words of the models."""
+    return bool(re.fullmatch(r"[a-z][a-z0-9_]*", part)) and not part.startswith(("literal[", "function-")) and part not in ("int", "str", "bool", "float")
+
+
+def _wanted(kind: str, message: str) -> str:
+    message = re.sub(r"^Value error, ", "", message)
+    message = re.sub(r"^Input should be (a )?(valid )?", "", message)
+    return {
+        "int_type": "a whole number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "string_pattern_mismatch": "64 hexadecimal digits (sha256)",
+        "model_type": "a mapping of keys",
+        "model_attributes_type": "a mapping of keys",
+    }.get(kind, message)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

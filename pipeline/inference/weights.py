@@ -1,0 +1,61 @@
+"""Where a network's weights are: a file, or a URL whose sha256 the user states, kept in a cache. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pipeline.base.errors import EmsrError, NetworkError
+from pipeline.config.urls import local_path
+from pipeline.storage.kv import Store
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
+    """The local file of `weights` (a normalised URL) and its sha256. Raises NetworkError.
+
+    A remote file is fetched once into the cache folder, EMSR_CACHE or ~/.cache/emsr.
+    """
+    if not weights.endswith(SUFFIXES):
+        raise NetworkError(f"network.weights {weights} has no known ending", " or ".join(SUFFIXES), "Name a weights file")
+    path = local_path(weights)
+    if path is None:
+        path = _cached(weights, sha256)
+    if not path.is_file():
+        raise NetworkError(f"network.weights {path} is not there", "a weights file that this machine sees", "Check the path")
+    try:
+        found = _hash(path)
+    except OSError as error:
+        raise NetworkError(f"network.weights {path} cannot be read ({error.strerror})", "a readable file", "Check its rights") from None
+    if sha256 is not None and found != sha256:
+        raise NetworkError(f"network.weights {path} has sha256 {found}", sha256, "Take the file that network.sha256 means, or correct it")
+    return path, found
+
+
+def _cached(url: str, sha256: str | None) -> Path:
+    if sha256 is None:
+        raise NetworkError(
+            f"network.weights is a URL ({url}) without network.sha256", "the sha256 of the file", "State it, so that every worker runs the same weights"
+        )
+    folder = Path(os.environ.get("EMSR_CACHE", Path.home() / ".cache" / "emsr"))
+    path = folder / f"{sha256}{Path(url).suffix}"
+    if not path.exists():
+        parent, _, name = url.rpartition("/")
+        try:
+            value = Store(parent).get(name)
+        except EmsrError as error:
+            raise NetworkError(f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network") from None
+        if value is None:
+            raise NetworkError(f"network.weights {url} is not there", "a weights file", "Check the url")
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(value)
+        part.replace(path)
+    return path
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

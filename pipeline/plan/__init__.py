@@ -1,0 +1,1 @@
+"""Task numbers and boxes, and what a plan costs, by formula."""

@@ -1,0 +1,109 @@
+"""What a plan costs, by formula alone: voxels read with halo, bytes of memory, voxels written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.base.geometry import ZYX
+from pipeline.plan.plan import Plan, Slab
+
+
+@dataclass(frozen=True)
+class Input:
+    """Source voxels in all: owned, requested with halo, decoded because chunks are read whole (without a cache's help)."""
+
+    owned: int
+    requested: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beyond its weights that a network holds: for the `tile` that it computes, one at a time, and in the `ring` of encoded
+    sections that every tile of a slab hands on to the next slab in z.
+    """
+
+    tile: int = 0
+    ring: int = 0
+
+    def rings(self, plan: Plan) -> int:
+        """Of all tiles of a slab: what a lease carries."""
+        return self.ring * sum(1 for _ in plan.lattice.cells(_middle(plan).lr))
+
+
+NOTHING = Footprint()
+
+
+def input_voxels(plan: Plan, chunk: ZYX) -> Input:
+    """Sums over all slabs; boxes are products of axes, so each sum is a product of three short ones."""
+    owned = requested = decoded = 1
+    for axis in ("z", "y", "x"):
+        origin, size = getattr(plan.bounds.start, axis), getattr(chunk, axis)
+        spans = [(getattr(s.read.start, axis), getattr(s.read.stop, axis)) for s in _along(plan, axis)]
+        owned *= getattr(plan.region.shape, axis)
+        requested *= sum(stop - start for start, stop in spans)
+        decoded *= sum((-(-(stop - origin) // size) - (start - origin) // size) * size for start, stop in spans)
+    return Input(owned, requested, decoded)
+
+
+def _along(plan: Plan, axis: str) -> list[Slab]:
+    """One slab per step along `axis`, at the region's start on the others."""
+    count, step = getattr(plan.grid, axis), getattr(plan.slab_shape, axis)
+    shift = {"z": ZYX(step, 0, 0), "y": ZYX(0, step, 0), "x": ZYX(0, 0, step)}[axis]
+    return [plan.slab(plan.slab_at(plan.region.start + shift * i)) for i in range(count)]
+
+
+def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: Footprint = NOTHING) -> int:
+    """Peak resident bytes promised for one worker: `base` (the process with the job open), the slabs in flight, and what
+    `network` holds in the worker's own memory: rings for each of them.
+
+    Of these one computes (LR and SR voxels), one encodes (SR voxels, mip 0's objects so far, and the largest of them twice more:
+    in the store's buffers and while it is copied out), and others put (objects of all levels, and the copy that is being sent).
+    `share` is stored over raw bytes. Tasks of the second pass, later, may need more.
+    The constants are what warm libraries keep and the bounded cache of source chunks.
+    """
+    slab = _middle(plan)
+    sr, lr = slab.write.size, slab.read.shape.product
+    first, held = int(sr * share), int(_slab_output(plan, slab) * share)
+    largest = min(first, int(plan.levels[0].shard.product * share))
+    computing = lr + sr + network.tile
+    waiting = lr + sr
+    encoding = lr + sr + first + 2 * largest
+    putting = 2 * held
+    if in_flight == 1:
+        slabs = max(computing, encoding, putting + largest)
+    elif in_flight == 2:
+        slabs = encoding + max(computing, putting)
+    else:
+        slabs = computing + encoding + putting + (in_flight - 3) * max(waiting, putting)
+    slabs = max(slabs + in_flight * network.rings(plan), in_flight * 2 * _second_pass_read(plan))
+    return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
+
+
+WARM_BYTES = 24 << 20
+READ_CACHE_BYTES = 64 << 20
+
+
+def stored_share(plan: Plan, stored: int, voxels: int) -> float:
+    """Stored over raw bytes, from `stored` bytes of all levels for `voxels` SR voxels of mip 0; 1 where there are none yet."""
+    return stored / (voxels / plan.levels[0].shape.product * output_voxels(plan)) if voxels else 1.0
+
+
+def _middle(plan: Plan) -> Slab:
+    return plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
+
+
+def _second_pass_read(plan: Plan) -> int:
+    """Voxels that the largest task of the second pass reads: it holds them once decoded and once as they arrive."""
+    return max((plan.pyramid_block(stage.start).read.size for stage in plan.stages()[1:]), default=0)
+
+
+def _slab_output(plan: Plan, slab: Slab) -> int:
+    """Voxels of everything that a slab writes."""
+    return sum(plan.level_box(slab, level).size for level in range(plan.in_memory)) + (slab.lr.size if plan.fidelity else 0)
+
+
+def output_voxels(plan: Plan) -> int:
+    """Voxels (= bytes before compression) of all levels and the fidelity volume."""
+    sizes: list[ZYX] = [level.shape for level in plan.levels] + ([plan.fidelity.shape] if plan.fidelity else [])
+    return sum(size.product for size in sizes)

@@ -1,0 +1,73 @@
+"""`run --dry-run`: the price on the terminal, with seconds and compression from one slab tried on this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.base.errors import DataError
+from pipeline.inference.network import footprint
+from pipeline.plan.price import input_voxels, memory_bytes
+from pipeline.storage.volume import FIDELITY, VolumeInfo
+from pipeline.worker.slab import Job, Sample, try_slab
+
+
+def calibrate(job: Job) -> Sample:
+    """One slab of the volume's middle, read, computed and encoded, not written, in a fresh process like a worker's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(try_slab, job).result()
+
+
+def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say: Callable[[str], None] = print) -> None:
+    """The price as a table on the terminal."""
+    plan = job.plan
+    try:
+        sample: Sample | None = calibrate(job)
+    except DataError as error:
+        sample = None
+        say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
+    read = input_voxels(plan, source.chunk_shape)
+    say(f"source   {source.format}, {source.bounds.shape} LR voxels{', uint16' if source.dtype == 'uint16' else ''}, read by {source.reader}")
+    say(f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels" + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else ""))
+    say(f"read     {_size(read.requested)} for {_size(read.owned)} (halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})")
+    table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
+    total_raw = total_stored = 0
+    for k, level in enumerate([*plan.levels, *([plan.fidelity] if plan.fidelity else [])]):
+        share = None if sample is None else sample.stored_share.get(k if k < len(plan.levels) else FIDELITY, sample.stored_share[max(sample.stored_share)])
+        raw = level.shape.product
+        total_raw += raw
+        total_stored += int(raw * (share or 1))
+        name = str(k) if k < len(plan.levels) else "fidelity"
+        table.add_row(name, str(level.shape), str(level.shard), _size(raw), _size(int(raw * share)) if share else "?")
+    table.add_row("all", "", "", _size(total_raw), _size(total_stored) if sample else "?")
+    Console(width=110).print(table)
+    if sample is not None:
+        busy = max(sample.network_s, sample.write_s, sample.read_s)
+        hours = plan.slabs * busy / 3600
+        memory = memory_bytes(plan, in_flight, sample.base_bytes, sample.stored_share[0], sample.network)
+        held = footprint(job.network)
+        rings = in_flight * held.rings(plan)
+        network = f"network's tile {_size(held.tile)}, encoded sections {_size(rings)}"
+        if sample.gpu_weights is None:
+            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)}, {network})")
+        else:
+            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
+            say(f"GPU      {_size(sample.gpu_weights + held.tile + rings)} per worker (weights {_size(sample.gpu_weights)}, {network})")
+        say(f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)")
+        say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} minutes"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if count < 1000 or unit == "PB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

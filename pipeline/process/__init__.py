@@ -1,0 +1,1 @@
+"""The process that computes: its device, its heap, and a watch over its progress."""

@@ -1,0 +1,134 @@
+"""The device that a process computes on: which one, what memory is there, and how a tile's sections get to it and grey levels back."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.base.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED")
+"""What the texts of RuntimeErrors contain that mean it: torch's allocator on a CPU; cuBLAS and cuDNN."""
+
+
+def pick() -> torch.device:
+    """GPU number EMSR_DEVICE (0) where torch sees one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("EMSR_DEVICE", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def fix_rounding(device: torch.device) -> None:
+    """Same voxels, same bytes, on every worker with such a device (law 1), and float32 where float32 is asked for.
+
+    On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute float32
+    convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of threads.
+    """
+    import torch
+
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+class Room(NamedTuple):
+    """Bytes that this process can still take on its device: `now`, and at `most`, with nobody else there."""
+
+    now: int
+    most: int
+
+
+def room(device: torch.device) -> Room:
+    """On a CPU within what machine, container and `ulimit -v` leave."""
+    import psutil
+    import torch
+    from distributed.system import memory_limit
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return Room(free + held - used, total - used)
+    size = psutil.Process().memory_info()
+    most = int(memory_limit()) - size.rss
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        most = min(most, limit - size.vms)
+    return Room(min(psutil.virtual_memory().available, most), most)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that memory could not be had."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY))
+
+
+class Transfer:
+    """One tile's LR sections to the device and its grey levels back, one byte per voxel each way.
+
+    On a GPU both pass through pinned memory, nothing waits before `finish`, and `fetch` copies on a stream of its own while the
+    network computes. On a CPU the same lines copy no section and write grey levels where they belong.
+    """
+
+    def __init__(self, device: torch.device, sections: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+        import torch
+
+        self._device, self._out = device, out
+        self._sections, self._landing = torch.from_numpy(sections), torch.from_numpy(out)
+        self._beside: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._sections = self._sections.pin_memory()
+            self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
+            self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._fetched: dict[int, torch.Tensor] = {}
+        self._total: torch.Tensor | float = 0.0  # of all that was put, on the device: one look at the end tells whether every value is a number
+
+    def fetch(self, at: int) -> None:
+        """Begin to copy a section that `take` will soon want."""
+        import torch
+
+        with torch.cuda.stream(self._beside):  # none on a CPU: no stream, no effect
+            self._fetched[at] = self._sections[at].to(self._device, non_blocking=True)
+
+    def take(self, at: int) -> torch.Tensor:
+        """Section `at` on the device, (1, 1, T, T) in 0..1."""
+        import torch
+
+        if at not in self._fetched:
+            self.fetch(at)
+        section = self._fetched.pop(at)
+        if self._beside is not None:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_stream(self._beside)
+            section.record_stream(computing)  # else its memory could be given to the next fetch while it is read
+        return section.float().div_(255)[None, None]
+
+    def put(self, at: int, sr: torch.Tensor) -> None:
+        """(rh, rw) in 0..1 as grey levels, rounded on the device, into section `at` of `out`."""
+        import torch
+
+        self._total = self._total + sr.float().sum()
+        grey = sr.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+        self._landing[at].copy_(grey, non_blocking=True)
+
+    def finish(self) -> None:
+        """Wait until `out` holds every section. Raises DataError where one holds what is no number, which grey levels would hide."""
+        import torch
+
+        if not math.isfinite(float(self._total)):
+            raise DataError("the network made values that are no numbers; take network.precision float32 (or bfloat16), or other weights")
+
+        if self._beside is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+            self._out[...] = self._landing.numpy()

@@ -1,0 +1,110 @@
+"""How far a run is: a live bar on a terminal, JSON lines elsewhere. Counts, output rate, time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from pipeline.schedule.schedule import Outcome
+
+LINE_S = 5.0
+
+
+class RunProgress:
+    """Context manager; `update` is called often and does little."""
+
+    def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._total, self._done = total, done
+        self._began = self._said = time.monotonic()
+        self._live = self._stream.isatty()
+        self._bar = Progress(
+            TextColumn("[bold]slabs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("[red]{task.fields[trouble]}"),
+            console=Console(file=self._stream),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("slabs", total=total, completed=done, rate="", trouble="")
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def update(self, outcome: Outcome) -> None:
+        now = time.monotonic()
+        closed = self._done + outcome.written + outcome.skipped + outcome.quarantined
+        rate = outcome.voxels / max(1e-9, now - self._began)
+        if self._live:
+            counts = {"quarantined": outcome.quarantined, "refused by the store": outcome.troubles.refused, "leases started again": outcome.started_again}
+            trouble = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+            self._bar.update(self._task, completed=closed, rate=f"{rate / 1e6:.1f} MVx/s", trouble=trouble)
+        elif now - self._said >= LINE_S:
+            self._said = now
+            here = closed - self._done
+            left = (self._total - closed) * (now - self._began) / here if here else None
+            self.say(
+                "progress",
+                closed=closed,
+                planned=self._total,
+                quarantined=outcome.quarantined,
+                refused=outcome.troubles.refused,
+                retried=outcome.troubles.retried,
+                started_again=outcome.started_again,
+                voxels_per_s=round(rate),
+                seconds_left=left and round(left),
+            )
+
+    def say(self, event: str, **fields: Any) -> None:
+        """One event: a JSON line off-terminal, a short plain line on a terminal."""
+        if self._live:
+            self._bar.console.print(f"{event}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
+        else:
+            _line(self._stream, event, fields)
+
+
+class SurveyProgress:
+    """The same for the pass that looks for bad sections: context manager; `update` is told how many sections are looked at."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._total, self._said = total, time.monotonic()
+        self._live = self._stream.isatty()
+        self._bar = Progress(
+            TextColumn("[bold]sections looked at"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("sections", total=total)
+
+    def __enter__(self) -> SurveyProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int) -> None:
+        self._bar.update(self._task, completed=done)
+        if not self._live and (done == self._total or time.monotonic() - self._said >= LINE_S):
+            self._said = time.monotonic()
+            _line(self._stream, "survey", {"sections": done, "of": self._total})
+
+
+def _line(stream: TextIO, event: str, fields: dict[str, Any]) -> None:
+    print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=stream, flush=True)

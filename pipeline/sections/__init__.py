@@ -1,0 +1,1 @@
+"""Bad sections: measured, judged, recorded."""

@@ -1,0 +1,1 @@
+"""TIFF and PNG sections into OME-Zarr."""

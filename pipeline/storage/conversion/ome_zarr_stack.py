@@ -1,0 +1,109 @@
+"""Writes a stack of sections as an OME-Zarr 0.5 volume of one level, a layer of shards at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.storage import MemoryStore
+
+from pipeline.base.errors import EmsrError, TargetError
+from pipeline.base.geometry import ZYX
+from pipeline.config.urls import local_path
+from pipeline.storage import kv
+from pipeline.storage.conversion.section_files import Stack
+from pipeline.storage.targets.open import is_empty
+
+CHUNK = ZYX(8, 256, 256)
+SHARD_SIDE = 4096
+READERS = 4
+LEVEL = "0"
+
+Nm = tuple[float, float, float]
+
+
+def layer_shapes(shape: ZYX, chunk: ZYX | None) -> tuple[ZYX, ZYX]:
+    """(chunk, shard) for a volume of `shape`: one chunk deep, laterally whole chunks up to SHARD_SIDE, none larger than the volume needs."""
+    chunk = (chunk or CHUNK).minimum(shape)
+    most = ZYX(1, max(1, SHARD_SIDE // chunk.y), max(1, SHARD_SIDE // chunk.x))
+    return chunk, chunk * shape.ceil_div(chunk).minimum(most)
+
+
+def write_stack(
+    stack: Stack,
+    url: str,
+    voxel_size_nm: Nm,
+    corner_nm: Nm = (0.0, 0.0, 0.0),
+    chunk: ZYX | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    on_sections: Callable[[int], None] | None = None,
+) -> None:
+    """Write `stack` to the empty place `url`; at most one layer of chunk.z sections is held in memory.
+
+    `corner_nm` is where the volume's lower corner lies; `attributes` join the group's. `on_sections` hears how many sections are stored.
+    The group's metadata come last: until the volume is whole, the place is no OME-Zarr. Raises TargetError where something is there already.
+    """
+    _refuse_unless_empty(url)
+    objects = _metadata(stack, voxel_size_nm, corner_nm, layer_shapes(stack.shape, chunk), attributes or {})
+    root = objects.pop("zarr.json")
+    store = kv.Store(url)
+    store.put_all(objects)
+    depth = layer_shapes(stack.shape, chunk)[0].z
+    try:
+        where = kv.spec(f"{url}/{LEVEL}")
+        # Chunks equal to the fill value are stored too: a chunk that is not there means damage.
+        array = ts.open({"driver": "zarr3", "kvstore": where, "store_data_equal_to_fill_value": True}, open=True, write=True, context=kv.context()).result()
+        with ThreadPoolExecutor(READERS) as pool:
+            for z in range(0, stack.shape.z, depth):
+                stop = min(z + depth, stack.shape.z)
+                layer = np.empty((stop - z, stack.shape.y, stack.shape.x), stack.dtype)
+                for row, section in zip(layer, pool.map(stack.read, range(z, stop)), strict=True):
+                    row[:] = section
+                array[z:stop].write(layer, can_reference_source_data_indefinitely=True).result()
+                if on_sections:
+                    on_sections(stop)
+    except EmsrError:
+        raise
+    except Exception as error:
+        raise kv.classify(error, f"writing {url}") from error
+    store.put("zarr.json", root)
+
+
+def _refuse_unless_empty(url: str) -> None:
+    path = local_path(url)
+    shown = str(path) if path else url
+    if path is not None and path.is_file():
+        raise TargetError(f"{shown} is a file", "a folder that does not exist yet, or is empty")
+    if is_empty(url):
+        return
+    store = kv.Store(url)
+    unfinished = store.get(f"{LEVEL}/zarr.json") is not None and store.get("zarr.json") is None
+    saw = "holds a conversion that did not finish" if unfinished else "is not empty"
+    raise TargetError(f"{shown} {saw}", "a folder that does not exist yet, or is empty", "Nothing was touched: remove it yourself, or give another target")
+
+
+def _metadata(stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """The metadata objects, as zarr-python writes them. NGFF places a voxel's centre at its translation."""
+    chunk, shard = shapes
+    centre = [corner + size / 2 for corner, size in zip(corner_nm, voxel_size_nm, strict=True)]
+    steps = [{"type": "scale", "scale": list(voxel_size_nm)}, {"type": "translation", "translation": centre}]
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    multiscale = {"name": "sections", "axes": axes, "datasets": [{"path": LEVEL, "coordinateTransformations": steps}]}
+    held: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(held), zarr_format=3, attributes={"ome": {"version": "0.5", "multiscales": [multiscale]}, **attributes})
+    group.create_array(
+        LEVEL,
+        shape=tuple(stack.shape),
+        dtype=stack.dtype,
+        chunks=tuple(chunk),
+        shards=tuple(shard),
+        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=np.dtype(stack.dtype).itemsize),
+        fill_value=0,
+        dimension_names=("z", "y", "x"),
+    )
+    return {key: value.to_bytes() for key, value in held.items()}

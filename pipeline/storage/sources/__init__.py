@@ -1,0 +1,1 @@
+"""Volumes that are read: formats, metadata, arrays."""

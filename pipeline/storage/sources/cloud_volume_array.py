@@ -1,0 +1,76 @@
+"""A local precomputed scale whose chunk files carry a compression suffix, read through cloud-volume."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
+from pipeline.base.geometry import Box, tiles
+from pipeline.config.urls import local_path
+from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line
+
+SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
+
+
+def open_by_cloud_volume(level: Level, info: Mapping[str, Any], mip: int, key: str) -> VoxelArray:
+    """SourceError where cloud-volume refuses the info."""
+    from cloudvolume import CloudVolume
+
+    root = local_path(level.url)
+    assert root is not None
+    try:
+        volume = CloudVolume(f"file://{root}", mip=mip, info=dict(info), fill_missing=False, bounded=True, progress=False, parallel=1, cache=False)
+    except Exception as error:
+        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "an info that cloud-volume reads", "Write it again") from error
+    return _CloudVolumeArray(level, volume, root / key)
+
+
+class _CloudVolumeArray:
+    """One read at a time: a CloudVolume keeps state while it reads."""
+
+    def __init__(self, level: Level, volume: Any, folder: Path) -> None:
+        self._level, self._volume, self._folder, self._lock = level, volume, folder, threading.Lock()
+
+    def start(self, box: Box) -> Pending:
+        return lambda: self._read(box)
+
+    def _read(self, box: Box) -> Voxels:
+        from cloudvolume import Bbox
+
+        (z0, y0, x0), (z1, y1, x1) = box.start, box.stop
+        try:
+            with self._lock:
+                voxels = self._volume.download(Bbox((x0, y0, z0), (x1, y1, z1)))
+        except Exception as error:
+            raise self._classify(error, box) from error
+        return np.asarray(voxels)[..., 0].transpose(2, 1, 0)
+
+    def _classify(self, error: Exception, box: Box) -> EmsrError:
+        from cloudvolume.exceptions import EmptyVolumeException
+
+        what = f"{self._level.place} at voxels {box}: {type(error).__name__} {first_line(error)}"
+        if isinstance(error, EmptyVolumeException):
+            # cloud-volume calls an empty file missing; here it is a damaged one
+            empty = next((path for path in self._files(box) if path.stat().st_size == 0), None)
+            return DamagedChunkError(f"{what} ({empty.name} has no bytes)") if empty else MissingChunkError(what)
+        if isinstance(error, OSError):
+            return TransientError(what)
+        return DamagedChunkError(what)
+
+    def _files(self, box: Box) -> list[Path]:
+        """The files that exist for the chunks of `box`."""
+        return [path for name in chunk_names(self._level, box) for suffix in ("", *SUFFIXES) if (path := self._folder / f"{name}{suffix}").exists()]
+
+
+def chunk_names(level: Level, box: Box) -> Iterator[str]:
+    """The file names, without suffix, of the chunks that `box` touches."""
+    origin, last = level.bounds.start, level.bounds.stop
+    for part in tiles(Box(box.start - origin, box.stop - origin), level.chunk):
+        start = part.start // level.chunk * level.chunk + origin
+        stop = (start + level.chunk).minimum(last)
+        yield f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"

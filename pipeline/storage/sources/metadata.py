@@ -1,0 +1,146 @@
+"""JSON metadata of a volume, read with its place: what is missing or of the wrong kind becomes one SourceError."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.base.errors import DataError, MissingChunkError, SourceError, UserError
+from pipeline.storage import kv
+
+LARGEST = 2**52
+"""Coordinates beyond this are no volume's; below it, products with small factors still fit 64 bits."""
+
+
+class Metadata:
+    """A JSON object and where it stands (`place`: url, file and key path), so that a fault can be told with both."""
+
+    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+        self.values, self.place = values, place
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> Metadata:
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            seen = "is empty" if not data.strip() else f"is not JSON ({error})"
+            raise SourceError(f"{place} {seen}", "a JSON object", "It may be half written: copy it again or finish the conversion that wrote it") from None
+        if not isinstance(values, dict):
+            raise SourceError(f"{place} holds {_shown(values)}", "a JSON object", "Write the metadata again")
+        return cls(values, place)
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def wrong(self, key: str, wanted: str, do: str = "") -> SourceError:
+        """The error for `key`, to be raised by the caller."""
+        seen = f"{key} = {_shown(self.values[key])}" if key in self.values else f"no {key}"
+        return SourceError(f"{self.place} has {seen}", wanted, do)
+
+    def text(self, key: str, wanted: str = "text") -> str:
+        value = self.values.get(key)
+        if not isinstance(value, str) or not value:
+            raise self.wrong(key, wanted)
+        return value
+
+    def integer(self, key: str, low: int = 0, high: int = LARGEST) -> int:
+        value = _whole(self.values.get(key))
+        if value is None or not low <= value <= high:
+            raise self.wrong(key, f"a whole number from {low}")
+        return value
+
+    def integers(self, key: str, count: int | None = None, low: int = 0, high: int = LARGEST) -> list[int]:
+        """A list of whole numbers between low and high, `count` of them where given."""
+        value = self.values.get(key)
+        whole = [_whole(v) for v in value] if isinstance(value, list) else []
+        found = [v for v in whole if v is not None and low <= v <= high]
+        if not isinstance(value, list) or len(found) != len(value) or not found or (count is not None and len(found) != count):
+            raise self.wrong(key, f"{count or 'a list of'} whole numbers" + (f", each at least {low}" if low > -LARGEST else ""))
+        return found
+
+    def numbers(self, key: str, count: int, positive: bool = False) -> list[float]:
+        value = self.values.get(key)
+        good = isinstance(value, list) and len(value) == count and all(_finite(v) and (v > 0 or not positive) for v in value)
+        if not isinstance(value, list) or not good:
+            raise self.wrong(key, f"{count} {'positive ' if positive else ''}numbers")
+        return [float(v) for v in value]
+
+    def child(self, key: str) -> Metadata:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, "a JSON object")
+        return Metadata(value, f"{self.place} {key}")
+
+    def children(self, key: str) -> list[Metadata]:
+        """A list of at least one JSON object."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+            raise self.wrong(key, "a list of JSON objects")
+        return [Metadata(v, f"{self.place} {key}[{i}]") for i, v in enumerate(value)]
+
+
+def _whole(value: object) -> int | None:
+    """Whole numbers only; 4.0 counts (JavaScript writers make it from 4), True does not."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _finite(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Folder:
+    """The metadata objects below one url. Remembers a refused permission, for the case that nothing else is found."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.refused: SourceError | None = None
+        self._store = kv.Store(url)
+
+    def spec(self, path: str = "") -> dict[str, Any]:
+        """tensorstore's JSON for the folder `path` below the url."""
+        spec = kv.spec(self.url)
+        return spec | {"path": f"{spec['path']}{path}/"} if path else spec
+
+    def data(self, key: str) -> bytes | None:
+        """The bytes under `key`, None where there are none. SourceError where they cannot be read, TransientError for a passing fault."""
+        try:
+            return self._store.get(key)
+        except UserError as error:
+            # a bucket that may be read but not listed answers 403 for what is absent
+            self.refused = self.refused or SourceError(error.saw, error.wanted, error.do)
+            return None
+        except MissingChunkError:
+            return None
+        except DataError as error:
+            raise SourceError(str(error), "a readable metadata object", "Check source.url") from None
+
+    def metadata(self, key: str) -> Metadata | None:
+        data = self.data(key)
+        return None if data is None else Metadata.parse(data, f"{self.url}/{quote(key)}")
+
+
+def inner_path(path: str, error: SourceError) -> str:
+    """`path` without outer slashes; `error` is raised where it leaves its group or names nothing."""
+    parts = path.strip("/").split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise error
+    return "/".join(parts)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON of the metadata that defines a level's voxels."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

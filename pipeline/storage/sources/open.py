@@ -1,0 +1,161 @@
+"""The door to source volumes: which format a url holds, and whether its voxels can be super-resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.base.errors import SourceError, UserError
+from pipeline.config.urls import local_path, normalise, split_format
+from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
+from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
+from pipeline.storage.sources.metadata import Folder, fingerprint
+from pipeline.storage.sources.volume_source import ToUint8, VolumeSource, linear_table
+from pipeline.storage.sources.voxel_array import Level, Voxels
+from pipeline.storage.volume import Source, Uint8Array, VolumeInfo
+
+_FINDERS: dict[str, Callable[[Folder, int, str | None], Level | None]] = {
+    "precomputed": precomputed_volume.find,
+    "zarr3": zarr_volume.find_v3,
+    "zarr2": zarr_volume.find_v2,
+    "n5": n5_volume.find,
+}
+_FORCED: dict[str | None, tuple[str, ...]] = {None: tuple(_FINDERS), "zarr": ("zarr3", "zarr2")} | {name: (name,) for name in _FINDERS}
+_WANTED = {
+    "precomputed": "an info file",
+    "zarr3": "a zarr.json",
+    "zarr2": "a .zarray, or a .zattrs with multiscales",
+    "n5": "an attributes.json, or folders s0, s1, ...",
+}
+_SAME = 1e-3
+_NOT_LABELS = "Give the url of the EM image, not of its labels"
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The volume of `config.url`. Raises SourceError (or TransientError for a passing fault); reads metadata only."""
+    url = _absolute(config.url)
+    level = _find(url, config.mip, config.array)
+    to_uint8 = _image_mapping(level, config.intensity_window)
+    info = _info(level, _voxel_size(level, config.voxel_size_nm, "source.voxel_size_nm"))
+    fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
+    return VolumeSource(info, level, level.opener(level), to_uint8, fill)
+
+
+def open_mask(config: MaskConfig, like: VolumeInfo) -> Source:
+    """A mask over the volume `like`: `read` gives 1 where the stored value (bool or any integer type) is not zero, else 0.
+
+    Its info is in the space of `like`. Metadata without a voxel size mean a mask over the same extent; a mask that states the
+    same position of voxel (0, 0, 0) as `like` begins at the same corner, as most writers of coarser levels mean it.
+    """
+    try:
+        level = _find(_absolute(config.url), config.mip, None)
+    except SourceError as error:
+        raise SourceError(*(re.sub(r"source\.(url|mip)", r"source.mask.\1", part) for part in (error.saw, error.wanted, error.do))) from None
+    if level.dtype != "bool" and np.dtype(level.dtype).kind not in "iu":
+        raise SourceError(f"mask {level.place} holds {level.dtype}", "bool or whole numbers", "Store it as uint8 of 0 and 1")
+    info = _info(level, level.voxel_size_nm or _same_extent(level, like))
+    centres = [[c + v / 2 for c, v in zip(i.corner_nm, i.voxel_size_nm, strict=True)] for i in (info, like)]
+    if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
+        info = dataclasses.replace(info, corner_nm=like.corner_nm)
+    fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
+    return VolumeSource(info, level, level.opener(level), _non_zero, fill, key="source.mask.missing_chunks")
+
+
+def _same_extent(level: Level, like: VolumeInfo) -> tuple[float, float, float]:
+    z, y, x = (v * n / m for v, n, m in zip(like.voxel_size_nm, like.bounds.shape, level.bounds.shape, strict=True))
+    return (z, y, x)
+
+
+def _absolute(url: str) -> str:
+    try:
+        return normalise(url, Path.cwd())
+    except UserError as error:
+        raise SourceError(error.saw, error.wanted, error.do) from None
+
+
+def _find(url: str, mip: int, array: str | None) -> Level:
+    kind, bare = split_format(url)
+    path = local_path(bare)
+    if path is not None and path.is_file():
+        advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
+        raise SourceError(f"source.url {bare} is a file", "the folder of a Zarr, N5 or precomputed volume", advice)
+    if path is not None and not path.exists():
+        raise SourceError(f"nothing is at source.url {bare}", "the folder of a Zarr, N5 or precomputed volume", "Check the path")
+    folder = Folder(bare)
+    for name in _FORCED[kind]:
+        level = _FINDERS[name](folder, mip, array)
+        if level is not None:
+            return level
+    if folder.refused is not None:
+        raise folder.refused
+    wanted = " or ".join(_WANTED[name] for name in _FORCED[kind])
+    raise SourceError(f"no volume is at source.url {bare}", wanted, "Check the url, and the format before :// if one is given")
+
+
+def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
+    place, dtype = level.place, level.dtype
+    if level.labels:
+        raise SourceError(f"{place} is a segmentation ({dtype})", "an image of uint8 or uint16", _NOT_LABELS)
+    if dtype == "uint8":
+        if window is not None:
+            raise SourceError(f"source.intensity_window is given, and {place} is uint8", "a window for uint16 only", "Take intensity_window away")
+        return _as_uint8
+    if dtype == "uint16":
+        if window is None:
+            raise SourceError(f"{place} is uint16", "source.intensity_window: [low, high], the values that become 0 and 255")
+        table = linear_table(*window)
+        return lambda voxels: table[voxels]
+    advice = "Convert it to uint8 first"
+    if dtype in ("uint32", "uint64"):
+        raise SourceError(f"{place} is {dtype}, as segmentations are", "an image of uint8 or uint16", _NOT_LABELS)
+    if dtype == "bool":
+        raise SourceError(f"{place} is bool, as masks are", "an image of uint8 or uint16", "Give a mask as source.mask")
+    if dtype.startswith("int"):
+        raise SourceError(f"{place} is signed ({dtype})", "an image of uint8 or uint16", advice + ", adding an offset")
+    raise SourceError(f"{place} is {dtype}", "an image of uint8 or uint16", advice + ", stating which values become 0 and 255")
+
+
+def _as_uint8(voxels: Voxels) -> Uint8Array:
+    grey: Uint8Array = voxels
+    return grey
+
+
+def _non_zero(voxels: Voxels) -> Uint8Array:
+    return np.not_equal(voxels, 0).astype(np.uint8)
+
+
+def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str) -> tuple[float, float, float]:
+    stored = level.voxel_size_nm
+    if stored is not None:
+        if given is not None and not all(math.isclose(a, b, rel_tol=_SAME) for a, b in zip(stored, given, strict=True)):
+            seen = f"{key} is {list(given)}, the metadata of {level.place} says {list(stored)} nm"
+            raise SourceError(seen, "one voxel size", f"Take {key} away, or mend the metadata")
+        return stored
+    if given is None:
+        raise SourceError(f"the metadata of {level.place} has no voxel size with a unit of length", "one in nm", f"Give {key}: [z, y, x]")
+    return given
+
+
+def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
+    corner = tuple(clean(c * s) for c, s in zip(level.corner_voxels, size, strict=True))
+    return VolumeInfo(
+        url=level.url,
+        format=level.format,
+        bounds=level.bounds,
+        voxel_size_nm=(clean(size[0]), clean(size[1]), clean(size[2])),
+        corner_nm=(corner[0], corner[1], corner[2]),
+        dtype=level.dtype,
+        chunk_shape=level.chunk,
+        fingerprint=fingerprint({"format": level.format, "zyx": level.zyx, "voxels": level.identity}),
+        reader=level.reader,
+    )
+
+
+def clean(value: float) -> float:
+    """Without the dust that unit changes leave (12 digits): 37.00000000000001 is 37."""
+    return float(f"{value:.12g}") + 0.0

@@ -1,0 +1,59 @@
+"""A sharded precomputed level whose holes are errors: tensorstore (0.1.86) reads a chunk that no shard holds as zeros.
+
+So whatever reads as nothing but zeros is looked up in its shard file; real black chunks are there, holes are not.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import tensorstore as ts
+
+from pipeline.base.errors import MissingChunkError, SourceError
+from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.storage import kv
+from pipeline.storage.precomputed_sharding import chunk_number
+from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, open_array
+
+
+def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray:
+    """SourceError where tensorstore refuses the metadata."""
+    base = kv.spec(level.url)
+    base |= {"path": f"{base['path']}{key}/"}
+    spec = {"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": sharding}
+    try:
+        shards = ts.KvStore.open(spec, context=kv.context()).result()
+    except Exception as error:
+        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "sharding that tensorstore reads", "Write the volume again") from error
+    return _ShardedArray(level, open_array(level), shards)
+
+
+class _ShardedArray:
+    """Safe to use from several threads."""
+
+    def __init__(self, level: Level, array: VoxelArray, shards: ts.KvStore) -> None:
+        self._level, self._array, self._shards = level, array, shards
+
+    def start(self, box: Box) -> Pending:
+        pending = self._array.start(box)
+
+        def wait() -> Voxels:
+            voxels = pending()
+            self._look_up_zeros(voxels, box)
+            return voxels
+
+        return wait
+
+    def _look_up_zeros(self, voxels: Voxels, box: Box) -> None:
+        chunk, origin = self._level.chunk, self._level.bounds.start
+        grid = self._level.bounds.shape.ceil_div(chunk)
+        here = box.shift(ZYX(0, 0, 0) - origin)
+        zeros = [part.start // chunk for part in tiles(here, chunk) if not voxels[part.slices(here.start)].any()]
+        for position, found in [(p, self._shards.read(struct.pack(">Q", chunk_number(grid, p)))) for p in zeros]:
+            try:
+                stored = found.result().state == "value"
+            except Exception as error:
+                raise kv.classify(error, f"{self._level.place} at chunk {position}") from error
+            if not stored:
+                raise MissingChunkError(f"{self._level.place}: chunk {position} of the grid (z, y, x) is in no shard")

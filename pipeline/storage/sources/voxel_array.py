@@ -1,0 +1,113 @@
+"""One level of a stored volume as a (z, y, x) array of its own data type, read through tensorstore."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from pipeline.base.errors import SourceError, TransientError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.storage import kv
+
+Voxels = NDArray[Any]
+Pending = Callable[[], Voxels]
+LARGEST_CHUNK = 1 << 30
+"""Bytes. A chunk is decoded whole; one beyond this is a typing error in the metadata or no chunk for streaming."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a format's metadata says of one level; nothing of it opened yet.
+
+    `zyx` are the stored axes of z, y, x; `stored_chunk` has all axes in stored order. The chunk grid starts at `bounds.start`.
+    `corner_voxels` is where the lower corner of voxel (0, 0, 0) lies, in voxels. `labels`: a segmentation by its own word.
+    `identity` is the metadata that defines the voxels. `metadata_key` is an object below `url` that is there as long as the
+    volume is. `explain_hole` is given the box of an absent chunk and raises SourceError where it is there under another name.
+    """
+
+    url: str
+    place: str
+    format: str
+    spec: dict[str, Any] = field(repr=False)
+    zyx: tuple[int, int, int]
+    bounds: Box
+    chunk: ZYX
+    stored_chunk: tuple[int, ...] = field(repr=False)
+    dtype: str
+    voxel_size_nm: tuple[float, float, float] | None
+    identity: Mapping[str, Any] = field(repr=False)
+    metadata_key: str
+    corner_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    labels: bool = False
+    reader: str = "tensorstore"
+    explain_hole: Callable[[Box], None] | None = field(default=None, repr=False)
+    opener: Callable[[Level], VoxelArray] = field(default=lambda level: open_array(level), repr=False)
+
+    def __post_init__(self) -> None:
+        if math.prod(self.stored_chunk) * item_bytes(self.dtype) > LARGEST_CHUNK:
+            raise SourceError(f"{self.place} has chunks of {list(self.stored_chunk)} voxels", "at most 1 GiB each", "Rechunk it, e.g. to [8, 256, 256]")
+
+
+class VoxelArray(Protocol):
+    """A level, opened."""
+
+    def start(self, box: Box) -> Pending:
+        """Begin to read `box` (inside the bounds); calling the result waits and gives the stored voxels (z, y, x).
+
+        The result raises MissingChunkError, DamagedChunkError, TransientError or UserError.
+        """
+        ...
+
+
+def item_bytes(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def open_array(level: Level) -> TensorArray:
+    """SourceError where tensorstore refuses the metadata, TransientError for a passing fault."""
+    options = {"fill_missing_data_reads": False, "recheck_cached_data": False, "open": True, "create": False}
+    try:
+        store = ts.open(level.spec | options, context=kv.context()).result()
+        others = [axis for axis in range(store.rank) if axis not in level.zyx]
+        array = store.transpose([*others, *level.zyx])[tuple(store.domain[axis].inclusive_min for axis in others)]
+        seen = Box.of(array.domain.inclusive_min, array.domain.exclusive_max)
+        dtype = array.dtype.name
+    except Exception as error:
+        fault = kv.classify(error, level.url)
+        if isinstance(fault, (TransientError, SourceError)):
+            raise fault from error
+        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "metadata that tensorstore reads", "Write the volume again") from error
+    if seen != level.bounds or dtype != level.dtype:
+        raise SourceError(f"{level.place} changed while it was opened: {seen} of {dtype}, before {level.bounds} of {level.dtype}", "a volume at rest")
+    return TensorArray(level, array)
+
+
+def first_line(error: BaseException, limit: int = 400) -> str:
+    """An error's text as one line, without tensorstore's appended specification."""
+    text = " ".join(str(error).split("[tensorstore_spec")[0].split("[source locations")[0].split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class TensorArray:
+    """A level opened by tensorstore. Safe to use from several threads."""
+
+    def __init__(self, level: Level, array: ts.TensorStore) -> None:
+        self._level, self._array = level, array
+
+    def start(self, box: Box) -> Pending:
+        future = self._array[box.slices()].read(order="C")
+
+        def wait() -> Voxels:
+            try:
+                voxels: Voxels = future.result()
+            except Exception as error:
+                raise kv.classify(error, f"{self._level.place} at voxels {box}") from error
+            return voxels
+
+        return wait

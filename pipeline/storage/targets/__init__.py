@@ -1,0 +1,1 @@
+"""Volumes that are written: metadata, encoding, sharding."""

@@ -1,0 +1,123 @@
+"""Voxels to stored objects in memory, and back from the store: what the two target formats share.
+
+A box of whole shards is written by tensorstore into a private memory store, and the objects found there are handed out as bytes. So every object
+is made once, whole, from voxels in hand: nothing is read, merged or written in part, and its checksum is known before it leaves the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
+from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.storage import kv, requests
+from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
+from pipeline.storage.volume import LevelSpec, Uint8Array
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a target.
+
+    `folder` is where tensorstore opens it, below the target's url ("" or with a trailing slash); `stored` are the members of tensorstore's JSON that
+    find it there by its own metadata, `known` those that state the metadata instead, for encoding. `view` turns the opened array into (z, y, x) from
+    (0, 0, 0). `key` names the object, below the target's url, of the shard at a position in the grid of shards. With `shard_files`, `known`
+    describes single chunks, which are packed into shards afterwards.
+    """
+
+    level: LevelSpec
+    folder: str
+    stored: dict[str, Any]
+    known: dict[str, Any]
+    view: Callable[[ts.TensorStore], ts.TensorStore]
+    key: Callable[[ZYX], str]
+    shard_files: ShardFiles | None = None
+
+
+def _check_whole_shards(level: LevelSpec, box: Box) -> None:
+    inside = Box(ZYX(0, 0, 0), level.shape).contains(box) and not box.empty
+    aligned = all(stop == end or stop % shard == 0 for stop, end, shard in zip(box.stop, level.shape, level.shard, strict=True))
+    if not inside or not aligned or any(box.start % level.shard):
+        raise ValueError(f"box {box} is not made of whole shards of {level.shard} in an array of {level.shape}")
+
+
+def keys(array: StoredArray, box: Box) -> list[str]:
+    """Sorted keys of the objects of `box`. ValueError where the box is not whole shards."""
+    _check_whole_shards(array.level, box)
+    shard = array.level.shard
+    return sorted(array.key(piece.start // shard) for piece in tiles(box, shard))
+
+
+def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
+    """The objects of `box`, sorted by key. ValueError where the box is not whole shards or the voxels do not fit it."""
+    _check_whole_shards(array.level, box)
+    if voxels.dtype != np.uint8 or voxels.shape != tuple(box.shape):
+        raise ValueError(f"voxels are {voxels.dtype} {voxels.shape}, box {box} takes uint8 {box.shape}")
+    context = private_context()
+    memory = {"kvstore": {"driver": "memory", "path": array.folder}, "store_data_equal_to_fill_value": True}
+    target = ts.open(memory | array.known, open=True, assume_metadata=True, context=context).result()
+    array.view(target)[box.slices()].write(voxels, can_reference_source_data_indefinitely=True).result()
+    objects = stored_objects(context)
+    return array.shard_files.pack(box, objects) if array.shard_files else objects
+
+
+def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
+    """The stored array as (z, y, x) from (0, 0, 0), for reading. TargetError where it is absent or not what `array` says."""
+    what = f"{url}/{array.folder}".rstrip("/")
+    root = kv.spec(url)
+    try:
+        strict = {"kvstore": root | {"path": root["path"] + array.folder}, "fill_missing_data_reads": False}
+        view = array.view(ts.open(strict | array.stored, read=True, context=kv.context()).result())
+    except Exception as error:
+        fault = kv.classify(error, what)
+        if isinstance(fault, (TransientError, UserError)):
+            raise fault from error
+        raise TargetError(f"target {what} cannot be opened ({fault})", "the array that the plan describes", "Create the target first") from error
+    if view.shape != tuple(array.level.shape):
+        raise TargetError(f"target {what} holds an array of {view.shape}", f"{array.level.shape}", "Give another target url")
+    return view
+
+
+def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, absent: int | None) -> Uint8Array:
+    """Voxels of `box` through `view` of open_stored. A shard without an object is MissingChunkError, or `absent` where that is given.
+
+    A shard that is there but lacks one of its chunks is DamagedChunkError then: `absent` never covers up half an object.
+    """
+    if not Box(ZYX(0, 0, 0), array.level.shape).contains(box):
+        raise ValueError(f"box {box} is outside the array of {array.level.shape}")
+    try:
+        return _read_all(store, array, view, box)
+    except MissingChunkError:
+        if absent is None:
+            raise
+    out = np.full(tuple(box.shape), absent, np.uint8)
+    for piece in tiles(box, array.level.shard):
+        try:
+            out[piece.slices(box.start)] = _read_all(store, array, view, piece)
+        except MissingChunkError as error:
+            key = array.key(piece.start // array.level.shard)
+            if store.get(key) is not None:
+                raise DamagedChunkError(f"{store.url}/{key} is there but a chunk of it is missing") from error
+    return out
+
+
+def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box) -> Uint8Array:
+    requests.READS.take(chunk_count(box, array.level.chunk))
+    try:
+        voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
+        holes = [] if array.shard_files is None else array.shard_files.lacks(store.url, _zero_chunks(array.level.chunk, box, voxels))
+    except Exception as error:
+        raise kv.classify(error, f"{store.url}/{array.folder} {box}") from error
+    if holes:
+        raise MissingChunkError(f"{store.url}/{array.folder} {box}: {len(holes)} chunks are missing, the first is {holes[0]} of the grid")
+    return voxels
+
+
+def _zero_chunks(chunk: ZYX, box: Box, voxels: Uint8Array) -> list[ZYX]:
+    """Grid positions of chunks that show nothing but zeros in `box`: stored zeros, or not stored at all."""
+    return [tile.start // chunk for tile in tiles(box, chunk) if not voxels[tile.slices(box.start)].any()]

@@ -1,0 +1,94 @@
+"""OME-Zarr 0.5 targets: the metadata objects, and where each level's shards lie.
+
+Below the target's url:
+
+    zarr.json            group: the pyramid, and emsr's provenance
+    0/zarr.json  0/c/... mip 0; 1/, 2/, ... the coarser mips
+    fidelity/            a group like it, of one level
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import tensorstore as ts
+
+from pipeline.base.errors import TargetError
+from pipeline.base.geometry import ZYX
+from pipeline.storage.targets.encode import StoredArray
+from pipeline.storage.volume import FIDELITY, LevelSpec, TargetSpec
+
+_CODECS: dict[str, list[dict[str, Any]]] = {
+    "raw": [],
+    "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
+    "blosc-zstd": [{"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "typesize": 1, "blocksize": 0}}],
+}
+
+
+def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
+    """The stored arrays by level. TargetError where a shard is not whole chunks."""
+    found = {k: _array(f"{k}/", level, spec.encoding) for k, level in enumerate(spec.levels)}
+    if spec.fidelity is not None:
+        found[FIDELITY] = _array("fidelity/0/", spec.fidelity, spec.encoding)
+    return found
+
+
+def metadata(spec: TargetSpec) -> dict[str, bytes]:
+    """The metadata objects, the root's last: key -> bytes, the same for the same spec."""
+    objects = {f"{array.folder}zarr.json": _json(array.known["metadata"]) for array in arrays(spec).values()}
+    if spec.fidelity is not None:
+        z, y, x = spec.voxel_size_nm
+        group = _group("fidelity", 1, (z, y * spec.scale, x * spec.scale), spec.corner_nm)
+        objects["fidelity/zarr.json"] = _json(group)
+    root = _group("emsr", len(spec.levels), spec.voxel_size_nm, spec.corner_nm)
+    root["attributes"]["emsr"] = spec.provenance
+    return objects | {"zarr.json": _json(root)}
+
+
+def _group(name: str, levels: int, voxel_size_nm: tuple[float, float, float], corner_nm: tuple[float, float, float]) -> dict[str, Any]:
+    """NGFF places a voxel's centre at its translation: corner + half a voxel *of that level* (2x2 means keep the corner, not the centre)."""
+    datasets = []
+    for k in range(levels):
+        z, y, x = voxel_size_nm
+        size = (z, y * 2**k, x * 2**k)
+        centre = [corner + s / 2 for corner, s in zip(corner_nm, size, strict=True)]
+        steps = [{"type": "scale", "scale": [float(s) for s in size]}, {"type": "translation", "translation": centre}]
+        datasets.append({"path": str(k), "coordinateTransformations": steps})
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "lateral 2x2 mean"}
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"version": "0.5", "multiscales": [multiscale]}}}
+
+
+def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
+    if any(level.shard % level.chunk):
+        raise TargetError(f"shard_shape {level.shard} is not a multiple of chunk_shape {level.chunk}", "whole chunks on every axis in each shard")
+    inner = [{"name": "bytes"}, *_CODECS[encoding]]
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": list(level.chunk), "codecs": inner, "index_codecs": index, "index_location": "end"}
+    meta = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(level.shape),
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(level.shard)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": inner if level.shard == level.chunk else [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": ["z", "y", "x"],
+        "attributes": {},
+    }
+    return StoredArray(level, folder, {"driver": "zarr3"}, {"driver": "zarr3", "metadata": meta}, _as_stored, partial(_key, folder))
+
+
+def _as_stored(array: ts.TensorStore) -> ts.TensorStore:
+    return array
+
+
+def _key(folder: str, position: ZYX) -> str:
+    return f"{folder}c/{position.z}/{position.y}/{position.x}"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,122 @@
+"""Opening a target of either format, and telling whether a place is still empty."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+
+import tensorstore as ts
+
+from pipeline.base.errors import DataError, TargetError
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.urls import local_path
+from pipeline.config.volume import ENCODINGS
+from pipeline.storage import kv
+from pipeline.storage.targets import encode, ome_zarr_target, precomputed_target
+from pipeline.storage.targets.encode import StoredArray
+from pipeline.storage.volume import FIDELITY, Target, TargetSpec, Uint8Array
+
+_ARRAYS = {"ome-zarr": ome_zarr_target.arrays, "precomputed": precomputed_target.arrays}
+_METADATA = {"ome-zarr": ome_zarr_target.metadata, "precomputed": precomputed_target.metadata}
+_SIGNS_OF_LIFE = ("zarr.json", "info", "provenance", ".zgroup", ".zarray", ".zattrs", "attributes.json")
+
+
+def open_target(spec: TargetSpec) -> Target:
+    """The target that `spec` describes; nothing is read or written yet. TargetError where its format cannot hold such arrays."""
+    return StoredTarget(spec)
+
+
+def is_empty(url: str) -> bool:
+    """Whether nothing at all is stored below `url` (empty folders count as nothing). TargetError where nothing can be written there anyway."""
+    _check_writable(url)
+    path = local_path(url)
+    if path is None:
+        return kv.Store(url).is_empty(likely=_SIGNS_OF_LIFE)
+    if path.exists() and not path.is_dir():
+        return False
+    try:
+        return not any(name for folder, _, names in os.walk(path, onerror=_raise_unless_absent) for name in names if not name.endswith(".__lock"))
+    except OSError as error:
+        raise kv.classify(error, url) from error
+
+
+class StoredTarget:
+    """A target whose objects are encoded in memory and put whole. Cheap to pickle: only its spec travels."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        _check_writable(spec.url)
+        _check_levels(spec)
+        self._spec = spec
+        self._arrays: dict[int, StoredArray] = _ARRAYS[spec.format](spec)
+        self._views: dict[int, ts.TensorStore] = {}
+
+    def __reduce__(self) -> tuple[type[StoredTarget], tuple[TargetSpec]]:
+        return type(self), (self._spec,)
+
+    @property
+    def spec(self) -> TargetSpec:
+        return self._spec
+
+    @cached_property
+    def _store(self) -> kv.Store:
+        return kv.Store(self._spec.url)
+
+    def metadata(self) -> dict[str, bytes]:
+        """The objects that `create` writes: a function of the spec alone."""
+        return _METADATA[self._spec.format](self._spec)
+
+    def create(self) -> None:
+        # One by one, the root's last: readers find a target when all of its arrays are there.
+        try:
+            for key, value in self.metadata().items():
+                self._store.put(key, value)
+        except DataError as error:
+            raise TargetError(f"target {self._spec.url} cannot be written ({error})", "", "Check that the bucket or folder exists and takes files") from error
+
+    def encode(self, level: int, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
+        return encode.encode(self._array(level), box, voxels)
+
+    def keys(self, level: int, box: Box) -> list[str]:
+        return encode.keys(self._array(level), box)
+
+    def put(self, objects: dict[str, bytes]) -> None:
+        self._store.put_all(objects)
+
+    def get(self, keys: list[str]) -> dict[str, bytes | None]:
+        return dict(self._store.get_all(keys))
+
+    def read(self, level: int, box: Box, absent: int | None = None) -> Uint8Array:
+        array = self._array(level)
+        if level not in self._views:
+            self._views[level] = encode.open_stored(self._spec.url, array)
+        return encode.read(self._store, array, self._views[level], box, absent)
+
+    def _array(self, level: int) -> StoredArray:
+        if level not in self._arrays:
+            name = "fidelity volume" if level == FIDELITY else f"level {level}"
+            raise ValueError(f"the target has no {name}")
+        return self._arrays[level]
+
+
+def _check_writable(url: str) -> None:
+    if not url.startswith(("file://", "s3://", "gs://")):
+        raise TargetError(f"target.url {url} cannot be written", "a path or file://, s3:// or gs:// URL")
+
+
+def _check_levels(spec: TargetSpec) -> None:
+    if spec.format not in ENCODINGS or spec.encoding not in ENCODINGS[spec.format]:
+        wanted = "; ".join(f"{name}: {', '.join(known)}" for name, known in ENCODINGS.items())
+        raise TargetError(f"target format {spec.format} with encoding {spec.encoding} cannot be written", wanted)
+    if not spec.levels:
+        raise ValueError("a target has at least one level")
+    for level in (*spec.levels, *([spec.fidelity] if spec.fidelity else [])):
+        if min(*level.shape, *level.chunk, *level.shard) < 1:
+            raise ValueError(f"shapes must be positive: {level}")
+    for finer, coarser in zip(spec.levels, spec.levels[1:], strict=False):
+        if coarser.shape != finer.shape.ceil_div(ZYX(1, 2, 2)):
+            raise ValueError(f"level of {coarser.shape} is not half of the one before, {finer.shape}")
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

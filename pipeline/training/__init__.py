@@ -1,0 +1,1 @@
+"""What `emsr train` needs beside models.training: volumes, stages, checkpoints."""

@@ -1,0 +1,1 @@
+"""What Neuroglancer is shown, the local server of its files, and the contact sheet."""

@@ -1,0 +1,144 @@
+"""Volumes and where they truly lie -> Neuroglancer's state, in which they coincide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.viewer.source import Native, Triple
+
+PUBLIC = "https://neuroglancer-demo.appspot.com/"
+
+_GREY = "#uicontrol invlerp contrast\nvoid main() {\n  emitGrayscale(contrast());\n}\n"
+_HEAT = "#uicontrol invlerp contrast\nvoid main() {\n  emitRGB(colormapJet(contrast()));\n}\n"
+
+# Screen pixels that the whole volume is fitted into: a small window still shows all of it.
+_PIXELS = 600.0
+
+# Far below anything visible, far above the rounding of metadata written in decimal.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image layer: its data source, what Neuroglancer would make of it alone, and where it truly lies.
+
+    `url` is the folder that `native.path` starts from. `voxel_nm` is the true voxel of native's level and `corner_nm` the true lower
+    corner of that level's first voxel, both (z, y, x). `contrast` is the grey range shown black to white (None: the type's whole range).
+    """
+
+    name: str
+    url: str
+    native: Native
+    voxel_nm: Triple
+    corner_nm: Triple
+    contrast: tuple[int, int] | None = None
+    heat: bool = False
+    visible: bool = True
+
+    @property
+    def source_url(self) -> str:
+        """Neuroglancer's name of the data source, in the spelling that its releases since 2023 read."""
+        path = f"/{quote(self.native.path)}" if self.native.path else ""
+        return f"{self.native.kind}://{self.url}{path}"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A box of the volume with words to it: its lower and upper corner (nm; z, y, x)."""
+
+    name: str
+    low_nm: Triple
+    high_nm: Triple
+    words: str
+
+
+def coincides(layer: Layer) -> bool:
+    """Whether Neuroglancer puts the layer in its true place by the volume's own metadata, under the axis names z, y, x."""
+    voxel, corner = layer.native.level_voxel_nm, layer.native.corner_nm
+    if layer.native.names != ("z", "y", "x") or voxel is None or corner is None:
+        return False
+    size = all(abs(n - t) * c <= _TOLERANCE * t for n, t, c in zip(voxel, layer.voxel_nm, layer.native.shape, strict=True))
+    return size and all(abs(n - t) <= _TOLERANCE * v for n, t, v in zip(corner, layer.corner_nm, layer.voxel_nm, strict=True))
+
+
+def transform(layer: Layer) -> dict[str, Any]:
+    """The layer's place spelt out: native axes in, true z, y, x out; the matrix only moves, in voxels of the finest level."""
+    native = layer.native
+    voxel = [v / s for v, s in zip(layer.voxel_nm, native.step, strict=True)]
+    shift = [c / v - s for c, v, s in zip(layer.corner_nm, voxel, native.start, strict=True)]
+    return {
+        "inputDimensions": {name: _metres(v) for name, v in zip(native.names, voxel, strict=True)},
+        "outputDimensions": {name: _metres(v) for name, v in zip("zyx", voxel, strict=True)},
+        "matrix": [[float(i == j) for j in range(3)] + [shift[i]] for i in range(3)],
+    }
+
+
+def viewer_state(layers: Sequence[Layer], focus: Layer, title: str, quarantined: Sequence[Mark] = ()) -> dict[str, Any]:
+    """Neuroglancer's state: `layers` from bottom to top in the xy layout, the middle section of `focus` whole in view, marks above them.
+
+    xy, as serial sections are far coarser in z than in the plane. Global voxels are those of `focus`.
+    """
+    extent = [n * v for n, v in zip(focus.native.shape, focus.voxel_nm, strict=True)]
+    unit = min(focus.voxel_nm)
+    middle = [c / v + n / 2 for c, v, n in zip(focus.corner_nm, focus.voxel_nm, focus.native.shape, strict=True)]
+    # On a boundary between two sections either could be drawn: take the middle of one.
+    middle[0] = focus.corner_nm[0] / focus.voxel_nm[0] + focus.native.shape.z // 2 + 0.5
+    return {
+        "title": title,
+        "dimensions": {name: _metres(v) for name, v in zip("xyz", focus.voxel_nm[::-1], strict=True)},
+        "position": middle[::-1],
+        "crossSectionScale": max(extent[1:]) / unit / _PIXELS,
+        "projectionScale": 1.5 * max(extent) / unit,
+        "layers": [_layer(layer) for layer in layers] + ([_annotations("quarantined", quarantined, focus.voxel_nm)] if quarantined else []),
+        "selectedLayer": {"layer": focus.name, "visible": True},
+        "layout": "xy",
+    }
+
+
+def public_link(state: dict[str, Any]) -> str:
+    """A link that opens the state in a Neuroglancer on the web (its volumes must be reachable from there)."""
+    return f"{PUBLIC}#!{quote(json.dumps(state, separators=(',', ':')), safe='')}"
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    source: dict[str, Any] = {"url": layer.source_url}
+    if not coincides(layer):
+        source["transform"] = transform(layer)
+    out: dict[str, Any] = {
+        "type": "image",
+        "name": layer.name,
+        "source": source,
+        "tab": "rendering",
+        "opacity": 0.5 if layer.heat else 1,
+        "shader": _HEAT if layer.heat else _GREY,
+        "visible": layer.visible,
+    }
+    if layer.contrast:
+        out["shaderControls"] = {"contrast": {"range": list(layer.contrast)}}
+    return out
+
+
+def _annotations(name: str, marks: Sequence[Mark], voxel_nm: Triple) -> dict[str, Any]:
+    """Boxes kept in the state itself, in voxels of `voxel_nm`."""
+
+    def point(corner_nm: Triple) -> list[float]:
+        return [c / v for c, v in zip(corner_nm[::-1], voxel_nm[::-1], strict=True)]
+
+    return {
+        "type": "annotation",
+        "name": name,
+        "source": {"url": "local://annotations", "transform": {"outputDimensions": {axis: _metres(v) for axis, v in zip("xyz", voxel_nm[::-1], strict=True)}}},
+        "tab": "annotations",
+        "annotationColor": "#ff4040",
+        "annotations": [
+            {"type": "axis_aligned_bounding_box", "id": m.name, "pointA": point(m.low_nm), "pointB": point(m.high_nm), "description": m.words} for m in marks
+        ],
+    }
+
+
+def _metres(nm: float) -> list[Any]:
+    return [nm / 1e9, "m"]

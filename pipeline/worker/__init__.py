@@ -1,0 +1,1 @@
+"""What a Dask worker runs: a slab, and a lease of slabs."""
