@@ -18,7 +18,13 @@ from builtin_weights import TISSUES, stage_yaml, write
 
 from pipeline import train
 
-VARIANTS: dict[str, dict[str, Any]] = {"whole": {}, "alone": {"alone": True}, "mpf": {"mpf": False}, "pod": {"pod": False}, "three_da": {"three_da": False}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "alone": {"alone": True},
+    "mpf": {"mpf": False},
+    "pod": {"pod": False},
+    "three_da": {"three_da": False},
+}
 
 
 def main(tissue: str, work: str, steps: str = "700", *variants: str) -> None:
@@ -32,7 +38,10 @@ def main(tissue: str, work: str, steps: str = "700", *variants: str) -> None:
         if train.main([str(write(Path(work) / f"ablation-{name}.yaml", body))]):
             raise SystemExit(1)
         last = json.loads((Path(work) / f"ablation-{name}" / "metrics.jsonl").read_text().splitlines()[-1])
-        print(f"| {name} | {steps} | {last['psnr']:.3f} | {last['psnr'] - last['bicubic_psnr']:+.3f} | {last['lpips']:.4f} |", flush=True)
+        print(
+            f"| {name} | {steps} | {last['psnr']:.3f} | {last['psnr'] - last['bicubic_psnr']:+.3f} | {last['lpips']:.4f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,10 @@ class AuthorsWay:
         for pair in self.net.pod.halve:
             pyramid.append(lrelu(conv(pair[1], lrelu(conv(pair[0], pyramid[-1], stride=2)))))
         centre = len(sections) // 2
-        aligned = [self._align(sections[[i]], sections[[centre]], [p[[i]] for p in pyramid], [p[[centre]] for p in pyramid]) for i in range(len(sections))]
+        aligned = [
+            self._align(sections[[i]], sections[[centre]], [p[[i]] for p in pyramid], [p[[centre]] for p in pyramid])
+            for i in range(len(sections))
+        ]
         base = functional.interpolate(sections[[centre]], scale_factor=self.scale, mode="bilinear", align_corners=False)
         return self._reconstruct(self._attend(torch.stack(aligned, 1))) + base, indices
 
@@ -116,7 +119,11 @@ class AuthorsWay:
         for level, fuse in enumerate(mpf.fuse):
             x = residual(fuse.block, conv(fuse.conv, torch.cat([pyramid.pop(), reference[level], *above], 1)))
             weight = 8 / 2**level
-            x = x * (mask if weight == 1 else functional.interpolate(mask, scale_factor=weight, mode="bilinear", align_corners=False))
+            x = x * (
+                mask
+                if weight == 1
+                else functional.interpolate(mask, scale_factor=weight, mode="bilinear", align_corners=False)
+            )
             if level < len(mpf.down):
                 above = [conv(mpf.down[level], torch.cat([x, *above], 1), stride=2)]
         return conv(mpf.reduce, torch.cat([x, *above, features], 1))
@@ -124,7 +131,9 @@ class AuthorsWay:
     def _flow(self, first: Tensor, second: Tensor) -> Tensor:
         """SPyNet from four times enlarged `first` to `second`."""
         spynet = self.net.pod.flow
-        images = [functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False) for x in (first, second)]
+        images = [
+            functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False) for x in (first, second)
+        ]
         h, w = images[0].shape[2:]
         size = (-(-h // 32) * 32, -(-w // 32) * 32)
         pyramids = [[(resize(x, size) - spynet.mean) / spynet.std] for x in images]
@@ -137,7 +146,11 @@ class AuthorsWay:
                 flow = 2 * functional.interpolate(flow, size=near.shape[2:], mode="bilinear", align_corners=True)
             x = torch.cat([near, warp(far, flow), flow], 1)
             for layer in level:
-                x = functional.relu(x) if isinstance(layer, nn.ReLU) else functional.conv2d(x, layer.weight, layer.bias, padding=3)
+                x = (
+                    functional.relu(x)
+                    if isinstance(layer, nn.ReLU)
+                    else functional.conv2d(x, layer.weight, layer.bias, padding=3)
+                )
             flow = flow + x
         return resize(flow, (h, w)) * torch.tensor([w / size[1], h / size[0]]).view(1, 2, 1, 1)
 
@@ -150,7 +163,9 @@ class AuthorsWay:
             chains = [conv(chain[i], x, stride=2 if i else 4) for chain, x in zip(pod.flow_down, chains, strict=True)]
             flows.append(chains)
         for _ in near[1:]:
-            images.append([functional.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False) for x in images[-1]])
+            images.append(
+                [functional.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False) for x in images[-1]]
+            )
         guide = aligned = image
         for i in reversed(range(len(near))):
             level, coarsest = pod.levels[i], i == len(near) - 1
@@ -170,9 +185,18 @@ class AuthorsWay:
         """3DA: (1, 5, C, H, W) -> (1, C, H, W)."""
         da, n = self.net.fusion, aligned.shape[1]
         query = conv(da.query, aligned[:, n // 2])
-        weighted = torch.stack([aligned[:, i] * torch.sigmoid((query * conv(da.key, aligned[:, i])).sum(1, keepdim=True)) for i in range(n)], 1)
+        weighted = torch.stack(
+            [
+                aligned[:, i] * torch.sigmoid((query * conv(da.key, aligned[:, i])).sum(1, keepdim=True))
+                for i in range(n)
+            ],
+            1,
+        )
         flat = weighted.flatten(1, 2)
-        mixed = [lrelu(conv(m.reduce, lrelu(functional.conv3d(weighted, m.mix.weight, m.mix.bias)).flatten(1, 2))) for m in (da.mix1, da.mix2)]
+        mixed = [
+            lrelu(conv(m.reduce, lrelu(functional.conv3d(weighted, m.mix.weight, m.mix.bias)).flatten(1, 2)))
+            for m in (da.mix1, da.mix2)
+        ]
         fused = lrelu(conv(da.fuse, flat)) + mixed[0]
         s = da.spatial
         a = lrelu(conv(s.conv2, pools(lrelu(conv(s.conv1, flat)))))

@@ -46,8 +46,12 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
         common = ["--scheduler-file", str(place), "--no-dashboard"]
         commands = [[*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", *common]]
         preloads = ["--preload", preload] if preload else []
-        commands += [[*dask, "worker", "--nthreads", str(threads), "--local-directory", folder, *common, *preloads]] * workers
-        processes = [subprocess.Popen(c, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+        commands += [
+            [*dask, "worker", "--nthreads", str(threads), "--local-directory", folder, *common, *preloads]
+        ] * workers
+        processes = [
+            subprocess.Popen(c, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands
+        ]
         try:
             address = scheduler_address(place)
             with Client(address, timeout=60) as first:

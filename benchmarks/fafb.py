@@ -60,7 +60,9 @@ def plan_of(scale: int, target: TargetConfig) -> Plan:
     region = ZYX(FINE.z, FINE.y // scale, FINE.x // scale)
     shapes = layout.choose(region, scale, target, None)
     box = Box.at(ZYX(0, 0, 0), region)
-    return Plan(box, box, shapes.slab_shape, scale, lattice, shapes.levels, shapes.fidelity, lossy=target.encoding == "jpeg")
+    return Plan(
+        box, box, shapes.slab_shape, scale, lattice, shapes.levels, shapes.fidelity, lossy=target.encoding == "jpeg"
+    )
 
 
 def slab_flop(plan: Plan, slabs_per_lease: float) -> float:

@@ -60,14 +60,18 @@ def load(weights: str, scale: int) -> SuperResolver:
 def tile(network: SuperResolver, sections: Bytes) -> Computed:
     """One tile through its sections, (centres + 4, H, W)."""
     clock, seen = Clock(), []
-    hook = network.prior.indexer.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.argmax(1)[0]))
+    hook = network.prior.indexer.register_forward_hook(
+        lambda _module, _inputs, logits: seen.append(logits.argmax(1)[0])
+    )
     with torch.inference_mode():
         inputs = torch.from_numpy(sections.copy()).float().div_(255)[:, None, None]
         states = [clock("encode", network.encode_section, each) for each in inputs]
         centres = len(states) - 4
         sr = torch.cat([clock("fuse", network.fuse_window, states[z : z + 5])[0] for z in range(centres)])
     hook.remove()
-    return Computed(sr.clamp(0, 1).numpy(), seen[2].numpy(), clock.cpu["encode"] / len(states) + clock.cpu["fuse"] / centres)
+    return Computed(
+        sr.clamp(0, 1).numpy(), seen[2].numpy(), clock.cpu["encode"] / len(states) + clock.cpu["fuse"] / centres
+    )
 
 
 def on_lattice(network: SuperResolver, sections: Bytes, lattice: Lattice, origin: ZYX) -> Computed:
@@ -122,13 +126,22 @@ def read(volume: str, sections: int, side: int) -> Bytes:
     return np.asarray(array[:sections, :side, :side])
 
 
-def measure(weights: str, volume: str, scale: int, side: int, centres: int, lattices: list[tuple[int, int]]) -> list[dict[str, float]]:
+def measure(
+    weights: str, volume: str, scale: int, side: int, centres: int, lattices: list[tuple[int, int]]
+) -> list[dict[str, float]]:
     network = load(weights, scale)
     hr = read(volume, centres + 4, side * scale)
     lr = np.stack([degrade(section, scale) for section in hr])
     truth = hr[2:-2].astype(np.float32) / 255
     whole = tile(network, lr)
-    print({"whole": f"{side} x {side}", "truth": round(psnr(whole.sr, truth), 2), "cpu": round(whole.cpu_s / (side * scale) ** 2 * 1e6, 2)}, flush=True)
+    print(
+        {
+            "whole": f"{side} x {side}",
+            "truth": round(psnr(whole.sr, truth), 2),
+            "cpu": round(whole.cpu_s / (side * scale) ** 2 * 1e6, 2),
+        },
+        flush=True,
+    )
     found = []
     for cell, halo in lattices:
         origin = (cell - side // 16 * 8) % cell  # a border in the middle of the section, whatever the cell
@@ -150,9 +163,18 @@ def measure(weights: str, volume: str, scale: int, side: int, centres: int, latt
     return found
 
 
-def main(weights: str = "small", volume: str = "phantom", scale: str = "8", side: str = "128", centres: str = "1", *lists: str) -> None:
+def main(
+    weights: str = "small",
+    volume: str = "phantom",
+    scale: str = "8",
+    side: str = "128",
+    centres: str = "1",
+    *lists: str,
+) -> None:
     torch.set_num_threads(1)
-    cells, halos = ([int(n) for n in given.split(",")] for given in (*lists, *("32,48,64,96,128", "8,16,24,32")[len(lists) :]))
+    cells, halos = (
+        [int(n) for n in given.split(",")] for given in (*lists, *("32,48,64,96,128", "8,16,24,32")[len(lists) :])
+    )
     measure(weights, volume, int(scale), int(side), int(centres), [(cell, halo) for cell in cells for halo in halos])
 
 

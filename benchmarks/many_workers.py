@@ -42,7 +42,10 @@ _LIGHT = {
 
 async def _hold(address: str, count: int, folder: str) -> None:
     threads = ThreadPoolExecutor(8)
-    workers = [await Worker(address, nthreads=1, name=n, local_directory=folder, dashboard=False, executor=threads) for n in range(count)]
+    workers = [
+        await Worker(address, nthreads=1, name=n, local_directory=folder, dashboard=False, executor=threads)
+        for n in range(count)
+    ]
     print("ready", flush=True)
     await asyncio.gather(*(worker.finished() for worker in workers))
 
@@ -54,7 +57,9 @@ def crowd(count: int) -> Iterator[Client]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "scheduler.json"
         quiet = {"stderr": subprocess.DEVNULL, "env": environment()}
-        scheduler = subprocess.Popen([*dask_scheduler, "--scheduler-file", str(place)], stdout=subprocess.DEVNULL, **quiet)  # type: ignore[call-overload]
+        scheduler = subprocess.Popen(
+            [*dask_scheduler, "--scheduler-file", str(place)], stdout=subprocess.DEVNULL, **quiet
+        )  # type: ignore[call-overload]
         holder = None
         try:
             address = scheduler_address(place)

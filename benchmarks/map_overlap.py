@@ -34,7 +34,15 @@ def naive(client: Client, source: Path, target: Path, slab: tuple[int, int, int]
 
     volume = da.from_zarr(str(source))
     like = np.empty((0, 0, 0), "uint8")
-    up = da.map_overlap(sleeping.whole_slab, volume, depth=sleeping.HALO, boundary="nearest", trim=False, chunks=_up(volume.chunks), meta=like)
+    up = da.map_overlap(
+        sleeping.whole_slab,
+        volume,
+        depth=sleeping.HALO,
+        boundary="nearest",
+        trim=False,
+        chunks=_up(volume.chunks),
+        meta=like,
+    )
     shape = tuple(n * f for n, f in zip(volume.shape, (1, SCALE, SCALE), strict=True))
     chunks = (slab[0], slab[1] * SCALE, slab[2] * SCALE)
     array = zarr.create_array(target, shape=shape, chunks=chunks, dtype="uint8", compressors=CODEC)
@@ -60,7 +68,10 @@ def measure(slabs: int, side: int, repeats: int) -> dict[str, float]:
         for repeat in range(repeats):
             for way, found in rows.items():
                 with apart(2, preload="sleeping") as client:
-                    shard = {"chunk_shape": [depth, side * SCALE, side * SCALE], "shard_shape": [depth, side * SCALE, side * SCALE]}
+                    shard = {
+                        "chunk_shape": [depth, side * SCALE, side * SCALE],
+                        "shard_shape": [depth, side * SCALE, side * SCALE],
+                    }
                     keys: dict[str, Any] = {"fidelity": False, "mips": 1, **shard}
                     network = {"name": "nearest", "cell": side, "halo": 8}
                     if way == "emsr":
@@ -78,15 +89,22 @@ def measure(slabs: int, side: int, repeats: int) -> dict[str, float]:
                     found.append(
                         {
                             "wall_s": wall,
-                            "scheduler_cpu_ms_per_slab": 1e3 * (after_cpu["scheduler"][0] - cpu["scheduler"][0]) / slabs,
+                            "scheduler_cpu_ms_per_slab": 1e3
+                            * (after_cpu["scheduler"][0] - cpu["scheduler"][0])
+                            / slabs,
                             "client_cpu_ms_per_slab": 1e3 * (after_cpu["client"][0] - cpu["client"][0]) / slabs,
                             "worker_peak_mb": max(after[w][1] - before[w][0] for w in after) / 1e6,
                         }
                     )
                     print(way, {key: round(value, 2) for key, value in found[-1].items()}, flush=True)
-        first, second = (np.asarray(zarr.open_array(folder / p, mode="r")[depth : 2 * depth]) for p in ("naive0", "emsr0/0"))
+        first, second = (
+            np.asarray(zarr.open_array(folder / p, mode="r")[depth : 2 * depth]) for p in ("naive0", "emsr0/0")
+        )
         assert (first == second).all()
-    ratios = {key: statistics.median(r[key] for r in rows["naive"]) / statistics.median(r[key] for r in rows["emsr"]) for key in rows["naive"][0]}
+    ratios = {
+        key: statistics.median(r[key] for r in rows["naive"]) / statistics.median(r[key] for r in rows["emsr"])
+        for key in rows["naive"][0]
+    }
     print("naive over emsr", {key: round(value, 1) for key, value in ratios.items()})
     return ratios
 

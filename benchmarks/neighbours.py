@@ -35,7 +35,9 @@ def main(path: str, stack: str, first: str = "88", stop: str = "93", side: str =
         window = torch.from_numpy(lr[i - 2 : i + 3].copy()).float().div(255)[None, :, None]
         bicubic = np.asarray(Image.fromarray(lr[i]).resize(hr.shape[:0:-1], Image.Resampling.BICUBIC))
         with torch.no_grad():
-            shown = [(network(window, alone=alone)[0, 0].clamp(0, 1) * 255).round().byte().numpy() for alone in (False, True)]
+            shown = [
+                (network(window, alone=alone)[0, 0].clamp(0, 1) * 255).round().byte().numpy() for alone in (False, True)
+            ]
         rows.append([psnr(image, hr[i]) for image in (bicubic, *shown)])
         print(f"| {int(first) + i - 2} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |", flush=True)
     print("| mean | " + " | ".join(f"{value:.3f}" for value in np.mean(rows, 0)) + " |")

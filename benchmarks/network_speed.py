@@ -97,16 +97,30 @@ def slab(scale: int = 8, lr: int = 32, centres: int = 16, every: int = 1) -> dic
             theirs, indices = clock("authors", authors, window)
             forward = clock("forward", network, window)
             differences.append([(ours - theirs).abs().max().item(), (ours - forward).abs().max().item()])
-            equal &= all(torch.equal(network.prior.indices(s[None])[0], i) for s, i in zip(window[0], indices, strict=True))
-            residual.append((ours - torch.nn.functional.interpolate(window[:, 2], scale_factor=scale, mode="bilinear")).std().item())
-            print(f"centre {centre + 1}/{centres}", {key: round(value, 2) for key, value in clock.cpu.items()}, file=sys.stderr, flush=True)
+            equal &= all(
+                torch.equal(network.prior.indices(s[None])[0], i) for s, i in zip(window[0], indices, strict=True)
+            )
+            residual.append(
+                (ours - torch.nn.functional.interpolate(window[:, 2], scale_factor=scale, mode="bilinear")).std().item()
+            )
+            print(
+                f"centre {centre + 1}/{centres}",
+                {key: round(value, 2) for key, value in clock.cpu.items()},
+                file=sys.stderr,
+                flush=True,
+            )
     whole = {"authors": centres / len(differences), "forward": centres / len(differences), "ours": 1.0}
     cpu = {label: clock.cpu[label] * times for label, times in whole.items()}
     found = {f"{label}_cpu_s": seconds for label, seconds in cpu.items()}
     found |= {f"{label}_wall_s": clock.wall[label] * times for label, times in whole.items()}
     found |= {"against_authors": cpu["authors"] / cpu["ours"], "against_forward": cpu["forward"] / cpu["ours"]}
     worst = np.max(differences, 0)
-    return found | {"from_authors": worst[0], "from_forward": worst[1], "residual_std": float(np.mean(residual)), "indices_equal": float(equal)}
+    return found | {
+        "from_authors": worst[0],
+        "from_forward": worst[1],
+        "residual_std": float(np.mean(residual)),
+        "indices_equal": float(equal),
+    }
 
 
 class Widths(TorchDispatchMode):
@@ -161,9 +175,18 @@ def peak(scale: int = 8, lr: int = 32, centres: int = 4) -> dict[str, float]:
     rate_of = {width: rates[min(sizes, key=lambda size: abs(size - width))] for width in widths.flops}
     ideal = sum(flops / 1e9 / rate_of[width] for width, flops in widths.flops.items())
     ideal += (total - sum(widths.flops.values()) / 1e9) / rates[lr]
-    found |= {"encode_gflop": encode, "fuse_gflop": fuse, "fewer_than_forward": 16 * (5 * encode + fuse) / (20 * encode + 16 * fuse)}
+    found |= {
+        "encode_gflop": encode,
+        "fuse_gflop": fuse,
+        "fewer_than_forward": 16 * (5 * encode + fuse) / (20 * encode + 16 * fuse),
+    }
     found |= {f"conv_{size}_gflop_s": rate for size, rate in rates.items()}
-    return found | {"slab_gflop": total, "slab_cpu_s": seconds, "slab_gflop_s": total / seconds, "share_of_convolutions": ideal / seconds}
+    return found | {
+        "slab_gflop": total,
+        "slab_cpu_s": seconds,
+        "slab_gflop_s": total / seconds,
+        "share_of_convolutions": ideal / seconds,
+    }
 
 
 def high_water() -> int:
@@ -178,14 +201,18 @@ def measure_memory(scale: int, lr: int, way: str) -> None:
     network, sections = live_network(scale), tissue(5, lr, scale)
     run: Any = AuthorsWay(network) if way == "authors" else lambda window: slide(network, window[0], [], 0)
     network.features(torch.zeros(1, 1, 8, 8))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of building network and phantom is forgotten, or it would hide the run's
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak of building network and phantom is forgotten, or it would hide the run's
     before = high_water()
     run(sections[None])
     print(high_water() - before)
 
 
 def memory(scale: int = 16, lr: int = 64, way: str = "ours") -> dict[str, float]:
-    code = f"import network_speed, torch; torch.set_num_threads(1); network_speed.measure_memory({scale}, {lr}, {way!r})"
+    code = (
+        f"import network_speed, torch; torch.set_num_threads(1); network_speed.measure_memory({scale}, {lr}, {way!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return {"peak_beyond_weights_gib": int(done.stdout) / GIB}
 

@@ -61,7 +61,11 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
         wall, last = time.perf_counter() - began, usage(client)
         assert ledger.counts()["written"] == job.plan.tasks
     marks[job.plan.tasks] = last
-    out: dict[str, Any] = {"slabs": job.plan.tasks, "wall_s": round(wall, 1), "slabs_per_s": round(job.plan.tasks / wall)}
+    out: dict[str, Any] = {
+        "slabs": job.plan.tasks,
+        "wall_s": round(wall, 1),
+        "slabs_per_s": round(job.plan.tasks / wall),
+    }
     for who in ("scheduler", "client"):
         out[f"{who}_cpu_ms_per_slab"] = round(1e3 * (last[who][0] - first[who][0]) / job.plan.tasks, 3)
         out[f"{who}_mb"] = {0: round(first[who][1], 1)} | {done: round(used[who][1], 1) for done, used in marks.items()}
@@ -82,7 +86,12 @@ def settled(client: Client) -> dict[str, int]:
 def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:
     """What the scheduler keeps for ever: it must not grow with slabs."""
     spans = dask_scheduler.extensions["spans"].spans if "spans" in dask_scheduler.extensions else {}
-    return {"prefixes": len(dask_scheduler.task_prefixes), "groups": len(dask_scheduler.task_groups), "spans": len(spans), "tasks": len(dask_scheduler.tasks)}
+    return {
+        "prefixes": len(dask_scheduler.task_prefixes),
+        "groups": len(dask_scheduler.task_groups),
+        "spans": len(spans),
+        "tasks": len(dask_scheduler.tasks),
+    }
 
 
 if __name__ == "__main__":

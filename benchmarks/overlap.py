@@ -33,8 +33,12 @@ def measure(slabs: int, side: int) -> list[dict[str, float]]:
             with connect(ClusterConfig(workers=1), in_flight) as client:
                 shape = (depth, side, side)
                 network = {"name": "nearest", "cell": side}
-                drive_all(client, ready(folder, few, f"{label}-warm", shape, network, in_flight, fidelity=False, mips=1))
-                return drive_all(client, ready(folder, volume, label, shape, network, in_flight, fidelity=False, mips=1))
+                drive_all(
+                    client, ready(folder, few, f"{label}-warm", shape, network, in_flight, fidelity=False, mips=1)
+                )
+                return drive_all(
+                    client, ready(folder, volume, label, shape, network, in_flight, fidelity=False, mips=1)
+                )
 
         sleep_s = 0.0
         alone = drive("alone", source, 1).outcome

@@ -78,7 +78,11 @@ def batch2(net: SuperResolver, sections: Tensor) -> Tensor:
 
 def measure(weights: str, volume: str, scale: int, lr: int, turns: int, ways: list[str]) -> list[dict[str, Any]]:
     net = load(weights, scale)
-    sections = torch.from_numpy(np.stack([degrade(section, scale) for section in read(volume, 5, lr * scale)])).float().div_(255)[:, None, None]
+    sections = (
+        torch.from_numpy(np.stack([degrade(section, scale) for section in read(volume, 5, lr * scale)]))
+        .float()
+        .div_(255)[:, None, None]
+    )
     known: dict[str, tuple[Callable[[], SuperResolver], Callable[[SuperResolver, Tensor], Tensor], int]] = {
         "default": (lambda: net, centre, 1),
         "bfloat16": (lambda: net, lowered("bfloat16"), 1),
@@ -92,7 +96,9 @@ def measure(weights: str, volume: str, scale: int, lr: int, turns: int, ways: li
     with torch.inference_mode():
         for name, (module, run, _) in chosen.items():  # first calls compile and choose operators
             seen: list[Tensor] = []
-            hook = module.prior.indexer.register_forward_hook(lambda _module, _inputs, logits, seen=seen: seen.append(logits[:1].argmax(1)))
+            hook = module.prior.indexer.register_forward_hook(
+                lambda _module, _inputs, logits, seen=seen: seen.append(logits[:1].argmax(1))
+            )
             results[name] = run(module, sections).clamp(0, 1), torch.cat(seen)
             hook.remove()
             run(module, sections)
@@ -110,13 +116,25 @@ def measure(weights: str, volume: str, scale: int, lr: int, turns: int, ways: li
             "cpu_over_default": clock.cpu[name] / chosen[name][2] / clock.cpu["default"],
         }
         found.append(row)
-        print({key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        print(
+            {key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in row.items()},
+            flush=True,
+        )
     return found
 
 
-def main(weights: str = "small", volume: str = "phantom", scale: str = "8", lr: str = "64", turns: str = "3", ways: str = "") -> None:
+def main(
+    weights: str = "small", volume: str = "phantom", scale: str = "8", lr: str = "64", turns: str = "3", ways: str = ""
+) -> None:
     torch.set_num_threads(1)
-    measure(weights, volume, int(scale), int(lr), int(turns), (ways or "bfloat16,float16,contiguous,batch2,compile").split(","))
+    measure(
+        weights,
+        volume,
+        int(scale),
+        int(lr),
+        int(turns),
+        (ways or "bfloat16,float16,contiguous,batch2,compile").split(","),
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ SLABS_PER_LEASE = 4
 def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
     """Stored over raw bytes by level, the last one for all coarser: `hr` encoded by the target's own code."""
     shape = ZYX.of(hr.shape)
-    chosen = layout.choose(ZYX(shape.z, shape.y // 8, shape.x // 8), 8, target.model_copy(update={"fidelity": False}), None)
+    chosen = layout.choose(
+        ZYX(shape.z, shape.y // 8, shape.x // 8), 8, target.model_copy(update={"fidelity": False}), None
+    )
     with tempfile.TemporaryDirectory() as folder:
         encoding = target.encoding or "blosc-zstd"
         spec = TargetSpec(f"file://{folder}/t", target.format, encoding, 8, (40, 4, 4), (0, 0, 0), chosen.levels, None)
@@ -79,10 +81,16 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
     yield "PUT by slabs", f"{fafb.puts_per_slab(plan) * slabs / 1e6:.1f} M"
     yield "second pass: GET, PUT", f"{later_reads * fafb.TISSUE / 1e6:.1f} M, {later_puts * fafb.TISSUE / 1e6:.1f} M"
     yield "stored over raw, mip 0, coarser", ", ".join(f"{s:.2f}" for s in share[:2])
-    yield "stored: mip 0, all, fidelity at most", f"{stored[0] / 1e12:.0f}, {sum(stored) / 1e12:.0f}, {fidelity / 1e12:.1f} TB"
+    yield (
+        "stored: mip 0, all, fidelity at most",
+        f"{stored[0] / 1e12:.0f}, {sum(stored) / 1e12:.0f}, {fidelity / 1e12:.1f} TB",
+    )
     yield "floating-point operations", f"{flop:.2e}"
     for device, peak in fafb.PEAK_TFLOPS.items():
-        yield f"{device}-hours at {fafb.UTILISATION:.0%} of {peak} TFLOP/s", f"{flop / (peak * 1e12 * fafb.UTILISATION) / 3600:,.0f}"
+        yield (
+            f"{device}-hours at {fafb.UTILISATION:.0%} of {peak} TFLOP/s",
+            f"{flop / (peak * 1e12 * fafb.UTILISATION) / 3600:,.0f}",
+        )
     yield "hours of a CPU core at 54 GFLOP/s", f"{flop / (fafb.CPU_CORE_TFLOPS * 1e12) / 3600:,.0f}"
 
 
@@ -94,7 +102,10 @@ def read(path: str) -> np.ndarray:
 
 def without_grain(hr: np.ndarray, scale: int) -> np.ndarray:
     size = (hr.shape[2], hr.shape[1])
-    small = [Image.fromarray(section).resize((size[0] // scale, size[1] // scale), Image.Resampling.BICUBIC) for section in hr]
+    small = [
+        Image.fromarray(section).resize((size[0] // scale, size[1] // scale), Image.Resampling.BICUBIC)
+        for section in hr
+    ]
     return np.stack([np.asarray(section.resize(size, Image.Resampling.BICUBIC)) for section in small])
 
 

@@ -47,7 +47,11 @@ def load(folder: str, tasks: int) -> dict[str, float]:
     ledger = Ledger(Store(f"file://{folder}"), "d" * 64, tasks, "s")
     ledger.load()
     assert ledger.counts()["written"] == tasks
-    return {"loaded": tasks, "wall_s": round(time.perf_counter() - began, 2), "cpu_s": round(time.process_time() - used, 2)}
+    return {
+        "loaded": tasks,
+        "wall_s": round(time.perf_counter() - began, 2),
+        "cpu_s": round(time.process_time() - used, 2),
+    }
 
 
 def run_again(folder: Path, slabs: int) -> dict[str, float]:
@@ -67,7 +71,9 @@ def run_again(folder: Path, slabs: int) -> dict[str, float]:
     claim(prepared, store)
     Finished(store, prepared.job.digest, prepared.job.plan.tasks, "r").finish()
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "pipeline.run", str(path)], env=environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.run", str(path)], env=environment(), capture_output=True, text=True, check=True
+    )
     wall, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "is complete" in done.stdout
     cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime

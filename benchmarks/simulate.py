@@ -249,7 +249,9 @@ class Simulation:
         worker.alive, worker.opened = True, False
         self._alive += 1
         self._idle.extend([(worker, worker.life)] * world.threads)
-        ends = min(world.walltime_s, self._random.expovariate(1 / world.death_s) if world.death_s < math.inf else math.inf)
+        ends = min(
+            world.walltime_s, self._random.expovariate(1 / world.death_s) if world.death_s < math.inf else math.inf
+        )
         if ends < math.inf:
             self._at(self._now + ends, lambda life=worker.life: self._die(worker, life))  # type: ignore[misc]
         self._assign()
@@ -277,7 +279,9 @@ class Simulation:
 
 def simulate(plan: Plan, world: World, skip: Callable[[int], bool] = lambda index: False, seed: int = 0) -> Played:
     with tempfile.TemporaryDirectory() as folder:
-        played = Simulation(plan, Ledger(Store(f"file://{folder}"), "0" * 64, plan.tasks, "simulated"), world, skip, seed).run()
+        played = Simulation(
+            plan, Ledger(Store(f"file://{folder}"), "0" * 64, plan.tasks, "simulated"), world, skip, seed
+        ).run()
     assert played.written + played.skipped + played.quarantined == plan.tasks
     return played
 

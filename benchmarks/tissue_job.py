@@ -29,17 +29,28 @@ PATCH = (4, 512, 512)
 def tissue(shape: Shape) -> np.ndarray:
     """EM-like voxels, uint8, (z, y, x)."""
     patch = phantom(PATCH)
-    return np.pad(patch, [(0, max(0, n - have)) for n, have in zip(shape, patch.shape, strict=True)], mode="symmetric")[tuple(slice(n) for n in shape)]
+    return np.pad(patch, [(0, max(0, n - have)) for n, have in zip(shape, patch.shape, strict=True)], mode="symmetric")[
+        tuple(slice(n) for n in shape)
+    ]
 
 
 def write_source(path: Path, shape: Shape, chunk: Shape) -> Path:
     """A zarr v3 array of tissue, written by zarr-python."""
-    array = zarr.create_array(path, shape=shape, chunks=chunk, dtype="uint8", config={"write_empty_chunks": True}, compressors=zarr.codecs.ZstdCodec(level=1))
+    array = zarr.create_array(
+        path,
+        shape=shape,
+        chunks=chunk,
+        dtype="uint8",
+        config={"write_empty_chunks": True},
+        compressors=zarr.codecs.ZstdCodec(level=1),
+    )
     array[:] = tissue(shape)
     return path
 
 
-def ready(folder: Path, source: Path, name: str, slab: Shape, network: dict[str, Any], in_flight: int = 2, **target: Any) -> Prepared:
+def ready(
+    folder: Path, source: Path, name: str, slab: Shape, network: dict[str, Any], in_flight: int = 2, **target: Any
+) -> Prepared:
     """The job that folder/name.yaml states, its target claimed. `target` and `network` are keys of volume.yaml."""
     body = {
         "source": {"url": str(source), "voxel_size_nm": [45, 32, 32]},
@@ -70,5 +81,7 @@ def drive_all(client: Client, prepared: Prepared) -> Driven:
     outcome = drive(client, job, ledger, threading.Event())
     wall = time.perf_counter() - began
     if outcome.written != job.plan.tasks:
-        raise RuntimeError(f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {[ledger.why(i)[:500] for i in ledger.indices(3)][:1]}")
+        raise RuntimeError(
+            f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {[ledger.why(i)[:500] for i in ledger.indices(3)][:1]}"
+        )
     return Driven(outcome, wall)

@@ -48,14 +48,20 @@ def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int
         widths = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256), (256, 256)]
         vgg = {}
         for place, shape in zip((0, 2, 5, 7, 10, 12, 14, 16), widths, strict=True):
-            vgg |= {f"features.{place}.weight": 0.05 * torch.randn(*shape, 3, 3), f"features.{place}.bias": torch.zeros(shape[0])}
+            vgg |= {
+                f"features.{place}.weight": 0.05 * torch.randn(*shape, 3, 3),
+                f"features.{place}.bias": torch.zeros(shape[0]),
+            }
         stage = NetworkStage(params, reference_weight=0.001, features=Features(vgg))
     elif stage_name == "indexer":
         stage = IndexerStage(params, VQGAN(params.prior))
     else:
         stage = FlowStage(params) if stage_name == "flow" else VQGANStage(params, adversarial_from=0)
     loop = Loop(Fabric(accelerator="cpu"), stage, Recipe(steps=steps + 1, batch=1), Path("."), "")
-    lr, hr = torch.rand(1, stage.sections, 1, crop // scale, crop // scale), torch.rand(1, stage.sections, 1, crop, crop)
+    lr, hr = (
+        torch.rand(1, stage.sections, 1, crop // scale, crop // scale),
+        torch.rand(1, stage.sections, 1, crop, crop),
+    )
     before = resident("VmRSS")
     loop.step = 1  # not one of those, every sixteenth, that regularise the critic: the counter cannot follow them
     with FlopCounterMode(display=False) as counter:
@@ -73,7 +79,9 @@ def resident(which: str) -> int:
 
 def main(preset_name: str = "paper", scale: str = "8", steps: str = "2", crop: str = "") -> None:
     print(f"preset {preset_name}, x{scale}, batch 1, float32, {multiprocessing.cpu_count()} cores")
-    print("| stage | crop, HR voxels | s per step | TFLOP per step | GFLOP/s | process before | peak | GPU days (estimate) |")
+    print(
+        "| stage | crop, HR voxels | s per step | TFLOP per step | GFLOP/s | process before | peak | GPU days (estimate) |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for stage, paper_crop in STAGES.items():
         side = int(crop or paper_crop)

@@ -47,7 +47,9 @@ def stack_files() -> Path:
     try:
         import pooch
     except ImportError:
-        raise SourceError("the package pooch is not installed", "", "Install it (pip install pooch), or set EMSR_SHARED") from None
+        raise SourceError(
+            "the package pooch is not installed", "", "Install it (pip install pooch), or set EMSR_SHARED"
+        ) from None
     folder = Path(pooch.os_cache("emsr")) / "drosophila-vnc-stack1"
     for z in range(SECTIONS):
         name = f"{z:02d}.tif"
@@ -56,7 +58,11 @@ def stack_files() -> Path:
             pooch.retrieve(f"{URL}/{name}", known_hash=None, fname=name, path=folder)
         except Exception as error:
             why = " ".join(str(error).split())[:200]
-            raise SourceError(f"{URL}/{name} cannot be fetched ({why})", "", "Check the connection and run this again: what is there is kept") from error
+            raise SourceError(
+                f"{URL}/{name} cannot be fetched ({why})",
+                "",
+                "Check the connection and run this again: what is there is kept",
+            ) from error
     return folder
 
 
@@ -76,20 +82,31 @@ def make(out: Path) -> bool:
     if holds(out / NAME, recipe):
         return False
     lr = degrade(read_checked(stack_files()))
-    convert(lr, out / NAME, LR_VOXEL_NM, attributes={MARK: {**recipe, "sha256": hashlib.sha256(lr.tobytes()).hexdigest()}})
+    convert(
+        lr, out / NAME, LR_VOXEL_NM, attributes={MARK: {**recipe, "sha256": hashlib.sha256(lr.tobytes()).hexdigest()}}
+    )
     return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Make the source of drosophila-vnc.yaml from a real ssTEM stack (licence of the data: CC BY-NC-SA 3.0).")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "data", help="folder to write to (default: data beside this script)")
+    parser = argparse.ArgumentParser(
+        description="Make the source of drosophila-vnc.yaml from a real ssTEM stack (licence of the data: CC BY-NC-SA 3.0)."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent / "data",
+        help="folder to write to (default: data beside this script)",
+    )
     args = parser.parse_args(argv)
     return guarded(lambda: _report(args.out, make(args.out)))
 
 
 def _report(out: Path, made: bool) -> int:
-    print(f"{out / NAME} {'is written' if made else 'is there already, nothing to do'}. Data: {CREDIT}; licence {LICENCE}")
+    print(
+        f"{out / NAME} {'is written' if made else 'is there already, nothing to do'}. Data: {CREDIT}; licence {LICENCE}"
+    )
     return 0
 
 

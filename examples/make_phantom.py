@@ -59,7 +59,11 @@ def make(out: Path, shape: tuple[int, int, int] = SHAPE, seed: int = SEED) -> bo
     Raises UserError for a shape that 8 does not divide, TargetError where something else is in the place.
     """
     if min(shape) < 1 or shape[1] % SCALE or shape[2] % SCALE:
-        raise UserError(f"--shape {' '.join(map(str, shape))}", f"HR voxels Z Y X, Y and X multiples of {SCALE}", "For example --shape 16 1024 1024")
+        raise UserError(
+            f"--shape {' '.join(map(str, shape))}",
+            f"HR voxels Z Y X, Y and X multiples of {SCALE}",
+            "For example --shape 16 1024 1024",
+        )
     recipe = {"recipe": RECIPE, "shape": list(shape), "seed": seed}
     places = {out / "hr.zarr": HR_VOXEL_NM, out / "lr.zarr": LR_VOXEL_NM}
     missing = [path for path in places if not holds(path, recipe)]
@@ -68,7 +72,12 @@ def make(out: Path, shape: tuple[int, int, int] = SHAPE, seed: int = SEED) -> bo
     hr = phantom(shape, seed)
     for path in missing:
         voxels = hr if path.name == "hr.zarr" else degrade(hr)
-        convert(voxels, path, places[path], attributes={MARK: {**recipe, "sha256": hashlib.sha256(voxels.tobytes()).hexdigest()}})
+        convert(
+            voxels,
+            path,
+            places[path],
+            attributes={MARK: {**recipe, "sha256": hashlib.sha256(voxels.tobytes()).hexdigest()}},
+        )
     return True
 
 
@@ -79,19 +88,39 @@ def holds(path: Path, recipe: dict[str, Any]) -> bool:
     try:
         group = zarr.open_group(path, mode="r")
         mark = dict(cast(dict[str, Any], group.attrs[MARK]))
-        whole = hashlib.sha256(np.asarray(cast(zarr.Array[Any], group["0"])[:]).tobytes()).hexdigest() == mark.pop("sha256")
+        whole = hashlib.sha256(np.asarray(cast(zarr.Array[Any], group["0"])[:]).tobytes()).hexdigest() == mark.pop(
+            "sha256"
+        )
     except Exception:
         mark, whole = {}, False
     if mark == recipe and whole:
         return True
-    raise TargetError(f"{path} holds something else, or damaged data", "an empty place, or this example", "Remove it, or give another folder with --out")
+    raise TargetError(
+        f"{path} holds something else, or damaged data",
+        "an empty place, or this example",
+        "Remove it, or give another folder with --out",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Make a phantom of serial-section EM: hr.zarr (truth) and lr.zarr (source).")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "data", help="folder to write to (default: data beside this script)")
-    parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("Z", "Y", "X"), help="shape of hr.zarr (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Make a phantom of serial-section EM: hr.zarr (truth) and lr.zarr (source)."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent / "data",
+        help="folder to write to (default: data beside this script)",
+    )
+    parser.add_argument(
+        "--shape",
+        nargs=3,
+        type=int,
+        default=SHAPE,
+        metavar=("Z", "Y", "X"),
+        help="shape of hr.zarr (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     return guarded(lambda: _report(args.out, make(args.out, tuple(args.shape))))
 
@@ -164,7 +193,10 @@ class Tissue:
         rng = np.random.default_rng([seed, 0])
         neurites = _pack(rng, np.array([height, width]) + 2 * MARGIN)
         large = np.flatnonzero(neurites.radius > 24)
-        along = neurites.axis * (neurites.half_length * rng.uniform(-1, 1, len(neurites.radius)).astype(np.float32))[:, None]
+        along = (
+            neurites.axis
+            * (neurites.half_length * rng.uniform(-1, 1, len(neurites.radius)).astype(np.float32))[:, None]
+        )
         mitochondria = tuple(
             Mitochondrion(
                 owner=int(i),
@@ -195,7 +227,9 @@ class Tissue:
             lattice = rng.standard_normal((int(cells[0]) + 5, int(cells[1]) + 5), dtype=np.float32)
             dy, dx = rng.uniform(1, 2, 2)
             box = (dx, dy, dx + cells[1], dy + cells[0])
-            layer_field = np.asarray(Image.fromarray(lattice).resize((shape[1], shape[0]), Image.Resampling.BICUBIC, box=box))
+            layer_field = np.asarray(
+                Image.fromarray(lattice).resize((shape[1], shape[0]), Image.Resampling.BICUBIC, box=box)
+            )
             out += np.float32(weight / np.hypot(t, 1 - t)) * layer_field
         return out / np.float32(0.72)
 
@@ -207,7 +241,9 @@ class Tissue:
         for c in range(2):
             grid[c] += self.drift[z, c] + 1.2 * self.noise(10 + c, z, shape, 170 / step)
             for octave, (wavelength, amplitude, persistence) in enumerate(WARP):
-                grid[c] += np.float32(amplitude) * self.noise(20 + 2 * octave + c, at, shape, wavelength / step, persistence)
+                grid[c] += np.float32(amplitude) * self.noise(
+                    20 + 2 * octave + c, at, shape, wavelength / step, persistence
+                )
         return grid
 
     def profiles(self, where: Float, z: float) -> tuple[NDArray[np.int64], Float]:
@@ -229,7 +265,9 @@ class Tissue:
         owner = np.zeros(tiles.shape[1:], np.int64)
         for k in range(near.shape[2]):
             i = near[:, None, :, None, k]
-            distance = _capsule(tiles, np.moveaxis(start[i], -1, 0), np.moveaxis(self.neurites.axis[i], -1, 0), double[i], radius[i])
+            distance = _capsule(
+                tiles, np.moveaxis(start[i], -1, 0), np.moveaxis(self.neurites.axis[i], -1, 0), double[i], radius[i]
+            )
             closer = distance < first
             second = np.where(closer, first, np.minimum(second, distance))
             owner = np.where(closer, i, owner)
@@ -313,7 +351,9 @@ class Tissue:
             depth = np.where(owner[part] == m.owner, np.minimum(depth, wall[part] - 7), -9)
             stripe = np.abs(((along + wind[part]) / m.crista + 0.1 * across / m.crista) % 1 - 0.5) * m.crista
             lumen = _step(4.0, 7.0, depth) * filled[part]
-            matrix = 96 - 44 * lumen * np.exp(-(((stripe - 2.0) / 1.1) ** 2)) + 42 * lumen * np.exp(-((stripe / 1.1) ** 2))
+            matrix = (
+                96 - 44 * lumen * np.exp(-(((stripe - 2.0) / 1.1) ** 2)) + 42 * lumen * np.exp(-((stripe / 1.1) ** 2))
+            )
             body = np.where(depth < 2.6, 40, matrix)
             alpha = _step(-0.8, 0.8, depth)
             image[part] = image[part] * (1 - alpha) + body * alpha
@@ -381,7 +421,16 @@ def _pack(rng: np.random.Generator, area: NDArray[np.int64]) -> Neurites:
     tone = np.where(glia, rng.uniform(95, 120, n), rng.normal(172, 10, n)).astype(np.float32)
     vesicles = np.where(glia, 0.25, np.clip(rng.uniform(-0.35, 1.0, n), 0, 1)).astype(np.float32)
     velocity = (rng.normal(0, 2.2, (n, 2)) * np.minimum(1, 25 / table[:, 5:6])).astype(np.float32)
-    return Neurites(table[:, 0:2], velocity, table[:, 2:4], table[:, 4], table[:, 5], tone, vesicles, rng.uniform(0, 6.28, n).astype(np.float32))
+    return Neurites(
+        table[:, 0:2],
+        velocity,
+        table[:, 2:4],
+        table[:, 4],
+        table[:, 5],
+        tone,
+        vesicles,
+        rng.uniform(0, 6.28, n).astype(np.float32),
+    )
 
 
 if __name__ == "__main__":

@@ -44,21 +44,33 @@ def convert(
         raise UserError(f"chunk {list(chunk)}", "three whole numbers of at least 1, in the order z y x")
     url = urls.normalise(str(target), Path.cwd())
     if urls.split_format(url)[0]:
-        raise UserError(f"target {target} names a format", "a path or URL alone: the target is always OME-Zarr 0.5 (zarr v3)")
+        raise UserError(
+            f"target {target} names a format", "a path or URL alone: the target is always OME-Zarr 0.5 (zarr v3)"
+        )
     if not isinstance(source, Stack):
         source = Stack.of(source) if isinstance(source, np.ndarray) else open_stack(source)
     z, y, x = (float(v) for v in voxel_size_nm)
-    write_stack(source, url, (z, y, x), chunk=ZYX.of(chunk) if chunk else None, attributes=attributes, on_sections=on_sections)
+    write_stack(
+        source, url, (z, y, x), chunk=ZYX.of(chunk) if chunk else None, attributes=attributes, on_sections=on_sections
+    )
     return source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 for a mistake of the user's (told in plain text on stderr)."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.convert", description="TIFF or PNG sections into OME-Zarr 0.5.")
-    parser.add_argument("source", metavar="SOURCE", help="multi-page TIFF file, or folder with one TIFF or PNG file per section")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.convert", description="TIFF or PNG sections into OME-Zarr 0.5."
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="multi-page TIFF file, or folder with one TIFF or PNG file per section"
+    )
     parser.add_argument("target", metavar="TARGET", help="folder (or s3://, gs:// URL) to make")
-    parser.add_argument("--voxel-size-nm", nargs=3, type=float, metavar=("Z", "Y", "X"), help="size of a voxel in nm; must be given")
-    parser.add_argument("--chunk", nargs=3, type=int, metavar=("Z", "Y", "X"), help="chunk shape in voxels (default: 8 256 256)")
+    parser.add_argument(
+        "--voxel-size-nm", nargs=3, type=float, metavar=("Z", "Y", "X"), help="size of a voxel in nm; must be given"
+    )
+    parser.add_argument(
+        "--chunk", nargs=3, type=int, metavar=("Z", "Y", "X"), help="chunk shape in voxels (default: 8 256 256)"
+    )
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:
@@ -68,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.voxel_size_nm is None:
-        raise UserError("no voxel size", "the size of a voxel in nm", "Add --voxel-size-nm Z Y X, for example --voxel-size-nm 45 4 4")
+        raise UserError(
+            "no voxel size",
+            "the size of a voxel in nm",
+            "Add --voxel-size-nm Z Y X, for example --voxel-size-nm 45 4 4",
+        )
     stack = open_stack(args.source)
     chunk, _ = layer_shapes(stack.shape, ZYX.of(args.chunk) if args.chunk and min(args.chunk) > 0 else None)
     held = chunk.z * stack.shape.y * stack.shape.x * (2 if stack.dtype == "uint16" else 1)
@@ -83,10 +99,23 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("sections", total=stack.shape.z)
-            convert(stack, args.target, args.voxel_size_nm, args.chunk, on_sections=lambda done: progress.update(task, completed=done))
+            convert(
+                stack,
+                args.target,
+                args.voxel_size_nm,
+                args.chunk,
+                on_sections=lambda done: progress.update(task, completed=done),
+            )
     except SourceError as error:
-        raise SourceError(error.saw, error.wanted, f"{error.do or 'Mend it'}. {args.target} is unfinished: remove it before the next try") from error
-    console.print(f"written: {args.target} (OME-Zarr 0.5, voxel {' x '.join(f'{v:g}' for v in args.voxel_size_nm)} nm)", markup=False)
+        raise SourceError(
+            error.saw,
+            error.wanted,
+            f"{error.do or 'Mend it'}. {args.target} is unfinished: remove it before the next try",
+        ) from error
+    console.print(
+        f"written: {args.target} (OME-Zarr 0.5, voxel {' x '.join(f'{v:g}' for v in args.voxel_size_nm)} nm)",
+        markup=False,
+    )
     return 0
 
 

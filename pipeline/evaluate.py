@@ -31,7 +31,9 @@ ERROR_TOP = 96
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate", description="Score super-resolved volumes against ground truth.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.evaluate", description="Score super-resolved volumes against ground truth."
+    )
     parser.add_argument("table", help="path of table.yaml")
     args = parser.parse_args(argv)
     return guarded(lambda: evaluate(evaluate_config.load(args.table)))
@@ -42,7 +44,9 @@ def evaluate(config: TableConfig) -> int:
     try:
         from models.evaluation import table
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed", "it is needed for evaluation", "pip install 'emsr[evaluate]'") from None
+        raise UserError(
+            f"{error.name} is not installed", "it is needed for evaluation", "pip install 'emsr[evaluate]'"
+        ) from None
     metrics = {name: _metric(name, config.weights) for name in config.metrics}
     volumes = [_open(volume) for volume in config.volumes]
     rows, panels = [], []
@@ -52,7 +56,9 @@ def evaluate(config: TableConfig) -> int:
         truth = images.pop("GT")
         shown = images.pop("LR", None)
         for method, image in images.items():
-            rows.append(table.Row(volume.name, method, z, {name: score(image, truth) for name, score in metrics.items()}))
+            rows.append(
+                table.Row(volume.name, method, z, {name: score(image, truth) for name, score in metrics.items()})
+            )
         if z == (volume.sections[0] + volume.sections[1]) // 2:
             panels.append(_panels(volume.name, z, shown, images, truth))
     config.output.mkdir(parents=True, exist_ok=True)
@@ -96,22 +102,34 @@ def _open(config: VolumeConfig) -> _Volume:
     within = all(a <= b for a, b in zip(found, wanted, strict=True))
     if not (within if config.crop else found == wanted):
         hint = "Use crop: true to leave out what the truth has more" if within else "Name its own truth"
-        raise UserError(f"{config.name}: SR is {tuple(found)}, ground truth {tuple(wanted)}", "one shape (z, y, x)", hint)
+        raise UserError(
+            f"{config.name}: SR is {tuple(found)}, ground truth {tuple(wanted)}", "one shape (z, y, x)", hint
+        )
     lr = None if config.lr is None else source(config.lr)
     if lr is not None:
         shape = lr.info.bounds.shape
         scale = found.y // max(1, shape.y)
         if shape.z != found.z or scale < 2 or (shape.y * scale, shape.x * scale) != (found.y, found.x):
             raise UserError(
-                f"{config.name}: LR is {tuple(shape)}, SR {tuple(found)}", "the same sections, y and x smaller by one whole number", "Name its own LR"
+                f"{config.name}: LR is {tuple(shape)}, SR {tuple(found)}",
+                "the same sections, y and x smaller by one whole number",
+                "Name its own LR",
             )
     first, stop = config.sections or (0, found.z)
     if stop > found.z:
-        raise UserError(f"{config.name}: sections [{first}, {stop}] of a volume of {found.z}", f"sections within [0, {found.z}]", "Correct sections")
+        raise UserError(
+            f"{config.name}: sections [{first}, {stop}] of a volume of {found.z}",
+            f"sections within [0, {found.z}]",
+            "Correct sections",
+        )
     volume = _Volume(config.name, sr, gt, lr, (first, stop))
     for z in range(first, stop):
         if _section(gt, z, found).std() == 0:
-            raise UserError(f"{config.name}: section {z} of the ground truth is constant", "an EM image", "Leave it out with sections, or correct the url")
+            raise UserError(
+                f"{config.name}: section {z} of the ground truth is constant",
+                "an EM image",
+                "Leave it out with sections, or correct the url",
+            )
     return volume
 
 
@@ -120,7 +138,11 @@ def _section(source: Source, z: int, shape: ZYX) -> Uint8Array:
     try:
         whole = source.read(Box(start, start + ZYX(1, shape.y, shape.x)))
     except DataError as error:
-        raise UserError(f"section {z} of {source.info.url} cannot be read: {error}", "", "Finish or mend the volume, or leave the section out") from None
+        raise UserError(
+            f"section {z} of {source.info.url} cannot be read: {error}",
+            "",
+            "Finish or mend the volume, or leave the section out",
+        ) from None
     section: Uint8Array = whole[0]
     return section
 
@@ -136,7 +158,11 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
 
     from models.evaluation import perceptual
 
-    files: dict[str, list[Path | None]] = {"lpips_alex": [weights.lpips_alex], "lpips_vgg": [weights.vgg16], "dists": [weights.vgg16, weights.dists]}
+    files: dict[str, list[Path | None]] = {
+        "lpips_alex": [weights.lpips_alex],
+        "lpips_vgg": [weights.vgg16],
+        "dists": [weights.vgg16, weights.dists],
+    }
     try:
         network: Any = getattr(perceptual, name)(*files[name])
     except (OSError, WeightsError, KeyError) as error:
@@ -155,7 +181,9 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
     return score
 
 
-def _panels(name: str, z: int, lr: Uint8Array | None, images: dict[str, Uint8Array], truth: Uint8Array) -> list[tuple[str, Image.Image]]:
+def _panels(
+    name: str, z: int, lr: Uint8Array | None, images: dict[str, Uint8Array], truth: Uint8Array
+) -> list[tuple[str, Image.Image]]:
     """LR, bicubic, SR, GT and the error of SR, in the middle of a section."""
     height, width = (min(SIDE, n) for n in truth.shape)
     top, left = ((n - m) // 2 for n, m in zip(truth.shape, (height, width), strict=True))
@@ -163,7 +191,10 @@ def _panels(name: str, z: int, lr: Uint8Array | None, images: dict[str, Uint8Arr
     row = []
     if lr is not None:
         nearest = Image.fromarray(lr).resize(truth.shape[::-1], Image.Resampling.NEAREST)
-        row = [(f"{name}, section {z}: LR", Image.fromarray(np.asarray(nearest)[middle])), (BICUBIC, Image.fromarray(images[BICUBIC][middle]))]
+        row = [
+            (f"{name}, section {z}: LR", Image.fromarray(np.asarray(nearest)[middle])),
+            (BICUBIC, Image.fromarray(images[BICUBIC][middle])),
+        ]
     error = np.abs(images[SR].astype(np.int16) - truth)[middle].astype(np.uint8)
     return [
         *row,

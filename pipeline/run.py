@@ -34,7 +34,10 @@ from pipeline.storage.volume import Source
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.run", description="Super-resolve the volume that volume.yaml names. Run again to resume.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.run",
+        description="Super-resolve the volume that volume.yaml names. Run again to resume.",
+    )
     parser.add_argument("volume", help="path of volume.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the price and touch nothing")
     args = parser.parse_args(argv)
@@ -64,7 +67,9 @@ def run(config: Config, dry_run: bool = False) -> int:
         if not ledger.counts()["pending"]:
             print(f"{prepared.job.target.url} is complete: {_sum(ledger)}")
             return 0
-    with connect(config.cluster, config.work.in_flight) as client:  # before anything is written: a mistake there leaves no trace
+    with connect(
+        config.cluster, config.work.in_flight
+    ) as client:  # before anything is written: a mistake there leaves no trace
         rehearse(client, prepared.job)
         held.acquire()
         try:
@@ -85,13 +90,17 @@ def _look(config: Config, survey: Survey, source: Source, keep: bool) -> dict[in
     return found
 
 
-def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, held: TargetLease, client: Client) -> int:
+def _execute(
+    config: Config, prepared: Prepared, store: Store, ledger: Ledger, held: TargetLease, client: Client
+) -> int:
     job, began = prepared.job, time.time()
     again = ledger.requeue(QUARANTINED)
     before = ledger.counts()
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(progress) as stop:
-        progress.say("plan", slabs=job.plan.slabs, pyramid_blocks=job.plan.tasks - job.plan.slabs, done=done, retried=again)
+        progress.say(
+            "plan", slabs=job.plan.slabs, pyramid_blocks=job.plan.tasks - job.plan.slabs, done=done, retried=again
+        )
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
 
         def seen(outcome: Outcome) -> None:
@@ -101,7 +110,9 @@ def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, h
         outcome = drive(client, job, ledger, stop, held, seen)
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
         if bad := prepared.spec["source"]["bad_sections"]:
-            progress.say("bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]})
+            progress.say(
+                "bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]}
+            )
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)
     return _verdict(ledger, outcome)
@@ -110,7 +121,10 @@ def _execute(config: Config, prepared: Prepared, store: Store, ledger: Ledger, h
 def _verdict(ledger: Ledger, outcome: Outcome) -> int:
     counts = ledger.counts()
     if outcome.interrupted and counts["pending"]:
-        print(f"emsr: stopped; {counts['pending']} of {ledger.tasks} tasks are left. Run the same command again to go on.", file=sys.stderr)
+        print(
+            f"emsr: stopped; {counts['pending']} of {ledger.tasks} tasks are left. Run the same command again to go on.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     if counts["quarantined"]:
         first = next(ledger.indices(QUARANTINED))
@@ -139,7 +153,9 @@ def _interruptible(progress: RunProgress) -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        progress.say("stopping", signal=signal.Signals(number).name, now="slabs in flight are finished; once more to end at once")
+        progress.say(
+            "stopping", signal=signal.Signals(number).name, now="slabs in flight are finished; once more to end at once"
+        )
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -20,7 +20,8 @@ SHOWN = 20
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.status", description="Show how far the target of volume.yaml is. Needs neither source nor cluster."
+        prog="python -m pipeline.status",
+        description="Show how far the target of volume.yaml is. Needs neither source nor cluster.",
     )
     parser.add_argument("volume", help="path of volume.yaml")
     args = parser.parse_args(argv)
@@ -36,8 +37,14 @@ def status(config: Config) -> int:
     ledger, plan, slabs, tasks = found.ledger, found.plan, found.slabs, found.ledger.tasks
     counts = ledger.counts()
     print(f"target       {config.target.url}")
-    print(f"plan         {found.digest[:16]}, {slabs:,} slabs" + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else ""))
-    print(f"ledger       {tasks:,} planned = " + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending")))
+    print(
+        f"plan         {found.digest[:16]}, {slabs:,} slabs"
+        + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else "")
+    )
+    print(
+        f"ledger       {tasks:,} planned = "
+        + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending"))
+    )
     print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
     for line in found.bad_sections:
         print(line)
@@ -48,13 +55,18 @@ def status(config: Config) -> int:
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"
         )
     if (seen := ledger.timings).tasks:
-        print(f"timings      {seen.total / seen.tasks:.2f} s a task on the last {seen.tasks:,}, the slowest {seen.slowest:.2f} s (task {seen.slowest_task})")
+        print(
+            f"timings      {seen.total / seen.tasks:.2f} s a task on the last {seen.tasks:,}, the slowest {seen.slowest:.2f} s (task {seen.slowest_task})"
+        )
     _say_workers(last_workers(found.store))
     for key in ledger.damaged:
         print(f"damaged      {key}: its records are lost, those tasks run again")
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):
         why = ledger.why(index)
-        print(f"quarantined  task {index}, {plan.place(index)}: {why.first_line}" + (f" [{why.worker}]" if why.worker else ""))
+        print(
+            f"quarantined  task {index}, {plan.place(index)}: {why.first_line}"
+            + (f" [{why.worker}]" if why.worker else "")
+        )
     if counts["quarantined"] > SHOWN:
         print(f"quarantined  and {counts['quarantined'] - SHOWN:,} more")
     return 0 if counts["written"] + counts["skipped"] == tasks else 1
@@ -67,7 +79,11 @@ def _requests(report: bytes | None) -> str:
         refused, retried = int(found.get("refused", 0)), int(found.get("retried", 0))
     except (ValueError, TypeError, AttributeError):
         return ""
-    return f"{refused:,} were answered 429 or 503, {retried:,} were tried again, in the last run that ended" if refused or retried else ""
+    return (
+        f"{refused:,} were answered 429 or 503, {retried:,} were tried again, in the last run that ended"
+        if refused or retried
+        else ""
+    )
 
 
 def _say_workers(workers: dict[str, dict[str, float]]) -> None:

@@ -27,7 +27,9 @@ LINE_S = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.train", description="Train one stage of the network, or go on where it stopped.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train", description="Train one stage of the network, or go on where it stopped."
+    )
     parser.add_argument("stage", help="path of stage.yaml")
     args = parser.parse_args(argv)
     return guarded(lambda: train(train_config.load(args.stage)))
@@ -43,7 +45,9 @@ def train(config: StageConfig) -> int:
         from models.training.loop import Loop, Recipe
         from pipeline.training.stage import prepare
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed", "it is needed for training", "pip install 'emsr[train]'") from None
+        raise UserError(
+            f"{error.name} is not installed", "it is needed for training", "pip install 'emsr[train]'"
+        ) from None
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -54,7 +58,9 @@ def train(config: StageConfig) -> int:
     held_out = [open_volume(v, scale, stage.validated, 4 * scale) for v in data.validate_on]
     crops = Crops(volumes, stage.sections, data.crop, scale, Augmentation(data.flips, data.drift, data.noise))
     share = max(1, data.validation_windows // max(1, len(held_out)))
-    windows = [w for volume in held_out for w in centre_windows(volume, stage.validated, data.validation_crop, scale, share)]
+    windows = [
+        w for volume in held_out for w in centre_windows(volume, stage.validated, data.validation_crop, scale, share)
+    ]
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
     fabric.launch()
     recipe = Recipe(
@@ -71,7 +77,13 @@ def train(config: StageConfig) -> int:
     loop = Loop(fabric, stage, recipe, config.output, config.digest())
     _resume(loop, config)
     with _Interrupts() as interrupts, _Log(config.output, resumed_at=loop.step) as log:
-        done = loop.run(crops, windows, lambda name, network, facts: _save(config, name, network, facts), log.tell, interrupts.is_set)
+        done = loop.run(
+            crops,
+            windows,
+            lambda name, network, facts: _save(config, name, network, facts),
+            log.tell,
+            interrupts.is_set,
+        )
     if done:
         return 0
     print(f"emsr: stopped at step {loop.step} of {config.steps}; the same command goes on", file=sys.stderr)
@@ -86,7 +98,9 @@ def _checked(build: Callable[[], Stage]) -> Stage:
     except (WeightsError, ValueError) as error:
         raise NetworkError(str(error)) from None
     except OSError as error:
-        raise NetworkError(f"cannot be read: {error}", "the file of an earlier stage or of a loss", "Check its path") from None
+        raise NetworkError(
+            f"cannot be read: {error}", "the file of an earlier stage or of a loss", "Check its path"
+        ) from None
 
 
 def _resume(loop: Loop, config: StageConfig) -> None:
@@ -94,7 +108,9 @@ def _resume(loop: Loop, config: StageConfig) -> None:
         if loop.resume():
             print(f"emsr: going on from step {loop.step}", file=sys.stderr)
     except ValueError as error:
-        raise UserError(f"{error}", "the stage.yaml it was begun with", f"Put it back, or empty {config.output}") from None
+        raise UserError(
+            f"{error}", "the stage.yaml it was begun with", f"Put it back, or empty {config.output}"
+        ) from None
 
 
 def _save(config: StageConfig, name: str, network: nn.Module, facts: dict[str, Any]) -> None:
@@ -154,8 +170,14 @@ class _Log:
             self._said = time.monotonic()
             left = (told.steps - told.step) / told.steps_per_s
             losses = "  ".join(f"{name} {value:.4f}" for name, value in told.losses.items())
-            scores = "".join(f"  {name} {value:.4f}{' (best)' if name in told.best else ''}" for name, value in told.scores.items())
-            print(f"step {told.step}/{told.steps}  {losses}{scores}  {told.steps_per_s:.2f} steps/s  {_clock(left)} left", file=sys.stderr, flush=True)
+            scores = "".join(
+                f"  {name} {value:.4f}{' (best)' if name in told.best else ''}" for name, value in told.scores.items()
+            )
+            print(
+                f"step {told.step}/{told.steps}  {losses}{scores}  {told.steps_per_s:.2f} steps/s  {_clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _show(self, told: Progress) -> None:
         from PIL import Image
@@ -164,7 +186,9 @@ class _Log:
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(told.images[:1]):
             self._writer.add_image(f"sample/{i}", image.cpu(), told.step)
-            Image.fromarray((image[0] * 255).round().byte().cpu().numpy()).save(folder / f"step-{told.step:07d}-{i}.png")
+            Image.fromarray((image[0] * 255).round().byte().cpu().numpy()).save(
+                folder / f"step-{told.step:07d}-{i}.png"
+            )
 
 
 def _clock(seconds: float) -> str:

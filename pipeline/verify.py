@@ -23,10 +23,15 @@ from pipeline.worker.slab import checksum, object_keys
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description="Read the target's objects again and compare them with what was written.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.verify",
+        description="Read the target's objects again and compare them with what was written.",
+    )
     parser.add_argument("volume", help="path of volume.yaml")
     parser.add_argument("--sample", type=int, metavar="N", help="check N tasks chosen at random instead of all")
-    parser.add_argument("--requeue", action="store_true", help="mark damaged tasks as pending, so that the next run writes them again")
+    parser.add_argument(
+        "--requeue", action="store_true", help="mark damaged tasks as pending, so that the next run writes them again"
+    )
     args = parser.parse_args(argv)
     return guarded(lambda: verify(configuration.load(args.volume), args.sample, args.requeue))
 
@@ -37,12 +42,16 @@ def verify(config: Config, sample: int | None = None, requeue: bool = False) -> 
     job, store = prepared.job, Store(sidecar(prepared.job.target.url))
     stored = store.get("plan.json")
     if stored is None:
-        raise LedgerError(f"nothing was run for {job.target.url} yet", "a target with its ledger", "Run python -m pipeline.run first")
+        raise LedgerError(
+            f"nothing was run for {job.target.url} yet", "a target with its ledger", "Run python -m pipeline.run first"
+        )
     same_plan(prepared, stored, store.url)
     ledger = Ledger(store, job.digest, job.plan.tasks, run_id=time.strftime("%Y%m%dT%H%M%S-verify", time.gmtime()))
     ledger.load()
     written = {i: record for i, record in ledger.records().items() if record[0] == WRITTEN}
-    chosen = sorted(written) if sample is None else sorted(random.sample(sorted(written), min(max(0, sample), len(written))))
+    chosen = (
+        sorted(written) if sample is None else sorted(random.sample(sorted(written), min(max(0, sample), len(written))))
+    )
     target = open_target(job.target)
     damaged = []
     for index in track(chosen, "verify", console=Console(file=sys.stderr), disable=not sys.stderr.isatty()):
@@ -52,10 +61,15 @@ def verify(config: Config, sample: int | None = None, requeue: bool = False) -> 
         if lost or checksum(whole) != written[index][1]:
             damaged.append(index)
             print(
-                f"damaged      task {index}: " + (f"{lost[0]} is missing" if lost else "stored bytes differ from those written") + f" ({len(objects)} objects)"
+                f"damaged      task {index}: "
+                + (f"{lost[0]} is missing" if lost else "stored bytes differ from those written")
+                + f" ({len(objects)} objects)"
             )
     counts = ledger.counts()
-    print(f"verified     {len(chosen):,} of {len(written):,} written tasks, {len(damaged)} damaged; ledger: " + ", ".join(f"{counts[k]:,} {k}" for k in STATES))
+    print(
+        f"verified     {len(chosen):,} of {len(written):,} written tasks, {len(damaged)} damaged; ledger: "
+        + ", ".join(f"{counts[k]:,} {k}" for k in STATES)
+    )
     if damaged and requeue:
         _requeue(store, ledger, damaged)
         print(f"requeued     {len(damaged)} tasks; run python -m pipeline.run to write them again")

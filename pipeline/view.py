@@ -33,10 +33,20 @@ MARKED = 1000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0 (Ctrl-C included), 2 for a user's mistake, 1 for other errors of ours."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.view", description="Look at a volume and its super-resolved target in Neuroglancer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.view", description="Look at a volume and its super-resolved target in Neuroglancer."
+    )
     parser.add_argument("volume", help="the volume.yaml of the run")
-    parser.add_argument("--state", action="store_true", help="print Neuroglancer's state as JSON and end; nothing is served")
-    parser.add_argument("--port", type=_port, default=0, metavar="N", help="serve the viewer on port N and local volumes on N+1 (for ssh tunnels)")
+    parser.add_argument(
+        "--state", action="store_true", help="print Neuroglancer's state as JSON and end; nothing is served"
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=0,
+        metavar="N",
+        help="serve the viewer on port N and local volumes on N+1 (for ssh tunnels)",
+    )
     args = parser.parse_args(argv)
     return guarded(lambda: _view(args.volume, args.state, args.port))
 
@@ -48,7 +58,10 @@ def _view(volume: str, state: bool, port: int) -> int:
         scene = _Scene(found, os.path.basename(volume), quarantined(config, _sr(found)))
         for layer in found:
             if layer.native.unreadable:
-                print(f"{layer.name}: Neuroglancer does not read {layer.native.unreadable}, so this layer stays empty there.", file=sys.stderr)
+                print(
+                    f"{layer.name}: Neuroglancer does not read {layer.native.unreadable}, so this layer stays empty there.",
+                    file=sys.stderr,
+                )
         if state:
             _print_state(scene)
         else:
@@ -77,13 +90,27 @@ def layers(config: Config) -> list[Layer]:
     target = config.target.url
     sr = _native(target)
     if sr is None:
-        raise TargetError(f"{target} holds no volume yet", "", "Make it with `python -m pipeline.run` and the same volume.yaml, then view it")
+        raise TargetError(
+            f"{target} holds no volume yet",
+            "",
+            "Make it with `python -m pipeline.run` and the same volume.yaml, then view it",
+        )
     _check_shape(target, sr, region.shape.lateral(scale))
     found.append(Layer("SR", browser_url(target), sr, (z, y / scale, x / scale), corner))
     fidelity = _native(f"{target}/fidelity")
     if fidelity is not None:
         _check_shape(f"{target}/fidelity", fidelity, region.shape)
-        found.append(Layer("fidelity", f"{browser_url(target)}/fidelity", fidelity, info.voxel_size_nm, corner, heat=True, visible=False))
+        found.append(
+            Layer(
+                "fidelity",
+                f"{browser_url(target)}/fidelity",
+                fidelity,
+                info.voxel_size_nm,
+                corner,
+                heat=True,
+                visible=False,
+            )
+        )
     return found
 
 
@@ -126,7 +153,14 @@ def quarantined(config: Config, sr: Layer) -> list[Mark]:
     for _, index in zip(range(MARKED), found.ledger.indices(QUARANTINED), strict=False):
         box = found.plan.box(index)
         low, high = (_corner(sr.corner_nm, voxel, sr.voxel_nm) for voxel in (box.start, box.stop))
-        marks.append(Mark(f"task {index}", low, high, f"task {index}, {found.plan.place(index)}: {found.ledger.why(index).first_line}"))
+        marks.append(
+            Mark(
+                f"task {index}",
+                low,
+                high,
+                f"task {index}, {found.plan.place(index)}: {found.ledger.why(index).first_line}",
+            )
+        )
     return marks
 
 
@@ -149,7 +183,10 @@ def _print_state(scene: _Scene) -> None:
     local = [layer.name for layer in scene.layers if urls.local_path(layer.url)]
     if local:
         names = ", ".join(local)
-        print(f"{names}: on this computer, which Neuroglancer reaches through a web server only. Leave out --state to have them served.", file=sys.stderr)
+        print(
+            f"{names}: on this computer, which Neuroglancer reaches through a web server only. Leave out --state to have them served.",
+            file=sys.stderr,
+        )
 
 
 def _show(scene: _Scene, port: int) -> None:
@@ -160,7 +197,11 @@ def _show(scene: _Scene, port: int) -> None:
     if importlib.util.find_spec("neuroglancer") is None:
         if not folders:
             return
-        raise UserError("the neuroglancer package is not installed", "it holds the viewer", "pip install 'emsr[view]', or use --state")
+        raise UserError(
+            "the neuroglancer package is not installed",
+            "it holds the viewer",
+            "pip install 'emsr[view]', or use --state",
+        )
     with contextlib.ExitStack() as stack:
         bases = stack.enter_context(serving(folders, port + 1 if port else 0)) if folders else {}
         served = replace(scene, layers=[replace(layer, url=bases.get(layer.name, layer.url)) for layer in scene.layers])
@@ -178,7 +219,11 @@ def _neuroglancer(state: dict[str, Any], port: int) -> Iterator[str]:
     try:
         viewer = neuroglancer.Viewer()
     except OSError as error:
-        raise UserError(f"port {port} on {HOST} cannot be opened ({error.strerror})", "a free port", "Give another --port, or leave it out") from None
+        raise UserError(
+            f"port {port} on {HOST} cannot be opened ({error.strerror})",
+            "a free port",
+            "Give another --port, or leave it out",
+        ) from None
     try:
         viewer.set_state(neuroglancer.ViewerState(state))
         yield viewer.get_viewer_url()

@@ -16,12 +16,16 @@ def write_certificates(folder: Path) -> dict[str, str]:
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     _write(folder / "ca.pem", _certificate("tests", "tests", authority, authority, authority=True))
     _write(folder / "cert.pem", _certificate("emsr", "tests", key, authority, authority=False))
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "key.pem").write_bytes(private)
     return {"ca_file": "ca.pem", "cert_file": "cert.pem", "key_file": "key.pem"}
 
 
-def _certificate(name: str, issuer: str, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey, authority: bool) -> x509.Certificate:
+def _certificate(
+    name: str, issuer: str, key: ec.EllipticCurvePrivateKey, signer: ec.EllipticCurvePrivateKey, authority: bool
+) -> x509.Certificate:
     now = datetime.datetime.now(datetime.UTC)
     named = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
     return (

@@ -43,10 +43,17 @@ def write_lr(path: Path, voxels: np.ndarray, voxel_size_nm: tuple[float, float, 
     import zarr
 
     group = zarr.open_group(path, mode="w", zarr_format=3)
-    group.create_array("0", shape=voxels.shape, dtype=voxels.dtype, chunks=(4, 16, 16), config={"write_empty_chunks": True})[:] = voxels
+    group.create_array(
+        "0", shape=voxels.shape, dtype=voxels.dtype, chunks=(4, 16, 16), config={"write_empty_chunks": True}
+    )[:] = voxels
     transforms = [{"type": "scale", "scale": list(voxel_size_nm)}]
     axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "zyx"]
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "lr", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}]}
+    group.attrs["ome"] = {
+        "version": "0.5",
+        "multiscales": [
+            {"name": "lr", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}
+        ],
+    }
     return path
 
 
@@ -74,13 +81,21 @@ def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: A
 
 def tree(path: Path) -> dict[str, str]:
     """Every file below `path` with the hash of its bytes."""
-    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(path.rglob("*"))
+        if f.is_file()
+    }
 
 
-def main_job(yaml_path: Path, script: str = "run_standin.py", check: bool = True, **environ: str) -> subprocess.CompletedProcess[str]:
+def main_job(
+    yaml_path: Path, script: str = "run_standin.py", check: bool = True, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """The main job in a process of its own, as a user runs it. `check`: it must end well."""
     done = subprocess.run(
-        [sys.executable, str(TESTS / script), str(yaml_path)] if script != "run" else [sys.executable, "-m", "pipeline.run", str(yaml_path)],
+        [sys.executable, str(TESTS / script), str(yaml_path)]
+        if script != "run"
+        else [sys.executable, "-m", "pipeline.run", str(yaml_path)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environ},
         capture_output=True,
@@ -108,7 +123,9 @@ def run_here(yaml_path: Path) -> Any:
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
     for stage in prepared.job.plan.stages():
         result = process_lease(prepared.job, stage.start, stage.stop)
-        assert all(r.state == WRITTEN for r in result.receipts), next(r.error for r in result.receipts if r.state != WRITTEN)
+        assert all(r.state == WRITTEN for r in result.receipts), next(
+            r.error for r in result.receipts if r.state != WRITTEN
+        )
         ledger.record(result.receipts)
     ledger.flush()
     return prepared.job

@@ -29,7 +29,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Faults done to the main job, and what must hold after each.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=len(FAULTS))
-    parser.add_argument("--source", type=Path, help="a local volume; its middle is super-resolved (a made one without this)")
+    parser.add_argument(
+        "--source", type=Path, help="a local volume; its middle is super-resolved (a made one without this)"
+    )
     parser.add_argument("--only", nargs="+", choices=FAULTS, help="these faults alone")
     parser.add_argument("--time-out", type=float, default=300.0, help="seconds after which a command hangs")
     args = parser.parse_args()
@@ -49,7 +51,12 @@ def main() -> int:
                 do(name, Scene(folder, source, keys, base, random.Random(rng.random()), args.time_out))
             except AssertionError as error:
                 failed, wrong = failed + 1, str(error)
-            print(json.dumps({"fault": number, "name": name, "seconds": round(time.monotonic() - began, 1), "failed": wrong}), flush=True)
+            print(
+                json.dumps(
+                    {"fault": number, "name": name, "seconds": round(time.monotonic() - began, 1), "failed": wrong}
+                ),
+                flush=True,
+            )
             shutil.rmtree(folder)
     print(f"seed {args.seed}: {args.faults} faults, {failed} failed")
     return 1 if failed else 0

@@ -62,7 +62,14 @@ class Scene:
     @contextlib.contextmanager
     def command(self, *words: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
         """`emsr WORDS` with the stand-in network; whatever is left of it at the end is killed, and told."""
-        env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", "FAULT_LOG": str(self.log), "FAULT_FLUSH_S": str(FLUSH_S), **self.environ, **environ}
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
+            "FAULT_LOG": str(self.log),
+            "FAULT_FLUSH_S": str(FLUSH_S),
+            **self.environ,
+            **environ,
+        }
         said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         arguments = [sys.executable, str(TESTS / "run_faults.py"), *words]
         with subprocess.Popen(arguments, cwd=REPOSITORY, env=env, text=True, start_new_session=True, **said) as process:  # type: ignore[call-overload]
@@ -143,7 +150,9 @@ class Scene:
         assert counts["pending"] == counts["quarantined"] == 0, f"not closed: {counts}"
         made = tree(self.place)
         wanted = tree(self.undisturbed / "sr")
-        assert made == wanted, f"other bytes: {sorted(k for k in made.keys() | wanted.keys() if made.get(k) != wanted.get(k))[:5]}"
+        assert made == wanted, (
+            f"other bytes: {sorted(k for k in made.keys() | wanted.keys() if made.get(k) != wanted.get(k))[:5]}"
+        )
 
 
 def _group(leader: int) -> list[str]:
@@ -168,5 +177,7 @@ def undisturbed(folder: Path, source: Path | None) -> tuple[Path, dict[str, Any]
         keys = {"source__box": {"start": list(start), "stop": list(start + size)}} | keys
     path = volume_yaml(folder / "v.yaml", source, folder / "sr", **keys)
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}"}
-    subprocess.run([sys.executable, str(TESTS / "run_faults.py"), "here", str(path)], cwd=REPOSITORY, env=environ, check=True)
+    subprocess.run(
+        [sys.executable, str(TESTS / "run_faults.py"), "here", str(path)], cwd=REPOSITORY, env=environ, check=True
+    )
     return source, keys

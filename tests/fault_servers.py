@@ -34,7 +34,9 @@ class Gateway(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, upstream: tuple[str, int], seed: int = 0, share: float = 0.0, silence_s: float = 4.0, gcs: bool = False) -> None:
+    def __init__(
+        self, upstream: tuple[str, int], seed: int = 0, share: float = 0.0, silence_s: float = 4.0, gcs: bool = False
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.share, self.silence_s, self.gcs = upstream, share, silence_s, gcs
         self.lock = threading.Lock()
@@ -118,7 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
             asked = byte_range(self.headers.get("Range"), len(answer))
             if asked is None:
                 return 200, headers, answer
-            return 206, [*headers, ("Content-Range", f"bytes {asked[0]}-{asked[1] - 1}/{len(answer)}")], answer[slice(*asked)]
+            return (
+                206,
+                [*headers, ("Content-Range", f"bytes {asked[0]}-{asked[1] - 1}/{len(answer)}")],
+                answer[slice(*asked)],
+            )
         if parts.path.endswith("/o") and self.command == "GET":
             listing = json.loads(answer)
             low, high = query.get("startOffset", ""), query.get("endOffset", "\U0010ffff")
@@ -152,7 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = (
                 {}
                 if bare
-                else {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "accept-encoding", *(["range"] if self.server.gcs else []))}
+                else {
+                    k: v
+                    for k, v in self.headers.items()
+                    if k.lower() not in ("connection", "accept-encoding", *(["range"] if self.server.gcs else []))
+                }
             )
             upstream.request(method, path, body or None, headers)
             response = upstream.getresponse()
@@ -223,4 +233,8 @@ def s3_environment(gateway: Gateway) -> dict[str, str]:
 
 
 def gcs_environment(gateway: Gateway) -> dict[str, str]:
-    return {"TENSORSTORE_GCS_HTTP_URL": gateway.url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token", "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2"}
+    return {
+        "TENSORSTORE_GCS_HTTP_URL": gateway.url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2",
+    }

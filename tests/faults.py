@@ -101,13 +101,43 @@ def _kill(pid: int) -> None:
 def _cluster(scene: Scene) -> Iterator[tuple[subprocess.Popen[bytes], list[subprocess.Popen[bytes]]]]:
     """A scheduler and two nannies in processes of their own, and a volume.yaml that names them."""
     place = scene.folder / "scheduler.json"
-    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", "FAULT_LOG": str(scene.log), "FAULT_FLUSH_S": str(FLUSH_S)}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
+        "FAULT_LOG": str(scene.log),
+        "FAULT_FLUSH_S": str(FLUSH_S),
+    }
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environ, "start_new_session": True}
     dask = [sys.executable, "-m", "dask"]
-    worker = [*dask, "worker", "--scheduler-file", str(place), "--nthreads", "2", "--no-dashboard", "--preload", str(TESTS / "run_faults.py")]
+    worker = [
+        *dask,
+        "worker",
+        "--scheduler-file",
+        str(place),
+        "--nthreads",
+        "2",
+        "--no-dashboard",
+        "--preload",
+        str(TESTS / "run_faults.py"),
+    ]
     started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(place)], **quiet))  # type: ignore[call-overload]
+        started.append(
+            subprocess.Popen(
+                [
+                    *dask,
+                    "scheduler",
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    "0",
+                    "--no-dashboard",
+                    "--scheduler-file",
+                    str(place),
+                ],
+                **quiet,
+            )
+        )  # type: ignore[call-overload]
         started += [subprocess.Popen(worker, **quiet) for _ in range(2)]  # type: ignore[call-overload]
         scene.wait(lambda: place.exists() and place.read_text().endswith("}"), "the scheduler does not start")
         scene.write(cluster={"kind": "address", "address": json.loads(place.read_text())["address"]})
@@ -146,7 +176,9 @@ def _bad_slab(kind: str, words: str) -> Callable[[Scene], None]:
         assert not found.ledger.count(PENDING, range(found.slabs)), "the rest is finished"
         mark = scene.log.stat().st_size
         scene.run()
-        assert {task for task, _ in scene.lines("begin", mark)} == {int(task_number)}, "mended, the same command repeats it alone"
+        assert {task for task, _ in scene.lines("begin", mark)} == {int(task_number)}, (
+            "mended, the same command repeats it alone"
+        )
 
     return fault
 
@@ -171,7 +203,11 @@ def _disk(scene: Scene, size: int) -> Iterator[Callable[[str], None]]:
     scene.disk = place
     try:
         yield lambda options: scene.wait(
-            lambda: subprocess.run(["mount", "-o", f"remount,{options}", str(place)], stderr=subprocess.DEVNULL).returncode == 0, "busy"
+            lambda: (
+                subprocess.run(["mount", "-o", f"remount,{options}", str(place)], stderr=subprocess.DEVNULL).returncode
+                == 0
+            ),
+            "busy",
         )
         scene.check()
     finally:
@@ -207,7 +243,11 @@ def read_only(scene: Scene) -> None:
 def damaged_shard(scene: Scene) -> None:
     """Stored objects are changed, cut off or lost after a run: verify finds each, --requeue and run repair them and nothing else."""
     _finished(scene)
-    objects = [f for f in sorted((scene.folder / "sr").rglob("*")) if f.is_file() and "c" in f.relative_to(scene.folder / "sr").parts]
+    objects = [
+        f
+        for f in sorted((scene.folder / "sr").rglob("*"))
+        if f.is_file() and "c" in f.relative_to(scene.folder / "sr").parts
+    ]
     for victim in scene.rng.sample(objects, scene.rng.randint(1, 3)):
         data = bytearray(victim.read_bytes())
         kind = scene.rng.choice(["flip", "cut", "lose"])
@@ -273,7 +313,13 @@ def failing_s3(scene: Scene) -> None:
     """A third of the requests to source and target in S3 fails: 500, 503, 429, cut off, or silence; also after they were carried out."""
     with fault_servers.s3(seed=scene.rng.randrange(1 << 30)) as gateway:
         environ = fault_servers.s3_environment(gateway)
-        client = boto3.client("s3", endpoint_url=gateway.url, region_name="us-east-1", aws_access_key_id="nobody", aws_secret_access_key="nothing")
+        client = boto3.client(
+            "s3",
+            endpoint_url=gateway.url,
+            region_name="us-east-1",
+            aws_access_key_id="nobody",
+            aws_secret_access_key="nothing",
+        )
         client.create_bucket(Bucket="brain")
         source = Path(scene.source)
         for file in source.rglob("*"):
@@ -290,8 +336,14 @@ def failing_s3(scene: Scene) -> None:
         gateway.share = 0
         assert code == 0, said
         assert set(gateway.requests) >= {*fault_servers.KINDS}, gateway.requests
-        for item in client.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix="out").search("Contents[].Key"):
-            file = scene.folder / "sr" / item.removeprefix("out/") if item.startswith("out/") else scene.folder / "sr.emsr" / item.removeprefix("out.emsr/")
+        for item in (
+            client.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix="out").search("Contents[].Key")
+        ):
+            file = (
+                scene.folder / "sr" / item.removeprefix("out/")
+                if item.startswith("out/")
+                else scene.folder / "sr.emsr" / item.removeprefix("out.emsr/")
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(client.get_object(Bucket="brain", Key=item)["Body"].read())
         for name in ("zarr.json", "fidelity/zarr.json"):  # they name the source, which is another one here
@@ -306,7 +358,12 @@ def clock_jumps(scene: Scene) -> None:
     clock = scene.folder / "clock"
     clock.write_text("+0s")
     # Only what tells the time of day jumps, as when a real clock is set.
-    environ = {"LD_PRELOAD": FAKETIME[0], "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    environ = {
+        "LD_PRELOAD": FAKETIME[0],
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
     with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.05", **environ) as client:
         for _ in range(3):
             if scene.under_way(client):

@@ -75,7 +75,9 @@ def _exhaust() -> None:
 
 process_slab.undisturbed, super_resolve.undisturbed = _process_slab, _super_resolve  # type: ignore[attr-defined]
 worker.process_slab, worker.super_resolve = process_slab, super_resolve
-if "FAKETIME_TIMESTAMP_FILE" in os.environ:  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps
+if (
+    "FAKETIME_TIMESTAMP_FILE" in os.environ
+):  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps
     time.sleep = lambda seconds: threading.Event().wait(seconds)  # type: ignore[assignment, func-returns-value]
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ DAMAGES: dict[str, Damage] = {
     "saturated": lambda hr, z, rng: np.clip(hr[z].astype(int) * 6, 0, 255),
     "low contrast": lambda hr, z, rng: 128 + (hr[z].astype(float) - 128) / 4,
     "noise": lambda hr, z, rng: rng.integers(0, 256, hr[z].shape),
-    "coarse noise": lambda hr, z, rng: np.kron(rng.integers(60, 200, [-(-n // 8) for n in hr[z].shape]), np.ones((8, 8)))[: hr.shape[1], : hr.shape[2]],
+    "coarse noise": lambda hr, z, rng: np.kron(
+        rng.integers(60, 200, [-(-n // 8) for n in hr[z].shape]), np.ones((8, 8))
+    )[: hr.shape[1], : hr.shape[2]],
     "folded, half mirrored": lambda hr, z, rng: np.concatenate([_half(hr, z), _half(hr, z)[:, ::-1]], 1),
     "half doubled": lambda hr, z, rng: np.concatenate([_half(hr, z), _half(hr, z)], 1),
     "upside down": lambda hr, z, rng: hr[z][::-1],

@@ -38,7 +38,11 @@ def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult
         if receipts and time.monotonic() >= end:
             break
         began = time.monotonic()
-        time.sleep(600 if os.environ.get("HANGS") == str(index) and _first_try(job, index) else float(os.environ.get("TASK_S", "0.05")))
+        time.sleep(
+            600
+            if os.environ.get("HANGS") == str(index) and _first_try(job, index)
+            else float(os.environ.get("TASK_S", "0.05"))
+        )
         store.put(f"task-{index}", str(index).encode())
         receipts.append(Receipt(index, WRITTEN, seconds=time.monotonic() - began))
     return LeaseResult(tuple(receipts), 0, 0)

@@ -49,14 +49,19 @@ def why_not() -> str | None:
     """Why no Slurm can be started here, if so."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
     if missing:
-        return f"Slurm is not installed here ({', '.join(missing)} missing; Debian: slurmctld slurmd slurm-client munge)"
+        return (
+            f"Slurm is not installed here ({', '.join(missing)} missing; Debian: slurmctld slurmd slurm-client munge)"
+        )
     return None if os.geteuid() == 0 else "slurmd runs jobs as root only"
 
 
 @contextlib.contextmanager
 def slurm() -> Iterator[Path]:
     """The path of slurm.conf, for SLURM_CONF. Jobs that are left are killed at the end."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name, contextlib.ExitStack() as stack:  # short: munged's socket has little room for its path
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as name,
+        contextlib.ExitStack() as stack,
+    ):  # short: munged's socket has little room for its path
         folder = Path(name)
         folder.chmod(0o755)  # munged wants its socket's folder open to all
         (folder / "state").mkdir()
@@ -65,16 +70,32 @@ def slurm() -> Iterator[Path]:
         (folder / "key").chmod(0o400)
         controller, daemon = _free_ports()
         conf = folder / "slurm.conf"
-        conf.write_text(CONF.format(host=socket.gethostname().split(".")[0], controller=controller, daemon=daemon, folder=folder))
+        conf.write_text(
+            CONF.format(host=socket.gethostname().split(".")[0], controller=controller, daemon=daemon, folder=folder)
+        )
         environ = {**os.environ, "SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin"}
-        munged = ["munged", "--foreground", f"--key-file={folder}/key", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid"]
+        munged = [
+            "munged",
+            "--foreground",
+            f"--key-file={folder}/key",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid",
+        ]
         with (folder / "log").open("w") as log:
             for command in ([*munged, f"--seed-file={folder}/seed"], ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-c"]):
                 process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
                 stack.callback(_end, process)
                 if command[0] == "munged":
                     _until(lambda: (folder / "munge.socket").exists(), folder)
-            _until(lambda: "idle" in subprocess.run(["sinfo", "--noheader"], env=environ, capture_output=True, text=True, check=False).stdout, folder)
+            _until(
+                lambda: (
+                    "idle"
+                    in subprocess.run(
+                        ["sinfo", "--noheader"], env=environ, capture_output=True, text=True, check=False
+                    ).stdout
+                ),
+                folder,
+            )
             stack.callback(_clear, environ)
             yield conf
 
@@ -96,7 +117,10 @@ def _until(ready: object, folder: Path) -> None:
 def _clear(environ: dict[str, str]) -> None:
     subprocess.run(["scancel", "--user=root"], env=environ, check=False)
     end = time.monotonic() + 30
-    while subprocess.run(["squeue", "--noheader"], env=environ, capture_output=True, check=False).stdout and time.monotonic() < end:
+    while (
+        subprocess.run(["squeue", "--noheader"], env=environ, capture_output=True, check=False).stdout
+        and time.monotonic() < end
+    ):
         time.sleep(0.5)
 
 

@@ -44,7 +44,9 @@ class Written:
     has_voxel_size: bool = True
 
 
-def _zarr_array(path: Path, voxels: np.ndarray, version: int, compressor: Any, shards: tuple[int, ...] | None = None, **more: Any) -> zarr.Array:
+def _zarr_array(
+    path: Path, voxels: np.ndarray, version: int, compressor: Any, shards: tuple[int, ...] | None = None, **more: Any
+) -> zarr.Array:
     lead = voxels.ndim - 3
     array = zarr.create_array(
         path,
@@ -62,13 +64,19 @@ def _zarr_array(path: Path, voxels: np.ndarray, version: int, compressor: Any, s
     return array
 
 
-def zarr2(path: Path, compressor: Any = None, separator: str = ".", order: str = "C", voxels: np.ndarray | None = None) -> Written:
+def zarr2(
+    path: Path, compressor: Any = None, separator: str = ".", order: str = "C", voxels: np.ndarray | None = None
+) -> Written:
     voxels = truth() if voxels is None else voxels
     _zarr_array(path, voxels, 2, compressor, chunk_key_encoding={"name": "v2", "separator": separator}, order=order)
-    return Written(path, voxels, (0, 0, 0), separator.join(["0"] * voxels.ndim), (".zarray",), "zarr2", has_voxel_size=False)
+    return Written(
+        path, voxels, (0, 0, 0), separator.join(["0"] * voxels.ndim), (".zarray",), "zarr2", has_voxel_size=False
+    )
 
 
-def zarr3(path: Path, compressor: Any = None, sharded: bool = False, voxels: np.ndarray | None = None, **more: Any) -> Written:
+def zarr3(
+    path: Path, compressor: Any = None, sharded: bool = False, voxels: np.ndarray | None = None, **more: Any
+) -> Written:
     voxels = truth() if voxels is None else voxels
     _zarr_array(path, voxels, 3, compressor, SHARD if sharded else None, **more)
     return Written(path, voxels, (0, 0, 0), "c" + "/0" * voxels.ndim, ("zarr.json",), "zarr3", has_voxel_size=False)
@@ -79,7 +87,9 @@ def halved(voxels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(voxels[..., ::2, ::2])
 
 
-def ome_metadata(names: str = "zyx", levels: int = 2, unit: str | None = "nanometer", per_nm: float = 1.0) -> dict[str, Any]:
+def ome_metadata(
+    names: str = "zyx", levels: int = 2, unit: str | None = "nanometer", per_nm: float = 1.0
+) -> dict[str, Any]:
     """One multiscales entry; level k is laterally 2^k coarser and placed as averaging would place it."""
     kinds = {"t": "time", "c": "channel"}
     axes = [{"name": n, "type": kinds.get(n, "space")} | ({"unit": unit} if unit and n in "zyx" else {}) for n in names]
@@ -107,19 +117,30 @@ def ome(path: Path, version: str, names: str = "zyx", unit: str | None = "nanome
     for level, data in enumerate((voxels, halved(voxels))):
         stored = data.transpose(["zyx".index(n) for n in names if n in "zyx"])
         stored = stored.reshape((1,) * (len(names) - 3) + stored.shape)
-        more: dict[str, Any] = {"chunk_key_encoding": {"name": "v2", "separator": "/"}} if zarr_format == 2 else {"dimension_names": list(names)}
+        more: dict[str, Any] = (
+            {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+            if zarr_format == 2
+            else {"dimension_names": list(names)}
+        )
         compressor = numcodecs.Zstd() if zarr_format == 2 else zarr.codecs.ZstdCodec()
         _zarr_array(path / f"s{level}", stored, zarr_format, compressor, **more)
     zeros = "/0" * len(names)
     documents = ("zarr.json", "s0/zarr.json") if zarr_format == 3 else (".zattrs", "s0/.zarray")
-    return Written(path, voxels, (0, 0, 0), "s0" + ("/c" if zarr_format == 3 else "") + zeros, documents, f"zarr{zarr_format}")
+    return Written(
+        path, voxels, (0, 0, 0), "s0" + ("/c" if zarr_format == 3 else "") + zeros, documents, f"zarr{zarr_format}"
+    )
 
 
 def _n5_array(path: Path, voxels: np.ndarray, compression: dict[str, Any], **attributes: Any) -> None:
     spec = {
         "driver": "n5",
         "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {"dimensions": voxels.shape[::-1], "blockSize": CHUNK[::-1], "dataType": str(voxels.dtype), "compression": compression},
+        "metadata": {
+            "dimensions": voxels.shape[::-1],
+            "blockSize": CHUNK[::-1],
+            "dataType": str(voxels.dtype),
+            "compression": compression,
+        },
         "create": True,
         "store_data_equal_to_fill_value": True,
     }
@@ -145,7 +166,13 @@ def n5_group(path: Path) -> Written:
     return Written(path, voxels, (0, 0, 0), "s0/0/0/0", ("attributes.json", "s0/attributes.json"), "n5")
 
 
-def precomputed(path: Path, encoding: str = "raw", sharded: bool = False, data_encoding: str = "gzip", voxels: np.ndarray | None = None) -> Written:
+def precomputed(
+    path: Path,
+    encoding: str = "raw",
+    sharded: bool = False,
+    data_encoding: str = "gzip",
+    voxels: np.ndarray | None = None,
+) -> Written:
     """Written by tensorstore: files without a suffix, or shards."""
     voxels = truth() if voxels is None else voxels
     scale: dict[str, Any] = {
@@ -178,7 +205,9 @@ def precomputed(path: Path, encoding: str = "raw", sharded: bool = False, data_e
     }
     ts.open(spec).result().write(voxels.T[..., None]).result()
     name = "0.shard" if sharded else chunk_name(voxels.shape)
-    return Written(path, voxels, OFFSET, f"4_8_40/{name}", ("info",), "precomputed", tolerance=6 if encoding == "jpeg" else 0)
+    return Written(
+        path, voxels, OFFSET, f"4_8_40/{name}", ("info",), "precomputed", tolerance=6 if encoding == "jpeg" else 0
+    )
 
 
 def chunk_name(shape: Sequence[int]) -> str:
@@ -192,7 +221,9 @@ def by_cloud_volume(path: Path, encoding: str = "raw", compress: str | bool | No
     from cloudvolume import CloudVolume
 
     voxels = truth()
-    info = CloudVolume.create_new_info(1, "image", "uint8", encoding, VOXEL_NM[::-1], OFFSET[::-1], SHAPE[::-1], chunk_size=CHUNK[::-1])
+    info = CloudVolume.create_new_info(
+        1, "image", "uint8", encoding, VOXEL_NM[::-1], OFFSET[::-1], SHAPE[::-1], chunk_size=CHUNK[::-1]
+    )
     volume = CloudVolume(f"file://{path}", info=info, compress=compress, progress=False)
     for level in range(1, mips):
         volume.add_scale((2**level, 2**level, 1))
@@ -203,7 +234,15 @@ def by_cloud_volume(path: Path, encoding: str = "raw", compress: str | bool | No
         coarse[:, :, :] = halved(voxels).T[..., None]
     suffix = {"gzip": ".gz", "br": ".br", "zstd": ".zstd"}.get(str(compress), "")
     key = volume.scales[0]["key"]
-    return Written(path, voxels, OFFSET, f"{key}/{chunk_name(SHAPE)}{suffix}", ("info",), "precomputed", tolerance=10 if encoding == "jpeg" else 0)
+    return Written(
+        path,
+        voxels,
+        OFFSET,
+        f"{key}/{chunk_name(SHAPE)}{suffix}",
+        ("info",),
+        "precomputed",
+        tolerance=10 if encoding == "jpeg" else 0,
+    )
 
 
 _BLOSC = numcodecs.Blosc("zstd", 1, numcodecs.Blosc.BITSHUFFLE)

@@ -45,5 +45,7 @@ class StandIn(nn.Module):
 
 
 def install() -> None:
-    models.NETWORKS["nearest"] = dataclasses.replace(models.NETWORKS["nearest"], window=5, padding="mirror", cell=16, halo={8: 8, 16: 8})
+    models.NETWORKS["nearest"] = dataclasses.replace(
+        models.NETWORKS["nearest"], window=5, padding="mirror", cell=16, halo={8: 8, 16: 8}
+    )
     models.build = lambda name, scale, preset=None: StandIn(scale)

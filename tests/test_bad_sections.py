@@ -55,7 +55,9 @@ def main(path: Path, *flags: str) -> int:
     return run.main([str(path), *flags])
 
 
-def test_detected_sections_are_stood_in_for_recorded_and_told(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detected_sections_are_stood_in_for_recorded_and_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A dry run tells them and writes nothing; the run equals one with the list; status, verify and a resume see the same plan."""
     path = volume_yaml(tmp_path / "v.yaml", source, "sr", **DETECT)
     before = tree(tmp_path)
@@ -87,12 +89,22 @@ def test_detected_sections_are_stood_in_for_recorded_and_told(source: Path, tmp_
     assert "bad section  9: resembles its neighbours by" in capsys.readouterr().out
     assert tree(tmp_path / "sr") == first
 
-    run_here(volume_yaml(tmp_path / "list.yaml", source, "listed", source__bad_sections={"list": list(BAD)}, work__slab_shape=[6, 16, 16]))
+    run_here(
+        volume_yaml(
+            tmp_path / "list.yaml",
+            source,
+            "listed",
+            source__bad_sections={"list": list(BAD)},
+            work__slab_shape=[6, 16, 16],
+        )
+    )
     assert (sr(tmp_path, "listed") == sr(tmp_path)).all()
     assert {one["why"] for one in provenance(tmp_path, "listed")["bad_sections"].values()} == {"listed"}
 
 
-def test_another_plan_is_refused_without_looking(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_plan_is_refused_without_looking(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_here(volume_yaml(tmp_path / "v.yaml", source, "sr", source__bad_sections={"list": [5]}))
     before = tree(tmp_path / "sr.emsr")
     assert main(volume_yaml(tmp_path / "v.yaml", source, "sr", source__bad_sections={"list": [5], "detect": True})) == 2
@@ -100,7 +112,9 @@ def test_another_plan_is_refused_without_looking(source: Path, tmp_path: Path, c
     assert tree(tmp_path / "sr.emsr") == before
 
 
-def test_an_occupied_place_is_refused_before_the_pass(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_occupied_place_is_refused_before_the_pass(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "sr").mkdir()
     (tmp_path / "sr" / "notes.txt").write_text("mine")
     assert main(volume_yaml(tmp_path / "v.yaml", source, "sr", **DETECT)) == 2
@@ -111,19 +125,37 @@ def test_an_occupied_place_is_refused_before_the_pass(source: Path, tmp_path: Pa
 def test_an_empty_output_is_zero_at_every_level_and_nowhere_else(source: Path, tmp_path: Path) -> None:
     """Also in the fidelity volume, which claims nothing there; other sections are those of rule `neighbours`."""
     for output in ("empty", "neighbours"):
-        run_here(volume_yaml(tmp_path / "v.yaml", source, output, source__bad_sections={"list": [5, 9], "output": output}, work__slab_shape=[4, 32, 32]))
+        run_here(
+            volume_yaml(
+                tmp_path / "v.yaml",
+                source,
+                output,
+                source__bad_sections={"list": [5, 9], "output": output},
+                work__slab_shape=[4, 32, 32],
+            )
+        )
     kept = [z for z in range(12) if z not in BAD]
     levels = len(list((tmp_path / "empty").glob("[0-9]")))
     for level in [*map(str, range(levels)), "fidelity/0"]:
-        empty, full = (np.asarray(zarr.open_array(tmp_path / name / level, mode="r")) for name in ("empty", "neighbours"))
+        empty, full = (
+            np.asarray(zarr.open_array(tmp_path / name / level, mode="r")) for name in ("empty", "neighbours")
+        )
         assert (empty[list(BAD)] == 0).all()
         assert (empty[kept] == full[kept]).all()
     assert full[kept].any()
     assert {one["output"] for one in provenance(tmp_path, "empty")["bad_sections"].values()} == {"empty"}
 
 
-def test_the_rule_refuse_tells_what_was_found_and_looks_again_at_mended_sections(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = volume_yaml(tmp_path / "v.yaml", source, "sr", source__bad_sections={"detect": True, "rule": "refuse"}, work__slab_shape=[4, 32, 32])
+def test_the_rule_refuse_tells_what_was_found_and_looks_again_at_mended_sections(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = volume_yaml(
+        tmp_path / "v.yaml",
+        source,
+        "sr",
+        source__bad_sections={"detect": True, "rule": "refuse"},
+        work__slab_shape=[4, 32, 32],
+    )
     assert main(path) == 2
     said = capsys.readouterr().err
     assert "2 bad sections, 5 (constant), 9 (resembles" in said
@@ -150,7 +182,11 @@ def wanted(path: Path, box: tuple[int, int] | None = None) -> tuple[section_surv
     settings = config.SourceConfig(url=path.as_uri())
     source = open_source(settings)
     bounds = source.info.bounds
-    region = bounds if box is None else bounds.intersect(type(bounds)(ZYX(box[0], 0, 0), ZYX(box[1], *tuple(bounds.stop)[1:])))
+    region = (
+        bounds
+        if box is None
+        else bounds.intersect(type(bounds)(ZYX(box[0], 0, 0), ZYX(box[1], *tuple(bounds.stop)[1:])))
+    )
     plan = Plan(bounds, region, ZYX(4, 32, 32), 8, Lattice(64, 8, 5, "mirror"), (), None)
     return section_survey.survey(settings, source.info, plan, 0), source
 
@@ -192,11 +228,23 @@ def test_only_what_is_read_and_its_surroundings_is_looked_at(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("shape", "nm", "boxes", "side", "step"), [((3, 64, 200), 36.8, 1, 64, 1), ((3, 300, 1000), 36.8, 8, 128, 1), ((3, 2048, 2048), 8, 16, 512, 4)]
+    ("shape", "nm", "boxes", "side", "step"),
+    [((3, 64, 200), 36.8, 1, 64, 1), ((3, 300, 1000), 36.8, 8, 128, 1), ((3, 2048, 2048), 8, 16, 512, 4)],
 )
-def test_a_section_costs_at_most_sixteen_boxes(shape: tuple[int, int, int], nm: float, boxes: int, side: int, step: int) -> None:
+def test_a_section_costs_at_most_sixteen_boxes(
+    shape: tuple[int, int, int], nm: float, boxes: int, side: int, step: int
+) -> None:
     """Inside the volume, one beside the other; finer voxels are averaged to 32 nm."""
-    info = VolumeInfo("file:///em", "zarr3", Box.at(ZYX(0, 100, 7), ZYX.of(shape)), (45.0, nm, nm), (0.0, 0.0, 0.0), "uint8", ZYX(4, 16, 16), "")
+    info = VolumeInfo(
+        "file:///em",
+        "zarr3",
+        Box.at(ZYX(0, 100, 7), ZYX.of(shape)),
+        (45.0, nm, nm),
+        (0.0, 0.0, 0.0),
+        "uint8",
+        ZYX(4, 16, 16),
+        "",
+    )
     survey = section_survey.Survey(config.SourceConfig(url=info.url), info, range(3), frozenset(), 0)
     found = survey.boxes()
     assert (len(found), found[0].shape.y, survey.step) == (boxes, side, step)
@@ -220,9 +268,16 @@ def test_sections_that_have_nothing_in_common_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("network", ["bicubic", pytest.param("gpemsr", marks=pytest.mark.slow)])
-def test_sections_around_destroyed_ones_lose_at_most_half_a_decibel(network: str, shared_data: Path, tmp_path: Path) -> None:
+def test_sections_around_destroyed_ones_lose_at_most_half_a_decibel(
+    network: str, shared_data: Path, tmp_path: Path
+) -> None:
     """Two of 20 sections of real EM destroyed, none listed: found, and PSNR of the two sections on either side within 0.5 dB."""
-    keys: dict[str, Any] = {"network__name": network, "target__fidelity": False, "work__slab_shape": [20, 64, 64], "target__shard_shape": [20, 512, 512]}
+    keys: dict[str, Any] = {
+        "network__name": network,
+        "target__fidelity": False,
+        "work__slab_shape": [20, 64, 64],
+        "target__shard_shape": [20, 512, 512],
+    }
     if network == "gpemsr":
         try:
             models.builtin("builtin", 8)
@@ -239,9 +294,13 @@ def test_sections_around_destroyed_ones_lose_at_most_half_a_decibel(network: str
             for z, how in destroyed.items():
                 lr[z] = degrade(np.ascontiguousarray(DAMAGES[how](hr, z, np.random.default_rng(0)).astype(np.uint8)), 8)
         write_lr(tmp_path / f"{name}.zarr", lr, (45.0, 36.8, 36.8))
-        path = volume_yaml(tmp_path / "v.yaml", f"{name}.zarr", f"sr-{name}", source__bad_sections={"detect": True}, **keys)
+        path = volume_yaml(
+            tmp_path / "v.yaml", f"{name}.zarr", f"sr-{name}", source__bad_sections={"detect": True}, **keys
+        )
         run_here(path)
-        assert sorted(map(int, provenance(tmp_path, f"sr-{name}")["bad_sections"])) == (sorted(destroyed) if name == "damaged" else [])
+        assert sorted(map(int, provenance(tmp_path, f"sr-{name}")["bad_sections"])) == (
+            sorted(destroyed) if name == "damaged" else []
+        )
         results.append(sr(tmp_path, f"sr-{name}"))
     around = [z for bad in destroyed for z in range(bad - 2, bad + 3) if z not in destroyed]
     whole, hurt = (np.mean([psnr(result[z], truth[z]) for z in around]) for result in results)

@@ -14,7 +14,9 @@ from conftest import REPOSITORY
 def benchmark(name: str, *arguments: str) -> str:
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / name), *arguments]
-    done = subprocess.run(command, env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        command, env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,7 +43,15 @@ def test_nothing_is_named_after_a_slab_in_dask() -> None:
     code = "import noop_slabs; from dask_processes import apart\n    with apart(1) as client: print(noop_slabs.measure(client, 3000)['names_that_stay'])"
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
     script = f"if __name__ == '__main__':\n    {code}\n"
-    done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environ,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
     kept = ast.literal_eval(done.stdout)
     assert kept["tasks"] == 0
     assert max(kept["prefixes"], kept["groups"], kept["spans"]) <= 1
@@ -69,5 +79,13 @@ def test_a_workers_peak_is_within_15_percent_of_the_promise(case: str, slabs: in
     code = f"import memory; print(memory.measure(memory.{case}, {slabs})['peak_over_promise'])"
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
     script = f"if __name__ == '__main__':\n    {code}\n"
-    done = subprocess.run([sys.executable, "-c", script], env=environ, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environ,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
     assert 0.85 <= float(done.stdout) <= 1.15

@@ -21,12 +21,20 @@ from models.evaluation import fidelity, perceptual
 FOLDER = REPOSITORY / "models" / "builtin"
 FILES = sorted(FOLDER.glob("*.safetensors"))
 LICENCES = {"flyem-medulla": "CC BY 3.0 US", "drosophila-vnc": "CC BY-NC-SA 3.0"}
-UNSEEN = {"flyem-medulla": ("flyem-medulla-z40", slice(88, 93)), "drosophila-vnc": ("drosophila-vnc-stack1", slice(16, 20))}
+UNSEEN = {
+    "flyem-medulla": ("flyem-medulla-z40", slice(88, 93)),
+    "drosophila-vnc": ("drosophila-vnc-stack1", slice(16, 20)),
+}
 ALEX = SHARED / "weights" / "lpips-alex" / "alexnet_features_lpips_v0.1.safetensors"
 
 
 def test_these_come_with_emsr() -> None:
-    assert [path.stem for path in FILES] == ["drosophila-vnc-x16", "drosophila-vnc-x8", "flyem-medulla-x16", "flyem-medulla-x8"]
+    assert [path.stem for path in FILES] == [
+        "drosophila-vnc-x16",
+        "drosophila-vnc-x8",
+        "flyem-medulla-x16",
+        "flyem-medulla-x8",
+    ]
     assert builtin("builtin", 8) == builtin("builtin:flyem-medulla", 8)
 
 
@@ -38,7 +46,17 @@ def test_a_file_is_small_and_says_what_it_is(path: Path) -> None:
     assert (metadata.scale, metadata.preset, metadata.licence) == (int(scale), "small", LICENCES[tissue])
     assert json.loads(metadata.card)["recipe"]["seed"] == 1
     card = path.with_suffix(".md").read_text()
-    for wanted in (LICENCES[tissue], "Recipe", "seed 1", "minutes", "PSNR", "LPIPS", "DISTS", "synthesised", "fidelity"):
+    for wanted in (
+        LICENCES[tissue],
+        "Recipe",
+        "seed 1",
+        "minutes",
+        "PSNR",
+        "LPIPS",
+        "DISTS",
+        "synthesised",
+        "fidelity",
+    ):
         assert wanted in card, wanted
 
 
@@ -59,14 +77,19 @@ def test_unseen_em_comes_nearer_to_the_truth_than_bicubic(path: Path, shared_dat
     }
     run_here(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", **keys))
     sr = np.asarray(zarr.open_array(tmp_path / "sr" / "0", mode="r"))
-    bicubic = np.stack([np.asarray(Image.fromarray(section).resize((512, 512), Image.Resampling.BICUBIC)) for section in lr])
+    bicubic = np.stack(
+        [np.asarray(Image.fromarray(section).resize((512, 512), Image.Resampling.BICUBIC)) for section in lr]
+    )
     gain = np.mean([fidelity.psnr(a, t) - fidelity.psnr(b, t) for a, b, t in zip(sr, bicubic, hr, strict=True)])
     assert gain > {"8": 0.4, "16": 0.1}[scale]
     if not ALEX.exists():
         pytest.skip(f"no LPIPS weights at {ALEX} (set EMSR_SHARED)")
     lpips = perceptual.lpips_alex(ALEX)
     with torch.no_grad():
-        of_sr, of_bicubic = (float(lpips(*(torch.tensor(x)[:, None].float() / 255 for x in (image, hr))).mean()) for image in (sr, bicubic))
+        of_sr, of_bicubic = (
+            float(lpips(*(torch.tensor(x)[:, None].float() / 255 for x in (image, hr))).mean())
+            for image in (sr, bicubic)
+        )
     assert of_sr < 0.85 * of_bicubic
     provenance = json.loads((tmp_path / "sr" / "zarr.json").read_text())["attributes"]["emsr"]
     assert provenance["network"]["weights_licence"] == LICENCES[tissue]

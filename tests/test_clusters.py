@@ -65,13 +65,19 @@ def scheduler(folder: Path, *args: str) -> Iterator[tuple[str, list[str]]]:
     place = folder / "scheduler.json"
     with dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place), *args):
         until(lambda: place.exists() and place.read_text().endswith("}"))
-        yield json.loads(place.read_text())["address"], ["worker", "--scheduler-file", str(place), "--nthreads", "1", "--no-nanny"]
+        yield (
+            json.loads(place.read_text())["address"],
+            ["worker", "--scheduler-file", str(place), "--nthreads", "1", "--no-nanny"],
+        )
 
 
 def test_a_cluster_over_tls(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real certificates, named relative to volume.yaml; a client whose certificate another authority signed is refused in one message."""
     files = write_certificates(tmp_path)
-    flags = [f"--tls-{name}={tmp_path / file}" for name, file in (("ca-file", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))]
+    flags = [
+        f"--tls-{name}={tmp_path / file}"
+        for name, file in (("ca-file", "ca.pem"), ("cert", "cert.pem"), ("key", "key.pem"))
+    ]
     (tmp_path / "stranger").mkdir()
     write_certificates(tmp_path / "stranger")
     with scheduler(tmp_path, "--protocol", "tls", *flags) as (address, join), dask(*join, *flags):
@@ -81,7 +87,10 @@ def test_a_cluster_over_tls(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
         main_job(path, "run")
         monkeypatch.setattr(cluster, "CONNECT_S", 3)
         strange = there | {"security": {key: f"stranger/{file}" for key, file in files.items()}}
-        with pytest.raises(ClusterError, match="no Dask scheduler answers"), cluster.connect(ClusterConfig(**strange).beside(tmp_path), 1):
+        with (
+            pytest.raises(ClusterError, match="no Dask scheduler answers"),
+            cluster.connect(ClusterConfig(**strange).beside(tmp_path), 1),
+        ):
             pass
     assert json.loads((tmp_path / "sr.emsr" / "report.json").read_text())["ledger"]["pending"] == 0
 
@@ -112,14 +121,24 @@ def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_pat
     preload = ["--preload", str(TESTS / "run_standin.py")]
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **SMALL))
     with scheduler(tmp_path) as (address, join), dask(*join, *preload, STANDIN_HOLD=str(hold)) as leaves:
-        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}, **SMALL)
+        path = volume_yaml(
+            tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}, **SMALL
+        )
         hold.touch()
-        with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as client:
+        with subprocess.Popen(
+            [sys.executable, str(TESTS / "run_standin.py"), str(path)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        ) as client:
             with Client(address, set_as_default=False) as watch:
-                until(lambda: any(str(key).startswith("lease-") for keys in watch.processing().values() for key in keys))
-                watch.run(lambda dask_worker: dask_worker.loop.add_callback(dask_worker.close_gracefully))  # what its timer calls
+                until(
+                    lambda: any(str(key).startswith("lease-") for keys in watch.processing().values() for key in keys)
+                )
+                watch.run(
+                    lambda dask_worker: dask_worker.loop.add_callback(dask_worker.close_gracefully)
+                )  # what its timer calls
                 until(lambda: not watch.nthreads())
-                deaths = watch.run_on_scheduler(lambda dask_scheduler: {str(t.key): t.suspicious for t in dask_scheduler.tasks.values()})
+                deaths = watch.run_on_scheduler(
+                    lambda dask_scheduler: {str(t.key): t.suspicious for t in dask_scheduler.tasks.values()}
+                )
             assert any(key.startswith("lease-") for key in deaths)
             assert not any(deaths.values())
             hold.unlink()
@@ -136,7 +155,11 @@ def test_no_worker_is_profiled() -> None:
     with cluster.connect(ClusterConfig(workers=1), 2) as client:
 
         def profiled() -> list[bool]:
-            return list(client.run(lambda dask_worker: any("profile" in name for name in dask_worker.periodic_callbacks)).values())
+            return list(
+                client.run(
+                    lambda dask_worker: any("profile" in name for name in dask_worker.periodic_callbacks)
+                ).values()
+            )
 
         assert profiled() == [True], "this is how Dask begins"
         cluster.stop_profiling(client)
@@ -149,10 +172,17 @@ def test_a_scheduler_that_was_there_keeps_few_of_its_messages() -> None:
     """A thousand to every worker, whole leases among them, as Dask has it, would be gigabytes with a thousand workers."""
 
     def kept(dask_scheduler: Scheduler) -> set[int | None]:
-        return {sent.recent_message_log.maxlen for sent in (*dask_scheduler.stream_comms.values(), *dask_scheduler.client_comms.values())}
+        return {
+            sent.recent_message_log.maxlen
+            for sent in (*dask_scheduler.stream_comms.values(), *dask_scheduler.client_comms.values())
+        }
 
     as_dask_has_it = {"distributed.admin.low-level-log-length": 1000}
-    with dask_config.set(as_dask_has_it), LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as there, Client(there) as client:
+    with (
+        dask_config.set(as_dask_has_it),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as there,
+        Client(there) as client,
+    ):
         assert client.run_on_scheduler(kept) == {1000}
         cluster.shorten_logs(client)
         there.scale(2)
@@ -198,5 +228,8 @@ def test_each_local_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert cluster.worker_count(ClusterConfig()) == 2
     assert devices(ClusterConfig(gpus_per_worker=1)) == {("3", None), ("GPU-5d", None)}
     assert devices(ClusterConfig(workers=1, gpus_per_worker=0)) == {("", None)}
-    with pytest.raises(ClusterError, match="3 workers are to have a GPU each, 2 are visible"), cluster.connect(ClusterConfig(workers=3, gpus_per_worker=1), 1):
+    with (
+        pytest.raises(ClusterError, match="3 workers are to have a GPU each, 2 are visible"),
+        cluster.connect(ClusterConfig(workers=3, gpus_per_worker=1), 1),
+    ):
         pass

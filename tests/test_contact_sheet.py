@@ -66,6 +66,11 @@ def test_first_middle_and_last_of_many() -> None:
 
 def test_shapes_that_do_not_go_together() -> None:
     lr, sr = texture((1, 4, 4))[0], texture((1, 32, 32))[0]
-    for pairs, labels, fidelity in (([], (), ()), ([(lr, sr[:30])], (), ()), ([(lr, sr)], ("a", "b"), ()), ([(lr, sr)], (), [sr[:9]])):
+    for pairs, labels, fidelity in (
+        ([], (), ()),
+        ([(lr, sr[:30])], (), ()),
+        ([(lr, sr)], ("a", "b"), ()),
+        ([(lr, sr)], (), [sr[:9]]),
+    ):
         with pytest.raises(ValueError, match=r"pair|together|labels|neither"):
             contact_sheet(pairs, 8, labels, fidelity)

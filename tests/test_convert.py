@@ -69,7 +69,9 @@ def separate_pages(path: Path, volume: np.ndarray) -> Path:
     ],
     ids=["plain", "lzw", "predictor", "tiled", "big-endian", "bigtiff", "imagej", "ome", "pages", "folder", "png"],
 )
-def test_grey_values_survive_every_container(tmp_path: Path, write: Callable[[Path, np.ndarray], Path], dtype: str) -> None:
+def test_grey_values_survive_every_container(
+    tmp_path: Path, write: Callable[[Path, np.ndarray], Path], dtype: str
+) -> None:
     volume = SMALL.astype(dtype) * (1 if dtype == "uint8" else 257)
     source, target = write(tmp_path, volume), tmp_path / "out.zarr"
     assert main([str(source), str(target), *NM, "--chunk", "2", "16", "16"]) == 0
@@ -115,7 +117,12 @@ def test_a_layer_at_a_time(tmp_path: Path) -> None:
     heard: list[int] = []
     asked: list[tuple[int, int]] = []
     stack = open_stack(folder_of(tmp_path / "stack", texture((7, 16, 16))))
-    noted = type(stack)(stack.shape, stack.dtype, stack.names, lambda z: (asked.append((z, heard[-1] if heard else 0)), stack.read(z))[1])
+    noted = type(stack)(
+        stack.shape,
+        stack.dtype,
+        stack.names,
+        lambda z: (asked.append((z, heard[-1] if heard else 0)), stack.read(z))[1],
+    )
     convert(noted, tmp_path / "out.zarr", (1, 1, 1), chunk=(3, 16, 16), on_sections=heard.append)
     assert heard == [3, 6, 7]
     assert sorted(asked) == [(z, z // 3 * 3) for z in range(7)]
@@ -196,7 +203,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "signed": (lambda p: multi_page(p / "a.tif", SMALL.astype("int16")), "holds int16"),
     "one bit": (lambda p: multi_page(p / "a.tif", SMALL > 99), "holds bool"),
     "rgb": (lambda p: rgb_stack(p / "a.tif"), "colour images (rgb)"),
-    "palette": (lambda p: two_dimensional(p / "a.tif", photometric="palette", colormap=np.zeros((3, 256), "u2")), "colour images (palette)"),
+    "palette": (
+        lambda p: two_dimensional(p / "a.tif", photometric="palette", colormap=np.zeros((3, 256), "u2")),
+        "colour images (palette)",
+    ),
     "inverted": (lambda p: two_dimensional(p / "a.tif", photometric="miniswhite"), "white as 0"),
     "channels": (lambda p: multi_page(p / "a.tif", SMALL, imagej=True, metadata={"axes": "CYX"}), "5 channels"),
     "colour png": (colour_png, "3.png holds RGB colour"),
@@ -204,16 +214,24 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty tiff": (lambda p: junk(p / "a.tif", b""), "cannot be read"),
     "cut tiff": (lambda p: cut(multi_page(p / "a.tif", SMALL), 0.6), "a.tif"),
     "cut lzw": (lambda p: cut(multi_page(p / "a.tif", SMALL, compression="lzw"), 0.6), "cut off"),
-    "cut imagej": (lambda p: cut(multi_page(p / "a.tif", SMALL, imagej=True, metadata={"axes": "ZYX"}), 0.6), "cut off"),
+    "cut imagej": (
+        lambda p: cut(multi_page(p / "a.tif", SMALL, imagej=True, metadata={"axes": "ZYX"}), 0.6),
+        "cut off",
+    ),
     "cut pages": (lambda p: cut(separate_pages(p / "a.tif", SMALL), 0.6), "a.tif"),
     "cut tiles": (lambda p: cut(two_dimensional(p / "a.tif", tile=(16, 16)), 0.9), "cut off"),
     "hole": (lambda p: hole(p / "a.tif"), "hole in page 2"),
-    "no png": (lambda p: junk(folder_of(p / "s", SMALL, [f"{z}.png" for z in range(5)]) / "2.png", b"x").parent, "2.png cannot be read"),
+    "no png": (
+        lambda p: junk(folder_of(p / "s", SMALL, [f"{z}.png" for z in range(5)]) / "2.png", b"x").parent,
+        "2.png cannot be read",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_sources_are_refused_by_name_and_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_bad_sources_are_refused_by_name_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     make, message = BAD[name]
     source = make(tmp_path)
     assert main([str(source), str(tmp_path / "out.zarr"), *NM]) == 2
@@ -224,7 +242,9 @@ def test_bad_sources_are_refused_by_name_and_nothing_is_made(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("where", [0.4, 0.95])
-def test_a_section_that_does_not_decode_is_named_and_leaves_no_volume(tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float) -> None:
+def test_a_section_that_does_not_decode_is_named_and_leaves_no_volume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: float
+) -> None:
     source = folder_of(tmp_path / "s", SMALL, [f"{z}.png" for z in range(5)])
     cut(source / "3.png", where)
     command = [str(source), str(tmp_path / "out.zarr"), *NM, "--chunk", "2", "16", "16"]
@@ -296,7 +316,9 @@ def test_to_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "testing")
         monkeypatch.setenv("AWS_REGION", "us-east-1")
-        client = pytest.importorskip("boto3").client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client = pytest.importorskip("boto3").client(
+            "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1"
+        )
         client.create_bucket(Bucket="stacks")
         convert(SMALL, "s3://stacks/em", (45, 4, 4), chunk=(2, 32, 32))
         for item in client.list_objects_v2(Bucket="stacks")["Contents"]:

@@ -90,10 +90,22 @@ class TestChunks:
         file = volume.path / volume.chunk
         good = file.read_bytes()
         noise = random.Random(1).randbytes(len(good) + 11)
-        damaged = {"half": good[: len(good) // 2], "header": good[:3], "one byte": good[:1], "garbage": noise[:-11], "other length": noise, "empty": b""}
+        damaged = {
+            "half": good[: len(good) // 2],
+            "header": good[:3],
+            "one byte": good[:1],
+            "garbage": noise[:-11],
+            "other length": noise,
+            "empty": b"",
+        }
         file.write_bytes(damaged[damage])
         source = seen_anew(volume, tmp_path, missing_chunks=missing)
-        if damage == "garbage" and volume.path.name in ("zarr2-raw", "zarr3-raw", "precomputed-raw", "cloud-volume-plain"):
+        if damage == "garbage" and volume.path.name in (
+            "zarr2-raw",
+            "zarr3-raw",
+            "precomputed-raw",
+            "cloud-volume-plain",
+        ):
             # any bytes of the right number are voxels where nothing is encoded: these formats carry no checksum
             assert source.read(chunk_box(volume)).shape == CHUNK
             return
@@ -108,7 +120,9 @@ class TestChunks:
         file = volume.path / volume.chunk
         good = file.read_bytes()
         errors = 0
-        for length in sorted({*range(1, len(good), max(1, len(good) // 20)), len(good) - 2, len(good) - 1, len(good) - 9, len(good) - 17}):
+        for length in sorted(
+            {*range(1, len(good), max(1, len(good) // 20)), len(good) - 2, len(good) - 1, len(good) - 9, len(good) - 17}
+        ):
             file.write_bytes(good[:length])
             try:
                 got = seen_anew(volume, tmp_path, missing_chunks=FillConfig(fill=FILL)).read(box)
@@ -156,7 +170,15 @@ class TestShortN5Blocks:
 
 class TestMoments:
     def test_a_vanished_volume_is_no_hole(self, tmp_path: Path) -> None:
-        for name in ("zarr2-blosc", "zarr3-sharded-blosc", "ome-0.4", "ome-0.5", "n5-group", "precomputed-raw", "cloud-volume-raw-gz"):
+        for name in (
+            "zarr2-blosc",
+            "zarr3-sharded-blosc",
+            "ome-0.4",
+            "ome-0.5",
+            "n5-group",
+            "precomputed-raw",
+            "cloud-volume-raw-gz",
+        ):
             volume = FORMATS[name](tmp_path / name)
             config = {} if volume.has_voxel_size else {"voxel_size_nm": VOXEL_NM}
             source = open_source(SourceConfig(url=str(volume.path), missing_chunks=FillConfig(fill=FILL), **config))
@@ -176,7 +198,9 @@ class TestMoments:
     def test_mask_holes(self, tmp_path: Path) -> None:
         volume = written.n5(tmp_path / "v")
         (volume.path / volume.chunk).unlink()
-        like = VolumeInfo("file:///em", "n5", Box.of((0, 0, 0), SHAPE), VOXEL_NM, (0.0, 0.0, 0.0), "uint8", ZYX.of(CHUNK), "0" * 64)
+        like = VolumeInfo(
+            "file:///em", "n5", Box.of((0, 0, 0), SHAPE), VOXEL_NM, (0.0, 0.0, 0.0), "uint8", ZYX.of(CHUNK), "0" * 64
+        )
         mask = open_mask(MaskConfig(url=str(volume.path)), like)
         with pytest.raises(MissingChunkError, match=r"source\.mask\.missing_chunks"):
             mask.read(chunk_box(volume))
@@ -254,7 +278,9 @@ def test_any_key_of_the_metadata_deleted_or_wrong(name: str, tmp_path: Path) -> 
         good = file.read_text()
         for what, changed in mutations(json.loads(good)):
             file.write_text(json.dumps(changed))
-            refused += not survives(lambda: seen_anew(volume, tmp_path, missing_chunks=FillConfig(fill=FILL)), f"{document} {what}")
+            refused += not survives(
+                lambda: seen_anew(volume, tmp_path, missing_chunks=FillConfig(fill=FILL)), f"{document} {what}"
+            )
         file.write_text(good)
     assert refused > 50
 
@@ -287,26 +313,51 @@ def test_half_written_metadata(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [(0, 0, 5), (1, 1, 2), (1, 1, 3), (2, 1, 1), (4, 0, 0), (3, 2, 0)])
 @pytest.mark.parametrize("hashed", ["identity", "murmurhash3_x86_128"])
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
-def test_holes_of_sharded_precomputed_are_found_wherever_they_are(bits: tuple[int, int, int], hashed: str, encoding: str, tmp_path: Path) -> None:
+def test_holes_of_sharded_precomputed_are_found_wherever_they_are(
+    bits: tuple[int, int, int], hashed: str, encoding: str, tmp_path: Path
+) -> None:
     """Chunks absent from a shard, whole shards absent, and black chunks that are there: tensorstore reads all three as zeros."""
-    sharding = {"@type": "neuroglancer_uint64_sharded_v1", "hash": hashed, "minishard_index_encoding": encoding, "data_encoding": encoding}
+    sharding = {
+        "@type": "neuroglancer_uint64_sharded_v1",
+        "hash": hashed,
+        "minishard_index_encoding": encoding,
+        "data_encoding": encoding,
+    }
     sharding |= dict(zip(("preshift_bits", "minishard_bits", "shard_bits"), bits, strict=True))
-    scale = {"key": "s", "size": [64, 64, 32], "resolution": [4, 4, 40], "chunk_size": [32, 32, 8], "encoding": "raw", "sharding": sharding}
+    scale = {
+        "key": "s",
+        "size": [64, 64, 32],
+        "resolution": [4, 4, 40],
+        "chunk_size": [32, 32, 8],
+        "encoding": "raw",
+        "sharding": sharding,
+    }
     info = {"@type": "neuroglancer_multiscale_volume", "type": "image", "data_type": "uint8", "num_channels": 1}
     scale = scale | {"chunk_sizes": [scale.pop("chunk_size")], "voxel_offset": [0, 0, 0]}
     (tmp_path / "info").write_text(json.dumps(info | {"scales": [scale]}))
-    store = ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "base": {"driver": "file", "path": f"{tmp_path}/s/"}, "metadata": sharding}).result()
+    store = ts.KvStore.open(
+        {
+            "driver": "neuroglancer_uint64_sharded",
+            "base": {"driver": "file", "path": f"{tmp_path}/s/"},
+            "metadata": sharding,
+        }
+    ).result()
     grey, black = bytes([7]) * 8192, bytes(8192)
     with ts.Transaction() as transaction:
         for number, value in ((0, grey), (1, black), (6, grey)):
             store.with_transaction(transaction).write(struct.pack(">Q", number), value).result()
     source = open_source(SourceConfig(url=str(tmp_path)))
-    chunks = {number: Box.at(ZYX(8 * (number // 4), 32 * (number // 2 % 2), 32 * (number % 2)), ZYX(8, 32, 32)) for number in range(8)}
+    chunks = {
+        number: Box.at(ZYX(8 * (number // 4), 32 * (number // 2 % 2), 32 * (number % 2)), ZYX(8, 32, 32))
+        for number in range(8)
+    }
     assert (source.read(chunks[0]) == 7).all()
     assert (source.read(chunks[1]) == 0).all()
     assert (source.read(chunks[6]) == 7).all()
     for number in (2, 3, 4, 5, 7):
         with pytest.raises(MissingChunkError, match=r"source\.missing_chunks"):
             source.read(chunks[number])
-    filled = open_source(SourceConfig(url=str(tmp_path), missing_chunks=FillConfig(fill=9))).read(Box.of((0, 0, 0), (16, 64, 64)))
+    filled = open_source(SourceConfig(url=str(tmp_path), missing_chunks=FillConfig(fill=9))).read(
+        Box.of((0, 0, 0), (16, 64, 64))
+    )
     assert [int(filled[c.slices()].max()) for c in chunks.values()] == [7, 0, 9, 9, 9, 9, 7, 9]

@@ -56,7 +56,13 @@ def test_the_readme_has_the_commands_that_ci_extracts(heading: str, command: str
     assert f"command_of '{heading}'" in page(".ci/run")
     if shutil.which("awk") is None:
         pytest.skip("no awk here")
-    found = subprocess.run(["awk", "-v", f"heading=## {heading}", program[1], "README.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["awk", "-v", f"heading=## {heading}", program[1], "README.md"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout == command + "\n"
 
 
@@ -101,7 +107,9 @@ def test_every_key_is_documented_and_no_other() -> None:
 
 def test_every_page_names_only_keys_that_exist() -> None:
     for path in [p for p in PAGES if p.name not in ("training.md", "evaluation.md")]:
-        for name in re.findall(r"`((?:source|target|network|work|cluster)\.\w+(?:\.\w+)*)[`:]", path.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"`((?:source|target|network|work|cluster)\.\w+(?:\.\w+)*)[`:]", path.read_text(encoding="utf-8")
+        ):
             assert name in key_paths(), f"{path.name}: {name}"
 
 

@@ -20,7 +20,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAULTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAULTS]
+)
 def test_nothing_is_lost(name: str, base: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     if reason := lacks(name):
         pytest.skip(reason)

@@ -118,9 +118,16 @@ def test_head_tells_the_length_and_sends_no_body(url: str) -> None:
 
 
 def test_every_answer_is_open_to_other_origins(url: str) -> None:
-    cases = [("GET", "data.bin", "bytes=1-2", 206), ("GET", "data.bin", "bytes=99999-", 416), ("GET", "none", "", 404), ("HEAD", "data.bin", "", 200)]
+    cases = [
+        ("GET", "data.bin", "bytes=1-2", 206),
+        ("GET", "data.bin", "bytes=99999-", 416),
+        ("GET", "none", "", 404),
+        ("HEAD", "data.bin", "", 200),
+    ]
     for method, path, range_, status in cases:
-        got, headers, _ = ask(f"{url}/{path}", method, Origin="https://elsewhere.example", **({"Range": range_} if range_ else {}))
+        got, headers, _ = ask(
+            f"{url}/{path}", method, Origin="https://elsewhere.example", **({"Range": range_} if range_ else {})
+        )
         assert got == status
         assert headers["access-control-allow-origin"] == "*"
         assert {"Content-Range", "Content-Length"} <= set(headers["access-control-expose-headers"].split(", "))
@@ -171,7 +178,9 @@ def raw_get(url: str, path: str) -> tuple[int, dict[str, str], bytes]:
     """A request line with `path` as it is: clients of good manners would tidy it first."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as s:
-        s.sendall(f"GET {parts.path}/{path.replace(' ', '%20')} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        s.sendall(
+            f"GET {parts.path}/{path.replace(' ', '%20')} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
         raw = b"".join(iter(lambda: s.recv(65536), b""))
     head, _, body = raw.partition(b"\r\n\r\n")
     return int(head.split()[1]), {}, body
@@ -216,7 +225,9 @@ def test_many_at_once(url: str) -> None:
 def test_sharded_zarr_by_ranges(tmp_path: Path) -> None:
     """A chunk inside a shard as Neuroglancer gets it: HEAD, the index at the shard's end, then the chunk's own bytes."""
     voxels = np.random.default_rng(0).integers(0, 256, (8, 64, 96), np.uint8)
-    array = zarr.create_array(str(tmp_path / "a"), shape=voxels.shape, dtype="u1", chunks=(4, 16, 32), shards=(8, 32, 96), compressors=None)
+    array = zarr.create_array(
+        str(tmp_path / "a"), shape=voxels.shape, dtype="u1", chunks=(4, 16, 32), shards=(8, 32, 96), compressors=None
+    )
     array[:] = voxels
     with serving({"a": tmp_path / "a"}) as bases:
         shard = f"{bases['a']}/c/0/1/0"

@@ -32,7 +32,9 @@ def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box, rings: 
 
 
 def whole_bicubic(volume: np.ndarray, scale: int) -> np.ndarray:
-    up = functional.interpolate(torch.from_numpy(volume).float()[:, None], scale_factor=scale, mode="bicubic", align_corners=False)
+    up = functional.interpolate(
+        torch.from_numpy(volume).float()[:, None], scale_factor=scale, mode="bicubic", align_corners=False
+    )
     return up[:, 0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 
@@ -75,7 +77,10 @@ def test_law_1_any_box_gives_the_same_bytes(data: st.DataObject) -> None:
 def test_the_stand_in_would_show_a_cut() -> None:
     """The test above can fail: a network like this one gives other bytes on another lattice."""
     volume = texture((5, 32, 32))
-    results = [compute(stand_in(Lattice(cell, 8, 5, "mirror")), volume, ZYX(0, 0, 0), Box.of((0, 0, 0), volume.shape)) for cell in (16, 32)]
+    results = [
+        compute(stand_in(Lattice(cell, 8, 5, "mirror")), volume, ZYX(0, 0, 0), Box.of((0, 0, 0), volume.shape))
+        for cell in (16, 32)
+    ]
     assert (results[0] != results[1]).mean() > 0.2
 
 
@@ -103,7 +108,10 @@ def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
     [
         ({"name": "edvr"}, "is not in this version"),
         ({"name": "gpemsr"}, "network.weights is not given"),
-        ({"name": "gpemsr", "weights": "builtin:mouse"}, r"there are builtin:drosophila-vnc \(x16\), .*, builtin:flyem-medulla \(x16\)"),
+        (
+            {"name": "gpemsr", "weights": "builtin:mouse"},
+            r"there are builtin:drosophila-vnc \(x16\), .*, builtin:flyem-medulla \(x16\)",
+        ),
         ({"name": "gpemsr", "weights": "builtin", "preset": "paper"}, "is for scale 8, preset small"),
         ({"name": "gpemsr", "weights": "builtin:../builtin/flyem-medulla"}, "there are"),
         ({"name": "gpemsr", "weights": "file:///nowhere/w.safetensors"}, "is not there"),
@@ -126,7 +134,9 @@ def test_describing_a_network_does_not_import_torch() -> None:
     code = "import sys; import pipeline.inference, pipeline.plan, pipeline.config; import pipeline.storage.ledger; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     refuted = subprocess.run(
-        [sys.executable, "-c", "import models; models.build('nearest', 8); " + code.split(";", 1)[1] + "; import sys"], check=False, capture_output=True
+        [sys.executable, "-c", "import models; models.build('nearest', 8); " + code.split(";", 1)[1] + "; import sys"],
+        check=False,
+        capture_output=True,
     )
     assert refuted.returncode != 0
 

@@ -20,7 +20,9 @@ POD = {"image": "emsr:1", "memory": "8GiB"}
 
 def spec(**changes: Any) -> dict[str, Any]:
     gpus = changes.pop("gpus_per_worker", None)
-    return kubernetes.spec(ClusterConfig(kind="kubernetes", gpus_per_worker=gpus, kubernetes=POD | changes), 2, "name")["spec"]
+    return kubernetes.spec(ClusterConfig(kind="kubernetes", gpus_per_worker=gpus, kubernetes=POD | changes), 2, "name")[
+        "spec"
+    ]
 
 
 def pods(made: dict[str, Any]) -> list[dict[str, Any]]:
@@ -37,7 +39,11 @@ def test_no_pod_has_rights() -> None:
         assert pod["securityContext"]["runAsUser"] == 1000
         assert pod["automountServiceAccountToken"] is False
         (container,) = pod["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
 
 
 def test_a_worker_asks_for_its_gpu_cores_and_memory() -> None:
@@ -74,7 +80,9 @@ def test_every_mount_has_its_volume() -> None:
 
 def test_the_manifest_in_deploy_is_what_the_code_makes() -> None:
     loaded = config.load(FILES / "volume.yaml")
-    assert yaml.safe_load((FILES / "cluster.yaml").read_text()) == yaml.safe_load(kubernetes.manifest(loaded.cluster, loaded.work.in_flight))
+    assert yaml.safe_load((FILES / "cluster.yaml").read_text()) == yaml.safe_load(
+        kubernetes.manifest(loaded.cluster, loaded.work.in_flight)
+    )
 
 
 def test_the_client_in_deploy_is_as_unprivileged_and_of_the_same_image() -> None:

@@ -34,8 +34,14 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize(("slab", "workers"), [([2, 16, 16], 1), ([4, 32, 48], 2), ([6, 80, 16], 4)])
-def test_identical_trees_for_any_slabs_and_workers(slab: list[int], workers: int, source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    main_job(volume_yaml(tmp_path / "v.yaml", source, "sr", network__name="nearest", work__slab_shape=slab, cluster__workers=workers))
+def test_identical_trees_for_any_slabs_and_workers(
+    slab: list[int], workers: int, source: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    main_job(
+        volume_yaml(
+            tmp_path / "v.yaml", source, "sr", network__name="nearest", work__slab_shape=slab, cluster__workers=workers
+        )
+    )
     assert tree(tmp_path / "sr") == undisturbed
 
 
@@ -44,7 +50,12 @@ def test_precomputed_trees_too(encoding: str, source: Path, tmp_path: Path) -> N
     """Also where levels are averaged from what a lossy encoding stored."""
     trees = []
     for slab in ([2, 16, 16], [4, 32, 64], [10, 80, 80]):
-        keys = {"target__format": "precomputed", "target__encoding": encoding, "target__shard_shape": None, "target__mips": 4}
+        keys = {
+            "target__format": "precomputed",
+            "target__encoding": encoding,
+            "target__shard_shape": None,
+            "target__mips": 4,
+        }
         run_here(volume_yaml(tmp_path / "v.yaml", source, f"sr{slab[1]}", work__slab_shape=slab, **keys))
         trees.append(tree(tmp_path / f"sr{slab[1]}"))
     assert trees[0] == trees[1] == trees[2]
@@ -58,18 +69,28 @@ def test_a_box_in_the_middle_holds_the_same_voxels(source: Path, undisturbed: di
     assert (part == whole[2:8, 13 * 8 : 61 * 8, 22 * 8 : 50 * 8]).all()
 
 
-def test_twenty_kills_of_workers_and_client_leave_the_same_tree(source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_twenty_kills_of_workers_and_client_leave_the_same_tree(
+    source: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     rng = random.Random(3)
-    path = volume_yaml(tmp_path / "v.yaml", source, "sr", network__name="nearest", work__slab_shape=[2, 32, 32], cluster__workers=2)
+    path = volume_yaml(
+        tmp_path / "v.yaml", source, "sr", network__name="nearest", work__slab_shape=[2, 32, 32], cluster__workers=2
+    )
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "STANDIN_DELAY_S": "0.02"}
     kills, runs = 0, 0
     while kills < 20:
         assert runs < 40
         runs += 1
-        with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], env=environ, stderr=subprocess.PIPE, text=True) as client:
+        with subprocess.Popen(
+            [sys.executable, str(TESTS / "run_standin.py"), str(path)], env=environ, stderr=subprocess.PIPE, text=True
+        ) as client:
             while client.poll() is None and kills < 20:
                 time.sleep(rng.uniform(0.3, 1.5))
-                workers = [p for p in psutil.Process(client.pid).children(recursive=True) if _is_worker(p)] if client.poll() is None else []
+                workers = (
+                    [p for p in psutil.Process(client.pid).children(recursive=True) if _is_worker(p)]
+                    if client.poll() is None
+                    else []
+                )
                 if workers and rng.random() < 0.7:
                     victim = rng.choice(workers)
                     kills += _kill(victim.pid)

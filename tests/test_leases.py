@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.plan.plan import Lattice, Plan
-from pipeline.schedule.leases import LATE_LEAST_S, LEASE_MOST, LEASE_S, RAMP_FIRST, RAMP_PER_S, STARTS_MOST, Crew, Lease, Leases
+from pipeline.schedule.leases import (
+    LATE_LEAST_S,
+    LEASE_MOST,
+    LEASE_S,
+    RAMP_FIRST,
+    RAMP_PER_S,
+    STARTS_MOST,
+    Crew,
+    Lease,
+    Leases,
+)
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, WRITTEN, Ledger
 from pipeline.worker.slab import Receipt
@@ -54,7 +64,9 @@ def measured(leases: Leases, seconds: float, crew: Crew) -> None:
     ("seconds", "threads", "tasks"),
     [(1.0, 2, int(LEASE_S)), (0.001, 2, LEASE_MOST), (60.0, 2, 1), (10.0, 2000, 2), (10.0, 20_000, 20)],
 )
-def test_a_lease_is_five_seconds_of_measured_tasks_and_longer_with_many_workers(ledger_of: object, seconds: float, threads: int, tasks: int) -> None:
+def test_a_lease_is_five_seconds_of_measured_tasks_and_longer_with_many_workers(
+    ledger_of: object, seconds: float, threads: int, tasks: int
+) -> None:
     """2,000 threads: 20 s; 20,000: 200 s, so that 100 leases end in a second."""
     crew = Crew(threads, threads)
     leases = begun(ledger_of, 20_000, 128)
@@ -190,7 +202,9 @@ def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject)
     plan = plan_of(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)))
     crew = Crew(3, data.draw(st.integers(3, 6)))
     with tempfile.TemporaryDirectory() as folder:
-        leases = Leases(plan, Ledger(Store(f"file://{folder}"), "d" * 64, plan.slabs, "r"), range(plan.slabs), began=0.0)
+        leases = Leases(
+            plan, Ledger(Store(f"file://{folder}"), "d" * 64, plan.slabs, "r"), range(plan.slabs), began=0.0
+        )
         closed: list[int] = []
         copies: list[Lease] = []
         now = 0.0
@@ -208,7 +222,12 @@ def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject)
             else:
                 state = QUARANTINED if data.draw(st.integers(0, 9)) == 0 else WRITTEN
                 found = leases.ended(
-                    lease, done(lease.span[: data.draw(st.integers(0, len(lease.span)))], data.draw(st.sampled_from([0.01, 1.0, 30.0])), state)
+                    lease,
+                    done(
+                        lease.span[: data.draw(st.integers(0, len(lease.span)))],
+                        data.draw(st.sampled_from([0.01, 1.0, 30.0])),
+                        state,
+                    ),
                 )
             closed += [receipt.index for receipt in found]
             if lease.closed:

@@ -140,7 +140,9 @@ while True:
 
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     for trial in range(4):
-        with subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path), f"run{trial}"], stdout=subprocess.PIPE, text=True) as writer:
+        with subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(tmp_path), f"run{trial}"], stdout=subprocess.PIPE, text=True
+        ) as writer:
             assert writer.stdout is not None
             acknowledged = int(writer.stdout.readline())
             time.sleep(0.05 * trial)
@@ -174,10 +176,20 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
 
 def test_a_silent_lease_of_another_machine_runs_out(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
-    lease = {"run": "far", "host": "elsewhere", "pid": os.getpid(), "started": 0.0, "renewed": time.time(), "released": False}
+    lease = {
+        "run": "far",
+        "host": "elsewhere",
+        "pid": os.getpid(),
+        "started": 0.0,
+        "renewed": time.time(),
+        "released": False,
+    }
     store.put(KEY, json.dumps(lease).encode())
     with pytest.raises(LedgerError, match="far"):
         TargetLease(store, "near").acquire()
-    for renewed in (time.time() - 61, time.time() + 3600):  # the second was written by a clock that has been set back since
+    for renewed in (
+        time.time() - 61,
+        time.time() + 3600,
+    ):  # the second was written by a clock that has been set back since
         store.put(KEY, json.dumps(lease | {"renewed": renewed}).encode())
         TargetLease(store, "near").acquire()

@@ -47,10 +47,14 @@ FAST = [("small", 8, 80), ("small", 16, 48), ("paper", 8, 48)]
 SLOW = [("paper", 8, 80), ("paper", 16, 48), ("paper", 16, 64), ("small", 16, 80)]
 
 
-@pytest.mark.parametrize(("name", "scale", "tile"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(
+    ("name", "scale", "tile"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 def test_a_process_grows_by_what_is_predicted(name: str, scale: int, tile: int) -> None:
     """Within 15 %, weights random and already there, in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", _PEAK, name, str(scale), str(tile)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, name, str(scale), str(tile)], capture_output=True, text=True, check=True
+    )
     assert 0.85 <= float(done.stdout) <= 1.15
 
 
@@ -78,7 +82,10 @@ def test_the_promise_counts_one_tile_and_the_rings_of_every_slab_in_flight() -> 
 
 
 def test_lower_precision_needs_half() -> None:
-    whole, half = (footprint(NetworkSpec("gpemsr", 8, "paper", "", precision, Lattice(64, 8, 5, "mirror"))) for precision in ("float32", "bfloat16"))
+    whole, half = (
+        footprint(NetworkSpec("gpemsr", 8, "paper", "", precision, Lattice(64, 8, 5, "mirror")))
+        for precision in ("float32", "bfloat16")
+    )
     assert half.tile - memory.WARM_BYTES == pytest.approx((whole.tile - memory.WARM_BYTES) / 2, rel=0.01)
 
 
@@ -95,8 +102,12 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
-def test_a_cell_that_no_device_could_hold_is_refused_before_anything_is_written(small: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **KEYS, network__weights="small.safetensors", network__cell=4096)
+def test_a_cell_that_no_device_could_hold_is_refused_before_anything_is_written(
+    small: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = volume_yaml(
+        small / "v.yaml", "lr.zarr", "sr", **KEYS, network__weights="small.safetensors", network__cell=4096
+    )
     before = tree(small)
     assert run.main([str(path), *flags]) == 2
     said = capsys.readouterr().err
@@ -140,7 +151,9 @@ def test_a_tile_without_memory_is_quarantined_at_once_and_says_what_would_fit(sm
 
 def test_other_faults_are_not_taken_for_it() -> None:
     assert device.out_of_memory(MemoryError())
-    assert device.out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"))
+    assert device.out_of_memory(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+    )
     assert not device.out_of_memory(RuntimeError("sizes differ"))
     assert not device.out_of_memory(ValueError("DefaultCPUAllocator: "))
     assert TooLargeError("a").exit_code == 2

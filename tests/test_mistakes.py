@@ -15,7 +15,22 @@ from pipeline.base.errors import ConfigError
 from pipeline.config.volume import Config, keys, load
 from pipeline.config.yaml_file import parse_bytes
 
-WRONG_TYPES: list[Any] = ["x", -1, 1.5, True, None, [], {}, [1], {"a": 1}, "", float("nan"), float("inf"), 10**30, "\u0000"]
+WRONG_TYPES: list[Any] = [
+    "x",
+    -1,
+    1.5,
+    True,
+    None,
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "",
+    float("nan"),
+    float("inf"),
+    10**30,
+    "\u0000",
+]
 
 FULL: dict[str, Any] = {
     "source": {
@@ -39,8 +54,23 @@ FULL: dict[str, Any] = {
         "mips": "auto",
         "fidelity": True,
     },
-    "network": {"name": "bicubic", "scale": 8, "preset": None, "weights": None, "sha256": None, "cell": 64, "halo": 8, "precision": "float32"},
-    "work": {"slab_shape": [2, 16, 16], "retries": 3, "stall_s": 600, "in_flight": 2, "budget": {"output_bytes": "10TB"}},
+    "network": {
+        "name": "bicubic",
+        "scale": 8,
+        "preset": None,
+        "weights": None,
+        "sha256": None,
+        "cell": 64,
+        "halo": 8,
+        "precision": "float32",
+    },
+    "work": {
+        "slab_shape": [2, 16, 16],
+        "retries": 3,
+        "stall_s": 600,
+        "in_flight": 2,
+        "budget": {"output_bytes": "10TB"},
+    },
     "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 0},
 }
 MAY_BE_NULL = {
@@ -136,10 +166,26 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": "12:00:00"}}, "memory"),
     ("cluster", {"kind": "kubernetes"}, "cluster.kubernetes"),
     ("cluster", {"kind": "kubernetes", "kubernetes": {"image": "\n", "memory": 1}}, "one line"),
-    ("cluster", {"kind": "kubernetes", "workers": 1, "adapt": {"maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "not both"),
-    ("cluster", {"kind": "kubernetes", "adapt": {"minimum": 3, "maximum": 2}, "kubernetes": {"image": "x", "memory": 1}}, "adapt.minimum"),
-    ("cluster", {"kind": "address", "address": "tcp://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "tls://"),
-    ("cluster", {"kind": "address", "address": "tls://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}}, "cannot be read"),
+    (
+        "cluster",
+        {"kind": "kubernetes", "workers": 1, "adapt": {"maximum": 2}, "kubernetes": {"image": "x", "memory": 1}},
+        "not both",
+    ),
+    (
+        "cluster",
+        {"kind": "kubernetes", "adapt": {"minimum": 3, "maximum": 2}, "kubernetes": {"image": "x", "memory": 1}},
+        "adapt.minimum",
+    ),
+    (
+        "cluster",
+        {"kind": "address", "address": "tcp://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}},
+        "tls://",
+    ),
+    (
+        "cluster",
+        {"kind": "address", "address": "tls://a:1", "security": {"ca_file": "a", "cert_file": "b", "key_file": "c"}},
+        "cannot be read",
+    ),
     ("cluster.adapt", {"maximum": 2}, "cluster.kind"),
     ("cluster.host", "lo", "cluster.kind"),
     ("cluster.kind", "address", "cluster.address"),
@@ -194,8 +240,12 @@ def test_the_full_example_is_accepted(place: Path) -> None:
     assert run.main([str(place / "volume.yaml")]) == 0
 
 
-@pytest.mark.parametrize(("key", "value", "word"), CONTRADICTIONS, ids=[f"{k}={str(v)[:24]}" for k, v, _ in CONTRADICTIONS])
-def test_contradictions_are_refused_by_name(key: str, value: Any, word: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "word"), CONTRADICTIONS, ids=[f"{k}={str(v)[:24]}" for k, v, _ in CONTRADICTIONS]
+)
+def test_contradictions_are_refused_by_name(
+    key: str, value: Any, word: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert word in refused(place, changed(tuple(key.split(".")), value), capsys)
 
 
@@ -277,14 +327,26 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path, capsys: pytest.Cap
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_an_address_where_nobody_listens(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nobody_listens(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.cluster.connect.CONNECT_S", 1)
     body = copy.deepcopy(FULL) | {"cluster": {"kind": "address", "address": "tcp://127.0.0.1:9"}}
     assert "no Dask scheduler answers" in refused(place, yaml.safe_dump(body), capsys)
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("10TB", 10**13), ("1.5 GiB", 3 * 2**29), (7, 7), ("7", 7), ("2kB", None), ("2KB", 2000), ("-1", None), (True, None)]
+    ("text", "size"),
+    [
+        ("10TB", 10**13),
+        ("1.5 GiB", 3 * 2**29),
+        (7, 7),
+        ("7", 7),
+        ("2kB", None),
+        ("2KB", 2000),
+        ("-1", None),
+        (True, None),
+    ],
 )
 def test_sizes(text: object, size: int | None) -> None:
     if size is None:

@@ -75,17 +75,39 @@ def until(ready: Callable[[], object], seconds: float = 300) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_cable_pulled_for_a_minute(hosts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cable_pulled_for_a_minute(
+    hosts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The worker loses scheduler and store in the middle of the run; with the cable back the same run ends, with the bytes of a local one."""
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))
-    aws = {"AWS_ENDPOINT_URL": f"http://{NET}.4:5000", "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
+    aws = {
+        "AWS_ENDPOINT_URL": f"http://{NET}.4:5000",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for key, value in aws.items():
         monkeypatch.setenv(key, value)
-    environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", "STANDIN_DELAY_S": "0.1", "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s"}
+    environ = {
+        **os.environ,
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
+        "STANDIN_DELAY_S": "0.1",
+        "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s",
+    }
     dask, standin = [sys.executable, "-m", "dask"], str(TESTS / "run_standin.py")
-    start_worker = [*dask, "worker", f"tcp://{NET}.2:8786", "--nthreads", "2", "--no-nanny", "--no-dashboard", "--preload", standin]
+    start_worker = [
+        *dask,
+        "worker",
+        f"tcp://{NET}.2:8786",
+        "--nthreads",
+        "2",
+        "--no-nanny",
+        "--no-dashboard",
+        "--preload",
+        standin,
+    ]
     with (
         running([*hosts["store"], sys.executable, "-m", "moto.server", "-H", f"{NET}.4", "-p", "5000"], environ),
         running([*hosts["scheduler"], *dask, "scheduler", "--host", f"{NET}.2", "--no-dashboard"], environ),
@@ -103,7 +125,9 @@ def test_a_cable_pulled_for_a_minute(hosts: dict[str, list[str]], tmp_path: Path
             pages = s3.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix=prefix)
             return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
-        with subprocess.Popen([sys.executable, standin, str(path)], env=environ, stderr=subprocess.PIPE, text=True) as client:
+        with subprocess.Popen(
+            [sys.executable, standin, str(path)], env=environ, stderr=subprocess.PIPE, text=True
+        ) as client:
             until(lambda: len(objects("sr/0/c/")) > 3 or client.poll() is not None)
             ip("link", "set", *hosts["cable"], "down")
             before = len(objects("sr/"))

@@ -48,7 +48,9 @@ def environ(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     return values
 
 
-def test_the_main_job_from_s3_to_s3(gateway: Gateway, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job_from_s3_to_s3(
+    gateway: Gateway, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_lr(tmp_path / "lr.zarr", VOXELS)
     client = boto3.client("s3")
     client.create_bucket(Bucket="brain")
@@ -63,14 +65,20 @@ def test_the_main_job_from_s3_to_s3(gateway: Gateway, environ: dict[str, str], t
     assert "is complete" in main_job(path, "run", **environ).stdout
     assert view.main([str(path), "--state"]) == 0
     assert f"s3+http://{gateway.url.removeprefix('http://')}/brain/out/sr" in capsys.readouterr().out
-    keys = [item["Key"] for page in client.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix="out/") for item in page["Contents"]]
+    keys = [
+        item["Key"]
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket="brain", Prefix="out/")
+        for item in page["Contents"]
+    ]
     for key in keys:
         file = tmp_path / "copy" / key
         file.parent.mkdir(parents=True, exist_ok=True)
         client.download_file("brain", key, str(file))
     sr = np.asarray(zarr.open_array(tmp_path / "copy" / "out" / "sr" / "0", mode="r"))
     assert np.abs(sr.astype(int) - whole_bicubic(VOXELS, 8)).max() <= 1
-    assert "nothing" not in "".join((tmp_path / "copy" / key).read_text() for key in keys if key.endswith(".json")), "no credentials are kept"
+    assert "nothing" not in "".join((tmp_path / "copy" / key).read_text() for key in keys if key.endswith(".json")), (
+        "no credentials are kept"
+    )
     assert {"out/sr.emsr/plan.json", "out/sr.emsr/report.json", "out/sr.emsr/contact-sheet.png"} <= set(keys)
 
     # Every object is put once and whole, and the ledger adds little: a record of 25 bytes a task, and the fixed objects of a run.
@@ -86,7 +94,9 @@ def test_the_main_job_from_s3_to_s3(gateway: Gateway, environ: dict[str, str], t
     assert {line.split()[0] for line in run} <= {"GET", "PUT", "HEAD"}, "nothing is renamed, appended to or deleted"
 
 
-def test_records_wait_for_a_store_that_is_away(gateway: Gateway, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_wait_for_a_store_that_is_away(
+    gateway: Gateway, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ledger_module, "FLUSH_S", 0.0)
     boto3.client("s3").create_bucket(Bucket="away")
     store = Store("s3://away/sr.emsr")
@@ -108,7 +118,9 @@ def test_records_wait_for_a_store_that_is_away(gateway: Gateway, environ: dict[s
     assert again.why(3).first_line == "why"
 
 
-def test_a_lease_whose_answer_was_lost_is_held(gateway: Gateway, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_whose_answer_was_lost_is_held(
+    gateway: Gateway, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The conditional write was carried out, its answer cut off: the retry finds the object changed, by ourselves."""
     boto3.client("s3").create_bucket(Bucket="lost")
     store = Store("s3://lost/sr.emsr")
@@ -123,7 +135,9 @@ def test_a_lease_whose_answer_was_lost_is_held(gateway: Gateway, environ: dict[s
         held.release()
 
 
-def test_the_main_job_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job_on_gcs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Main job, ledger, lease, resume, verify and view; the gateway adds the conditional writes that the emulator lacks."""
     pytest.importorskip("gcp_storage_emulator")
     write_lr(tmp_path / "lr.zarr", VOXELS)
@@ -133,17 +147,25 @@ def test_the_main_job_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         environ = fault_servers.gcs_environment(gateway)
         main_job(path, "run", **environ)
         run_here(here)
-        assert gateway.bytes_under("brain/out/sr/") == sum(f.stat().st_size for f in (tmp_path / "sr").rglob("*") if f.is_file())
+        assert gateway.bytes_under("brain/out/sr/") == sum(
+            f.stat().st_size for f in (tmp_path / "sr").rglob("*") if f.is_file()
+        )
         assert "is complete" in main_job(path, "run", **environ).stdout
         # tensorstore reads the emulator's address once a process.
         for command, words in {"status": "0 pending", "verify": "0 damaged", "view": "gs://brain/out/sr"}.items():
             flags = ["--state"] if command == "view" else []
             said = subprocess.run(
-                [sys.executable, "-m", f"pipeline.{command}", str(path), *flags], env={**os.environ, **environ}, cwd=REPOSITORY, capture_output=True, text=True
+                [sys.executable, "-m", f"pipeline.{command}", str(path), *flags],
+                env={**os.environ, **environ},
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
             )
             assert said.returncode == 0, said.stderr
             assert words in said.stdout
-        lease = subprocess.run([sys.executable, "-c", LEASE], env={**os.environ, **environ}, cwd=REPOSITORY, capture_output=True, text=True)
+        lease = subprocess.run(
+            [sys.executable, "-c", LEASE], env={**os.environ, **environ}, cwd=REPOSITORY, capture_output=True, text=True
+        )
         assert lease.returncode == 0, lease.stderr
 
 
@@ -181,12 +203,16 @@ def nginx(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    temporary = " ".join(f"{kind}_temp_path {place}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    temporary = " ".join(
+        f"{kind}_temp_path {place}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
     (place / "nginx.conf").write_text(
         f"daemon off; user root; pid {place}/pid; error_log {place}/error.log; events {{}} "
         f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port}; root {folder}; }} }}"
     )
-    with subprocess.Popen([binary, "-c", str(place / "nginx.conf"), "-e", str(place / "error.log")], stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(
+        [binary, "-c", str(place / "nginx.conf"), "-e", str(place / "error.log")], stderr=subprocess.DEVNULL
+    ) as server:
         try:
             for _ in range(200):
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -201,7 +227,11 @@ def nginx(folder: Path) -> Iterator[str]:
 def test_a_source_over_http(server: str, tmp_path: Path) -> None:
     write_lr(tmp_path / "lr.zarr", VOXELS)
     with contextlib.ExitStack() as stack:
-        url = f"{stack.enter_context(nginx(tmp_path))}/lr.zarr" if server == "nginx" else stack.enter_context(serving({"lr": tmp_path / "lr.zarr"}))["lr"]
+        url = (
+            f"{stack.enter_context(nginx(tmp_path))}/lr.zarr"
+            if server == "nginx"
+            else stack.enter_context(serving({"lr": tmp_path / "lr.zarr"}))["lr"]
+        )
         main_job(volume_yaml(tmp_path / "v.yaml", url, "sr"), "run", **dict(os.environ))
     sr = np.asarray(zarr.open_array(tmp_path / "sr" / "0", mode="r"))
     assert np.abs(sr.astype(int) - whole_bicubic(VOXELS, 8)).max() <= 1

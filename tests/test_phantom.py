@@ -65,7 +65,9 @@ def test_lr_is_the_degraded_hr_at_the_same_place(tmp_path: Path) -> None:
     assert lr["0"].shape == (3, 8, 12)
     corners, ends = [], []
     for group in (hr, lr):
-        scale, translation = NgffImage.from_zarr(group).attributes.ome.multiscales[0].datasets[0].coordinateTransformations
+        scale, translation = (
+            NgffImage.from_zarr(group).attributes.ome.multiscales[0].datasets[0].coordinateTransformations
+        )
         size = np.array(scale.scale)
         corners.append(np.array(translation.translation) - size / 2)
         ends.append(corners[-1] + size * group["0"].shape)
@@ -81,7 +83,9 @@ def test_degrade_by_hand() -> None:
     reduced = make_phantom.degrade(half)[0]
     assert (reduced[:, :2] == 0).all()
     assert (reduced[:, 6:] == 200).all()
-    assert (np.abs(reduced[:, 3].astype(int) + reduced[:, 4] - 200) <= 1).all(), "the edge stays between LR columns 3 and 4"
+    assert (np.abs(reduced[:, 3].astype(int) + reduced[:, 4] - 200) <= 1).all(), (
+        "the edge stays between LR columns 3 and 4"
+    )
 
 
 def test_again_does_nothing_and_other_data_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +122,9 @@ def test_example_files_are_valid_and_stay_in_their_folder(name: str) -> None:
     assert not any(slab.lateral(config.network.scale) % shard)
 
 
-def test_real_stack_is_checked_and_reduced(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_stack_is_checked_and_reduced(
+    tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not (shared_data / "drosophila-vnc-stack1" / "raw.tif").exists():
         pytest.skip("no drosophila-vnc-stack1 there")
     monkeypatch.setenv("EMSR_SHARED", str(SHARED))

@@ -36,7 +36,9 @@ def plans(draw: st.DrawFn) -> Plan:
     except TargetError:
         shapes = layout.choose(region.shape, scale, TargetConfig(url="x"), slab)
     lattice = Lattice(8 * draw(st.integers(1, 3)), 8 * draw(st.integers(0, 2)), draw(st.sampled_from([1, 5])), "mirror")
-    return Plan(bounds, region, shapes.slab_shape, scale, lattice, shapes.levels, shapes.fidelity, lossy=draw(st.booleans()))
+    return Plan(
+        bounds, region, shapes.slab_shape, scale, lattice, shapes.levels, shapes.fidelity, lossy=draw(st.booleans())
+    )
 
 
 @given(plans())
@@ -92,7 +94,10 @@ def test_input_voxels_equal_a_sum_over_slabs(plan: Plan) -> None:
     assert read.requested == sum(s.read.size for s in slabs)
     assert read.owned == sum(s.lr.size for s in slabs)
     origin = plan.bounds.start
-    decoded = sum((((s.read.stop - origin).ceil_div(chunk)) - ((s.read.start - origin) // chunk)).product * chunk.product for s in slabs)
+    decoded = sum(
+        (((s.read.stop - origin).ceil_div(chunk)) - ((s.read.start - origin) // chunk)).product * chunk.product
+        for s in slabs
+    )
     assert read.decoded == decoded
 
 
@@ -107,12 +112,18 @@ def test_sections_that_stand_in() -> None:
     [
         ({"chunk_shape": [2, 64, 64], "shard_shape": [3, 128, 128]}, None, "shards hold whole chunks"),
         ({"chunk_shape": [2, 64, 64], "shard_shape": [2, 128, 192]}, ZYX(2, 16, 16), "slabs hold whole shards"),
-        ({"chunk_shape": [16, 64, 64], "shard_shape": [16, 128, 128]}, ZYX(20, 16, 16), "z = 20 gives 20 SR voxels per slab"),
+        (
+            {"chunk_shape": [16, 64, 64], "shard_shape": [16, 128, 128]},
+            ZYX(20, 16, 16),
+            "z = 20 gives 20 SR voxels per slab",
+        ),
         ({"chunk_shape": [2, 60, 60], "shard_shape": [2, 60, 60]}, None, "no multiple of the scale"),
         ({"mips": 16}, None, "below one voxel"),
     ],
 )
-def test_shapes_that_contradict_are_refused_with_numbers_that_would_do(keys: dict, slab: ZYX | None, words: str) -> None:
+def test_shapes_that_contradict_are_refused_with_numbers_that_would_do(
+    keys: dict, slab: ZYX | None, words: str
+) -> None:
     with pytest.raises(TargetError, match=words):
         layout.choose(ZYX(20, 100, 100), 8, TargetConfig(url="x", **keys), slab)
 
@@ -140,7 +151,12 @@ print(plan.slabs, seconds, peak / 1e3)
 
 def test_ten_million_slabs_plan_in_two_seconds_and_200_mb(tmp_path: object) -> None:
     """Law 5, in a fresh process, imports included."""
-    out = subprocess.run([sys.executable, "-c", _TEN_MILLION.replace("{folder}", f"{tmp_path}/ledger")], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", _TEN_MILLION.replace("{folder}", f"{tmp_path}/ledger")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     slabs, seconds, megabytes = (float(v) for v in out.stdout.split())
     assert slabs == 10_000_000
     assert seconds < 2.0

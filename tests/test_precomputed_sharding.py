@@ -14,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box, tiles
-from pipeline.storage.precomputed_sharding import MAX_PRESHIFT_BITS, bits_for, chunk_number, nearest_shape, shard_name, shard_shapes
+from pipeline.storage.precomputed_sharding import (
+    MAX_PRESHIFT_BITS,
+    bits_for,
+    chunk_number,
+    nearest_shape,
+    shard_name,
+    shard_shapes,
+)
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 from pipeline.storage.volume import LevelSpec
 
@@ -68,7 +75,9 @@ def test_names_are_those_of_cloud_volume(grid: ZYX, data: st.DataObject) -> None
     code = compressed_morton_code([np.array([chunk.x, chunk.y, chunk.z])], np.array([grid.x, grid.y, grid.z]))
     assert int(np.ravel(code)[0]) == chunk_number(grid, chunk)
     theirs = ShardingSpecification.from_dict(_sharding(*bits_for(grid, shape)))
-    assert theirs.compute_shard_location(int(np.ravel(code)[0])).shard_number + ".shard" == shard_name(grid, shape, chunk)
+    assert theirs.compute_shard_location(int(np.ravel(code)[0])).shard_number + ".shard" == shard_name(
+        grid, shape, chunk
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,7 +86,9 @@ def test_shapes_and_files_are_those_of_tensorstore(grid: ZYX, data: st.DataObjec
     """tensorstore's own sharded array says the same write shape, and leaves byte-equal files (no chunk is zeros here)."""
     shape = data.draw(st.sampled_from(shard_shapes(grid)))
     chunk = ZYX(1, 3, 2)
-    level = LevelSpec(grid * chunk - ZYX(0, data.draw(st.integers(0, 2)), data.draw(st.integers(0, 1))), chunk, shape * chunk)
+    level = LevelSpec(
+        grid * chunk - ZYX(0, data.draw(st.integers(0, 2)), data.draw(st.integers(0, 1))), chunk, shape * chunk
+    )
     sharding = _sharding(*bits_for(grid, shape))
     scale = {
         "key": "k",
@@ -96,7 +107,9 @@ def test_shapes_and_files_are_those_of_tensorstore(grid: ZYX, data: st.DataObjec
     }
     context = ts.Context()
     array = ts.open(spec, open=True, assume_metadata=True, context=context).result()
-    assert ZYX.of(array[..., 0].T.chunk_layout.write_chunk_template.shape).minimum(grid * chunk) == level.shard.minimum(grid * chunk)
+    assert ZYX.of(array[..., 0].T.chunk_layout.write_chunk_template.shape).minimum(grid * chunk) == level.shard.minimum(
+        grid * chunk
+    )
     voxels = np.random.default_rng(0).integers(1, 256, tuple(level.shape), dtype=np.uint8)
     array[..., 0].T.write(voxels).result()
     store = ts.KvStore.open({"driver": "memory"}, context=context).result()

@@ -20,23 +20,43 @@ from pipeline import verify
 from pipeline.storage.targets.open import open_target
 from pipeline.worker.pyramid import halve
 
-STACKS = {"drosophila-vnc-stack1": (45.0, 4.6, 4.6), "flyem-medulla-z40": (40.0, 10.0, 10.0), "flyem-medulla-labelled-z40": (40.0, 10.0, 10.0)}
+STACKS = {
+    "drosophila-vnc-stack1": (45.0, 4.6, 4.6),
+    "flyem-medulla-z40": (40.0, 10.0, 10.0),
+    "flyem-medulla-labelled-z40": (40.0, 10.0, 10.0),
+}
 
 
 def low_resolution(hr: np.ndarray, scale: int) -> np.ndarray:
     """The paper's degradation: antialiased bicubic per section, rounded."""
     height, width = (n // scale for n in hr.shape[1:])
-    return np.stack([np.asarray(Image.fromarray(s[: height * scale, : width * scale]).resize((width, height), Image.Resampling.BICUBIC)) for s in hr])
+    return np.stack(
+        [
+            np.asarray(
+                Image.fromarray(s[: height * scale, : width * scale]).resize((width, height), Image.Resampling.BICUBIC)
+            )
+            for s in hr
+        ]
+    )
 
 
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("scale", [8, 16])
-def test_real_em_equals_bicubic_of_the_whole_and_resembles_the_truth(name: str, scale: int, shared_data: Path, tmp_path: Path) -> None:
+def test_real_em_equals_bicubic_of_the_whole_and_resembles_the_truth(
+    name: str, scale: int, shared_data: Path, tmp_path: Path
+) -> None:
     z, y, x = STACKS[name]
     hr = tifffile.imread(shared_data / name / "raw.tif")[:12]
     lr = low_resolution(hr, scale)
     write_lr(tmp_path / "lr.zarr", lr, (z, y * scale, x * scale))
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", network__scale=scale, work__slab_shape=[4, 32, 32], target__shard_shape=[4, 256, 256])
+    path = volume_yaml(
+        tmp_path / "v.yaml",
+        "lr.zarr",
+        "sr",
+        network__scale=scale,
+        work__slab_shape=[4, 32, 32],
+        target__shard_shape=[4, 256, 256],
+    )
     job = run_here(path)
     sr = np.asarray(zarr.open_array(tmp_path / "sr" / "0", mode="r"))
     assert np.abs(sr.astype(int) - whole_bicubic(lr, scale)).max() <= 1
@@ -62,7 +82,11 @@ TARGETS = {
     "precomputed-raw": {"target__format": "precomputed", "target__encoding": "raw", "target__shard_shape": None},
     "precomputed-png": {"target__format": "precomputed", "target__encoding": "png", "target__shard_shape": None},
     "precomputed-jpeg": {"target__format": "precomputed", "target__encoding": "jpeg", "target__shard_shape": None},
-    "precomputed-sharded": {"target__format": "precomputed", "target__shard_shape": [2, 128, 128], "target__chunk_shape": [2, 128, 128]},
+    "precomputed-sharded": {
+        "target__format": "precomputed",
+        "target__shard_shape": [2, 128, 128],
+        "target__chunk_shape": [2, 128, 128],
+    },
 }
 
 
@@ -100,7 +124,10 @@ def read_back(path: Path, kind: str, levels: int) -> list[np.ndarray]:
     """All levels, by a reader that is not the pipeline's: zarr-python or cloud-volume."""
     if kind == "ome-zarr":
         return [np.asarray(zarr.open_array(path / str(k), mode="r")) for k in range(levels)]
-    return [np.asarray(CloudVolume(f"file://{path}", mip=k, progress=False, fill_missing=False)[:])[..., 0].T for k in range(levels)]
+    return [
+        np.asarray(CloudVolume(f"file://{path}", mip=k, progress=False, fill_missing=False)[:])[..., 0].T
+        for k in range(levels)
+    ]
 
 
 def test_ome_positions_coincide(tmp_path: Path) -> None:

@@ -95,18 +95,30 @@ def grudging(monkeypatch: pytest.MonkeyPatch) -> Iterator[EveryThirdRefused]:
     app = EveryThirdRefused(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    values = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+    values = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+    }
     for key, value in (values | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
         monkeypatch.setenv(key, value)
     yield app
     server.shutdown()
 
 
-def test_a_store_that_refuses_a_third_of_all_requests(grudging: EveryThirdRefused, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_refuses_a_third_of_all_requests(
+    grudging: EveryThirdRefused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The run ends, nothing is quarantined, and what was refused is shown."""
     write_lr(tmp_path / "lr.zarr", texture((4, 32, 32)))
     boto3.client("s3").create_bucket(Bucket="brain")
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "s3://brain/sr", work__slab_shape=[4, 16, 16], work__requests_per_second={"write": 1000})
+    path = volume_yaml(
+        tmp_path / "v.yaml",
+        "lr.zarr",
+        "s3://brain/sr",
+        work__slab_shape=[4, 16, 16],
+        work__requests_per_second={"write": 1000},
+    )
     grudging.on = True
     main_job(path, "run")
     grudging.on = False

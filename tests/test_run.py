@@ -67,13 +67,21 @@ def test_the_main_job(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_dry_run_prints_the_price_and_touches_nothing(source: Path, tmp_path: Path) -> None:
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
     before = tree(tmp_path)
-    out = subprocess.run([sys.executable, "-m", "pipeline.run", str(path), "--dry-run"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "pipeline.run", str(path), "--dry-run"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for word in ("slabs    12", "halo x", "memory", "per worker", "one slab", "time", "fidelity"):
         assert word in out
     assert tree(tmp_path) == before
 
 
-def test_a_hole_is_quarantined_and_the_rest_is_written(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hole_is_quarantined_and_the_rest_is_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Law 4: a missing chunk never becomes black. Mended, the same command repeats only what was missing."""
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", network__cell=16)
     chunk = source / "0" / "c" / "0" / "0" / "0"
@@ -112,7 +120,10 @@ def test_masked_and_empty_slabs_are_skipped_and_the_ledger_closes(tmp_path: Path
     mask = np.ones((6, 18, 16), np.uint8)
     mask[:, :8, 8:] = 0
     write_lr(tmp_path / "mask.zarr", mask, (45.0, 128.0, 128.0))
-    main_job(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", source__mask={"url": "mask.zarr"}, source__skip_empty=True), "run")
+    main_job(
+        volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", source__mask={"url": "mask.zarr"}, source__skip_empty=True),
+        "run",
+    )
     counts = report(tmp_path)["ledger"]
     assert counts["skipped"] == 2 + 1
     assert counts["planned"] == counts["written"] + counts["skipped"]
@@ -128,7 +139,9 @@ def test_a_bad_section_is_replaced_by_the_nearest_good_one(source: Path, tmp_pat
     assert (sr(tmp_path)[3] == sr(tmp_path)[4]).all()
     spec = json.loads((tmp_path / "sr" / "zarr.json").read_text())["attributes"]["emsr"]
     assert {z: one["stand_in"] for z, one in spec["source"]["bad_sections"].items()} == {"2": 1, "3": 4}
-    assert {(one["why"], one["output"]) for one in spec["source"]["bad_sections"].values()} == {("listed", "neighbours")}
+    assert {(one["why"], one["output"]) for one in spec["source"]["bad_sections"].values()} == {
+        ("listed", "neighbours")
+    }
 
 
 def test_another_plan_on_the_same_target_is_refused(source: Path, tmp_path: Path) -> None:
@@ -148,7 +161,11 @@ def test_ctrl_c_drains_and_the_next_run_goes_on(signals: int, source: Path, tmp_
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", network__name="nearest", work__slab_shape=[2, 16, 16])
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "STANDIN_DELAY_S": "0.05"}
     with subprocess.Popen(
-        [sys.executable, str(TESTS / "run_standin.py"), str(path)], env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(TESTS / "run_standin.py"), str(path)],
+        env=environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as client:
         wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
         for _ in range(signals):
@@ -170,7 +187,9 @@ def test_ctrl_c_drains_and_the_next_run_goes_on(signals: int, source: Path, tmp_
     assert tree(tmp_path / "sr") == tree(tmp_path / "first")
 
 
-def test_verify_finds_damage_and_the_next_run_repairs_it(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_damage_and_the_next_run_repairs_it(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
     main_job(path, "run")
     good = tree(tmp_path / "sr")
@@ -191,7 +210,9 @@ def test_verify_finds_damage_and_the_next_run_repairs_it(source: Path, tmp_path:
 
 def test_a_slab_that_kills_its_worker_is_given_up_and_the_rest_finishes(source: Path, tmp_path: Path) -> None:
     """Real processes die here: the network exits the process on one tile. Its lease mates are not lost with it."""
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", network__name="nearest", network__cell=32, work__slab_shape=[4, 32, 32])
+    path = volume_yaml(
+        tmp_path / "v.yaml", "lr.zarr", "sr", network__name="nearest", network__cell=32, work__slab_shape=[4, 32, 32]
+    )
     said = main_job(path, "run_poison.py", check=False, POISON="118")
     assert said.returncode == 1, said.stderr
     told = report(tmp_path)
@@ -201,7 +222,9 @@ def test_a_slab_that_kills_its_worker_is_given_up_and_the_rest_finishes(source: 
 
 
 @contextlib.contextmanager
-def dask_apart(folder: Path, script_path: str = "") -> Iterator[tuple[str, subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
+def dask_apart(
+    folder: Path, script_path: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
     """A scheduler and a worker in processes of their own: (address, scheduler, worker)."""
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}"}
     place = folder / "scheduler.json"
@@ -209,8 +232,34 @@ def dask_apart(folder: Path, script_path: str = "") -> Iterator[tuple[str, subpr
     preload = ["--preload", script_path] if script_path else []
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environ}
     with (
-        subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(place)], **quiet) as scheduler,
-        subprocess.Popen([*dask, "worker", "--scheduler-file", str(place), "--nthreads", "2", "--no-nanny", "--no-dashboard", *preload], **quiet) as worker,
+        subprocess.Popen(
+            [
+                *dask,
+                "scheduler",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--no-dashboard",
+                "--scheduler-file",
+                str(place),
+            ],
+            **quiet,
+        ) as scheduler,
+        subprocess.Popen(
+            [
+                *dask,
+                "worker",
+                "--scheduler-file",
+                str(place),
+                "--nthreads",
+                "2",
+                "--no-nanny",
+                "--no-dashboard",
+                *preload,
+            ],
+            **quiet,
+        ) as worker,
     ):
         try:
             wait_for(lambda: place.exists() and place.read_text().endswith("}"))
@@ -222,7 +271,9 @@ def dask_apart(folder: Path, script_path: str = "") -> Iterator[tuple[str, subpr
 
 def test_a_scheduler_that_is_already_there(source: Path, tmp_path: Path) -> None:
     with dask_apart(tmp_path) as (address, _, _):
-        main_job(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}), "run")
+        main_job(
+            volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}), "run"
+        )
     assert np.abs(sr(tmp_path).astype(int) - whole_bicubic(texture(SHAPE), 8)).max() <= 1
 
 
@@ -231,8 +282,12 @@ def test_a_scheduler_that_dies_under_way(source: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("STANDIN_DELAY_S", "0.05")
     keys = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
     with dask_apart(tmp_path, str(TESTS / "run_standin.py")) as (address, scheduler, _):
-        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}, **keys)
-        with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], stderr=subprocess.PIPE, text=True) as client:
+        path = volume_yaml(
+            tmp_path / "v.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": address}, **keys
+        )
+        with subprocess.Popen(
+            [sys.executable, str(TESTS / "run_standin.py"), str(path)], stderr=subprocess.PIPE, text=True
+        ) as client:
             wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
             scheduler.kill()
             _, said = client.communicate(timeout=60)

@@ -14,10 +14,26 @@ from hypothesis import strategies as st
 from section_damage import DAMAGES
 
 from models.degrade import degrade
-from pipeline.sections.quality import AROUND, LAGS, TELLING, Measured, _block_correlations, _displacement, judge, measure, resemblance
+from pipeline.sections.quality import (
+    AROUND,
+    LAGS,
+    TELLING,
+    Measured,
+    _block_correlations,
+    _displacement,
+    judge,
+    measure,
+    resemblance,
+)
 from pipeline.sections.survey import MARGIN
 
-STACKS = [("drosophila-vnc-stack1", 8), ("drosophila-vnc-stack1", 16), ("flyem-medulla-z40", 8), ("flyem-medulla-z40", 16), ("flyem-medulla-labelled-z40", 8)]
+STACKS = [
+    ("drosophila-vnc-stack1", 8),
+    ("drosophila-vnc-stack1", 16),
+    ("flyem-medulla-z40", 8),
+    ("flyem-medulla-z40", 16),
+    ("flyem-medulla-labelled-z40", 8),
+]
 TALL = 20
 
 
@@ -43,7 +59,9 @@ def test_no_section_of_an_undamaged_stack_is_bad(name: str, scale: int, shared_d
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("name", "scale"), STACKS[:4])
-def test_two_of_twenty_destroyed_sections_are_found_and_no_good_one(name: str, scale: int, damage: str, shared_data: Path) -> None:
+def test_two_of_twenty_destroyed_sections_are_found_and_no_good_one(
+    name: str, scale: int, damage: str, shared_data: Path
+) -> None:
     """At the ends, on either side of a good one, and anywhere."""
     hr, lr = real(shared_data, name, scale)
     rng = np.random.default_rng([scale, len(damage), len(name)])
@@ -53,7 +71,9 @@ def test_two_of_twenty_destroyed_sections_are_found_and_no_good_one(name: str, s
         start = int(rng.integers(0, len(lr) - TALL + 1))
         stack = lr[start : start + TALL].copy()
         for z in places:
-            stack[z] = degrade(np.ascontiguousarray(DAMAGES[damage](hr[start : start + TALL], z, rng).astype(np.uint8)), scale)
+            stack[z] = degrade(
+                np.ascontiguousarray(DAMAGES[damage](hr[start : start + TALL], z, rng).astype(np.uint8)), scale
+            )
         assert sorted(verdicts(stack)) == sorted(places), (start, places)
 
 
@@ -152,7 +172,9 @@ def test_what_cannot_be_read_or_compared_is_not_bad() -> None:
 
 def test_unrelated_sections_have_no_resemblance() -> None:
     unrelated = tissue(12, 128, 5, alike=0.0).astype(np.float32)[:, None]
-    assert resemblance(measure(unrelated)) < TELLING < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
+    assert (
+        resemblance(measure(unrelated)) < TELLING < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
+    )
 
 
 def test_a_displacement_is_that_of_the_section() -> None:

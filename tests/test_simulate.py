@@ -92,7 +92,9 @@ def test_the_model_predicts_a_real_run(tmp_path: Path, monkeypatch: pytest.Monke
         seconds_of_all, wall, leases = real_run(client, tmp_path / "short", 8)
         lease_s = max(0.0, 4 * wall - seconds_of_all) / leases
         _, wall, _ = real_run(client, tmp_path / "long", 24)
-    played = simulate(plan_of(24, 10), changed(workers=2, threads=2, task_s=seconds_of_all / 80, lease_s=lease_s, open_s=lease_s))
+    played = simulate(
+        plan_of(24, 10), changed(workers=2, threads=2, task_s=seconds_of_all / 80, lease_s=lease_s, open_s=lease_s)
+    )
     assert played.wall_s / 1.5 < wall < 1.5 * played.wall_s
 
 

@@ -37,7 +37,13 @@ def conf() -> Iterator[str]:
 
 def states(conf: str) -> dict[str, str]:
     """Job number -> state, of jobs that Slurm remembers."""
-    said = subprocess.run(["scontrol", "--oneliner", "show", "job"], env={**os.environ, "SLURM_CONF": conf}, capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job"],
+        env={**os.environ, "SLURM_CONF": conf},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return dict(re.findall(r"JobId=(\d+) .*?JobState=(\w+)", said.stdout))
 
 
@@ -63,7 +69,9 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"security": write_certificates(tmp_path)}, **small)
+    path = volume_yaml(
+        tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"security": write_certificates(tmp_path)}, **small
+    )
     hold = tmp_path / "hold"
     environ = {
         **os.environ,
@@ -73,7 +81,13 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
         "STANDIN_DELAY_S": "0.05",
         "STANDIN_HOLD": str(hold),
     }
-    with subprocess.Popen([sys.executable, str(TESTS / "run_standin.py"), str(path)], env=environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as client:
+    with subprocess.Popen(
+        [sys.executable, str(TESTS / "run_standin.py"), str(path)],
+        env=environ,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as client:
         until(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3, client, 300)
         hold.touch()
         (first,) = states(conf)
@@ -96,7 +110,13 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path
     """The first job finds its node unfit (the prologue ends it), the second one does the work."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     unfit = f"mkdir {tmp_path}/fit 2>/dev/null && exit 1"
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": logged(tmp_path) | {"prologue": [unfit]}}, network__name="nearest")
+    path = volume_yaml(
+        tmp_path / "v.yaml",
+        "lr.zarr",
+        "sr",
+        cluster=CLUSTER | {"slurm": logged(tmp_path) | {"prologue": [unfit]}},
+        network__name="nearest",
+    )
     before = states(conf)
     said = main_job(path, "run", SLURM_CONF=conf)
     assert "1 written" in said.stdout
@@ -105,7 +125,9 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path
 
 
 @pytest.mark.timeout(400)
-def test_jobs_that_all_end_before_a_worker_comes_end_the_run(conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
+    conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prologue that fails everywhere: after three jobs one message names them, and nothing was written."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     broken = CLUSTER | {"slurm": logged(tmp_path) | {"prologue": ["exit 1"]}}
@@ -114,7 +136,10 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(conf: str, tmp_path
     monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setattr(slurm, "LOOK_S", 1.0)
     monkeypatch.setattr(schedule, "SAY_S", 2.0)
-    with pytest.raises(ClusterError, match="ended before a worker answered"), cluster.connect(config.load(path).cluster, 2) as client:
+    with (
+        pytest.raises(ClusterError, match="ended before a worker answered"),
+        cluster.connect(config.load(path).cluster, 2) as client,
+    ):
         schedule._first_worker(client)
     assert len(states(conf)) == number + slurm.IN_VAIN_MOST
     assert not (tmp_path / "sr").exists()
@@ -132,7 +157,15 @@ def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ = {**os.environ, "SLURM_CONF": conf, "PYTHONPATH": str(REPOSITORY), "PATH": tools, "EMSR_PORT": str(port)}
     log = tmp_path / "log"
-    command = ["sbatch", "--wait", "--ntasks=1", "--mem=4G", "--time=30", f"--output={log}", str(REPOSITORY / "deploy" / "slurm" / "allocation.sbatch")]
+    command = [
+        "sbatch",
+        "--wait",
+        "--ntasks=1",
+        "--mem=4G",
+        "--time=30",
+        f"--output={log}",
+        str(REPOSITORY / "deploy" / "slurm" / "allocation.sbatch"),
+    ]
     ended = subprocess.run([*command, str(path)], env=environ, cwd=tmp_path, check=False, timeout=580)
     assert ended.returncode == 0, log.read_text()
     assert "0 quarantined" in log.read_text()
@@ -140,7 +173,9 @@ def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
 
 def test_what_slurm_would_refuse_is_one_message(conf: str, tmp_path: Path) -> None:
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": JOB | {"partition": "nowhere"}})
+    path = volume_yaml(
+        tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"slurm": JOB | {"partition": "nowhere"}}
+    )
     before = tree(tmp_path)
     said = main_job(path, "run", check=False, SLURM_CONF=conf)
     assert said.returncode == 2, said.stderr
@@ -158,9 +193,22 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_job_script() -> None:
     """One process and its threads, one GPU, a lifetime that ends before the walltime does, and the user's own lines."""
-    asked = JOB | {"partition": "gpu", "account": "em", "prologue": ["module load cuda"], "extra_directives": ["--constraint=a100"]}
+    asked = JOB | {
+        "partition": "gpu",
+        "account": "em",
+        "prologue": ["module load cuda"],
+        "extra_directives": ["--constraint=a100"],
+    }
     script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": asked, "gpus_per_worker": 1}), 3, None)
-    for line in ("-p gpu", "-A em", "-t 01:00:00", "--mem=2G", "--cpus-per-task=2", "--gres=gpu:1", "--constraint=a100"):
+    for line in (
+        "-p gpu",
+        "-A em",
+        "-t 01:00:00",
+        "--mem=2G",
+        "--cpus-per-task=2",
+        "--gres=gpu:1",
+        "--constraint=a100",
+    ):
         assert f"#SBATCH {line}\n" in script
     assert "\nmodule load cuda\n" in script
     assert "--nthreads 3" in script
@@ -181,7 +229,9 @@ def test_the_file_in_deploy_makes_a_script() -> None:
     assert f"--tls-ca-file {REPOSITORY}/deploy/slurm/ca.pem" in script
 
 
-@pytest.mark.parametrize(("walltime", "expected"), [(86400, (85800, 300)), (3600, (3000, 300)), (600, (480, 60)), (60, (48, 6)), (5, (5, 0))])
+@pytest.mark.parametrize(
+    ("walltime", "expected"), [(86400, (85800, 300)), (3600, (3000, 300)), (600, (480, 60)), (60, (48, 6)), (5, (5, 0))]
+)
 def test_lifetimes_end_before_the_walltime(walltime: int, expected: tuple[int, int]) -> None:
     assert slurm.lifetime_s(walltime) == expected
     assert sum(expected) <= walltime

@@ -25,7 +25,10 @@ from pipeline.storage.volume import VolumeInfo
 
 
 class TestVoxelSize:
-    @pytest.mark.parametrize(("unit", "per_nm"), [("micrometer", 1e-3), ("angstrom", 10), ("millimeter", 1e-6), ("meter", 1e-9), ("nanometer", 1)])
+    @pytest.mark.parametrize(
+        ("unit", "per_nm"),
+        [("micrometer", 1e-3), ("angstrom", 10), ("millimeter", 1e-6), ("meter", 1e-9), ("nanometer", 1)],
+    )
     def test_units(self, unit: str, per_nm: float, tmp_path: Path) -> None:
         info = opened(written.ome(tmp_path / "v", "0.4", unit=unit, per_nm=per_nm), mip=1).info
         assert info.voxel_size_nm == (40, 16, 8)
@@ -62,9 +65,20 @@ class TestVoxelSize:
             [
                 ({"resolution": [4, 8, 40]}, {}, (40, 8, 4)),
                 ({"resolution": [0.004, 0.008, 0.04], "units": ["um", "um", "um"]}, {}, (40, 8, 4)),
-                ({"pixelResolution": {"dimensions": [0.004, 0.008, 0.04], "unit": "um"}, "downsamplingFactors": [2, 2, 1]}, {}, (40, 16, 8)),
+                (
+                    {
+                        "pixelResolution": {"dimensions": [0.004, 0.008, 0.04], "unit": "um"},
+                        "downsamplingFactors": [2, 2, 1],
+                    },
+                    {},
+                    (40, 16, 8),
+                ),
                 ({"pixelResolution": [4, 8, 40]}, {"resolution": [1, 1, 1]}, (40, 8, 4)),
-                ({}, {"pixelResolution": {"dimensions": [4, 8, 40], "unit": "nm"}, "scales": [[1, 1, 1], [2, 2, 1]]}, (40, 16, 8)),
+                (
+                    {},
+                    {"pixelResolution": {"dimensions": [4, 8, 40], "unit": "nm"}, "scales": [[1, 1, 1], [2, 2, 1]]},
+                    (40, 16, 8),
+                ),
                 ({}, {"resolution": [4, 8, 40]}, None),
                 ({}, {"resolution": [4, 8, 40], "scales": [[1, 1, 1]]}, "scales"),
             ]
@@ -85,7 +99,15 @@ class TestIntensity:
         voxels = truth(dtype="uint16")
         low, high = window
         voxels.flat[:8] = [0, 65535, low, high, low + 1, max(low, 1) - 1, (low + high) // 2, min(high + 1, 65535)]
-        want = np.array([[min(max((2 * 255 * (int(v) - low) + (high - low)) // (2 * (high - low)), 0), 255) for v in voxels.ravel()]], np.uint8).reshape(SHAPE)
+        want = np.array(
+            [
+                [
+                    min(max((2 * 255 * (int(v) - low) + (high - low)) // (2 * (high - low)), 0), 255)
+                    for v in voxels.ravel()
+                ]
+            ],
+            np.uint8,
+        ).reshape(SHAPE)
         for make in (written.zarr2, written.zarr3, written.n5, written.precomputed):
             source = opened(make(tmp_path / make.__name__, voxels=voxels), intensity_window=window)
             assert source.info.dtype == "uint16"
@@ -128,7 +150,9 @@ class TestRefused:
         assert word in refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
 
     def test_structured(self, tmp_path: Path) -> None:
-        zarr.create_array(tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype=[("a", "u1"), ("b", "u2")], zarr_format=2)
+        zarr.create_array(
+            tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype=[("a", "u1"), ("b", "u2")], zarr_format=2
+        )
         assert "an array of its own" in refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
 
     @pytest.mark.parametrize("dtype", ["<U4", "|S3", "<M8[ns]", "|O", "|V3", "u1,u2", "(2,2)u1", "nonsense", "u1["])
@@ -145,7 +169,14 @@ class TestRefused:
         assert "Re-encode it with blosc or zstd" in message
 
     def test_zarr2_filters(self, tmp_path: Path) -> None:
-        zarr.create_array(tmp_path / "v", shape=(4, 4, 4), chunks=(4, 4, 4), dtype="u1", zarr_format=2, filters=[numcodecs.Delta(dtype="u1")])
+        zarr.create_array(
+            tmp_path / "v",
+            shape=(4, 4, 4),
+            chunks=(4, 4, 4),
+            dtype="u1",
+            zarr_format=2,
+            filters=[numcodecs.Delta(dtype="u1")],
+        )
         message = refusal(tmp_path / "v", voxel_size_nm=VOXEL_NM)
         assert "delta" in message
         assert "no filters" in message
@@ -159,7 +190,9 @@ class TestRefused:
         written.zarr3(tmp_path / "w", foreign.LZMA(), sharded=True)
         assert "numcodecs.lzma" in refusal(tmp_path / "w", voxel_size_nm=VOXEL_NM)
 
-    @pytest.mark.parametrize("encoding", ["jxl", "compressed_segmentation", "compresso", "fpzip", "kempressed", "zfpc", "crackle"])
+    @pytest.mark.parametrize(
+        "encoding", ["jxl", "compressed_segmentation", "compresso", "fpzip", "kempressed", "zfpc", "crackle"]
+    )
     def test_precomputed_encodings(self, encoding: str, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
         edit(volume.path / "info", lambda v: at(v["scales"][0], encoding=encoding))
@@ -189,7 +222,9 @@ class TestRefused:
             open_source(SourceConfig(url="ftp://host/volume"))
 
 
-LIKE = VolumeInfo("file:///em", "zarr3", Box.of((0, 0, 0), SHAPE), VOXEL_NM, (0.0, 0.0, 0.0), "uint8", ZYX.of(written.CHUNK), "0" * 64)
+LIKE = VolumeInfo(
+    "file:///em", "zarr3", Box.of((0, 0, 0), SHAPE), VOXEL_NM, (0.0, 0.0, 0.0), "uint8", ZYX.of(written.CHUNK), "0" * 64
+)
 """The volume that masks lie over."""
 
 
@@ -201,7 +236,9 @@ class TestMasks:
             values = values * (2 ** (8 * np.dtype(dtype).itemsize - 2))
         group = zarr.open_group(tmp_path / "m", mode="w", zarr_format=3)
         group.attrs["ome"] = {"version": "0.5", "multiscales": [written.ome_metadata(levels=1)]}
-        group.create_array("s0", shape=SHAPE, chunks=written.CHUNK, dtype=dtype, config={"write_empty_chunks": True})[...] = values
+        group.create_array("s0", shape=SHAPE, chunks=written.CHUNK, dtype=dtype, config={"write_empty_chunks": True})[
+            ...
+        ] = values
         mask = open_mask(MaskConfig(url=str(tmp_path / "m")), LIKE)
         got = mask.read(mask.info.bounds)
         assert (got.dtype, mask.info.voxel_size_nm) == (np.uint8, VOXEL_NM)
@@ -210,7 +247,13 @@ class TestMasks:
     @pytest.mark.parametrize("encoding", ["raw", "compressed_segmentation"])
     def test_segmentation(self, encoding: str, tmp_path: Path) -> None:
         labels = (truth() % 4).astype("u8") << 40
-        scale = {"size": SHAPE[::-1], "chunk_size": written.CHUNK[::-1], "resolution": VOXEL_NM[::-1], "encoding": encoding, "key": "s"}
+        scale = {
+            "size": SHAPE[::-1],
+            "chunk_size": written.CHUNK[::-1],
+            "resolution": VOXEL_NM[::-1],
+            "encoding": encoding,
+            "key": "s",
+        }
         if encoding != "raw":
             scale["compressed_segmentation_block_size"] = [8, 8, 8]
         spec = {
@@ -241,7 +284,10 @@ class TestMasks:
         group = zarr.open_group(tmp_path / "m", mode="w", zarr_format=3)
         axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "zyx"]
         centre = [c + v / 2 for c, v in zip(like.corner_nm, like.voxel_size_nm, strict=True)]
-        transforms = [{"type": "scale", "scale": [VOXEL_NM[0], 4 * VOXEL_NM[1], 4 * VOXEL_NM[2]]}, {"type": "translation", "translation": centre}]
+        transforms = [
+            {"type": "scale", "scale": [VOXEL_NM[0], 4 * VOXEL_NM[1], 4 * VOXEL_NM[2]]},
+            {"type": "translation", "translation": centre},
+        ]
         datasets = [{"path": "0", "coordinateTransformations": transforms}]
         group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
         group.create_array("0", shape=(20, 10, 12), chunks=(20, 10, 12), dtype="u1")

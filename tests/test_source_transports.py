@@ -20,12 +20,23 @@ from pipeline.config.volume import FillConfig, SourceConfig
 from pipeline.storage.sources.open import open_source
 from pipeline.storage.volume import Source
 
-CARRIED = ["zarr2-blosc", "zarr3-sharded-blosc", "ome-0.4", "ome-0.5", "n5-group", "precomputed-raw", "precomputed-jpeg", "precomputed-sharded-raw"]
+CARRIED = [
+    "zarr2-blosc",
+    "zarr3-sharded-blosc",
+    "ome-0.4",
+    "ome-0.5",
+    "n5-group",
+    "precomputed-raw",
+    "precomputed-jpeg",
+    "precomputed-sharded-raw",
+]
 
 
 def opened(url: str, name: str = "", fill: int | None = None) -> Source:
     size = VOXEL_NM if name.startswith("zarr") else None
-    return open_source(SourceConfig(url=url, voxel_size_nm=size, missing_chunks="error" if fill is None else FillConfig(fill=fill)))
+    return open_source(
+        SourceConfig(url=url, voxel_size_nm=size, missing_chunks="error" if fill is None else FillConfig(fill=fill))
+    )
 
 
 def check(source: Source) -> None:
@@ -87,7 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(server.absent, b"")
         if chunk and server.status:
             return self._answer(server.status, b"")
-        return self._answer(200, server.body if chunk and server.body is not None else file.read_bytes(), cut=chunk and server.cut)
+        return self._answer(
+            200, server.body if chunk and server.body is not None else file.read_bytes(), cut=chunk and server.cut
+        )
 
     def _answer(self, status: int, body: bytes, cut: bool = False) -> None:
         span = self.headers.get("Range") if self.server.ranges and status == 200 else None
@@ -147,7 +160,9 @@ def s3() -> Iterator[object]:
 def upload(client: object, folder: Path, prefix: str, **extra: str) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
-            client.put_object(Bucket="volumes", Key=f"{prefix}/{file.relative_to(folder)}", Body=file.read_bytes(), **extra)  # type: ignore[attr-defined]
+            client.put_object(
+                Bucket="volumes", Key=f"{prefix}/{file.relative_to(folder)}", Body=file.read_bytes(), **extra
+            )  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", CARRIED)
@@ -177,7 +192,9 @@ def test_gcs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("compress", "header"), [("gzip", "gzip"), ("br", "br")])
 @pytest.mark.parametrize("encoding", ["raw", "jpeg"])
-def test_s3_objects_with_content_encoding(compress: str, header: str, encoding: str, s3: object, tmp_path: Path) -> None:
+def test_s3_objects_with_content_encoding(
+    compress: str, header: str, encoding: str, s3: object, tmp_path: Path
+) -> None:
     """How cloud-volume stores compressed chunks in object stores: plain names, and a header that is undone on the way."""
     volume = written.by_cloud_volume(tmp_path / "v", encoding, compress)
     for file in volume.path.rglob("*.*"):
@@ -195,7 +212,9 @@ def test_s3_objects_with_content_encoding(compress: str, header: str, encoding: 
     body = s3.get_object(Bucket="volumes", Key=name)["Body"].read()  # type: ignore[attr-defined]
     upload(s3, volume.path, f"{prefix}-cut")
     upload(s3, scale, f"{prefix}-cut/{scale.name}", ContentEncoding=header)
-    s3.put_object(Bucket="volumes", Key=name.replace(prefix, f"{prefix}-cut"), Body=body[: len(body) // 2], ContentEncoding=header)  # type: ignore[attr-defined]
+    s3.put_object(
+        Bucket="volumes", Key=name.replace(prefix, f"{prefix}-cut"), Body=body[: len(body) // 2], ContentEncoding=header
+    )  # type: ignore[attr-defined]
     source = opened(f"s3://volumes/{prefix}-cut", fill=7)
     with pytest.raises((DamagedChunkError, TransientError)):
         source.read(source.info.bounds)

@@ -65,7 +65,12 @@ class TestEveryFormat:
     def test_outside_is_an_error(self, volume: Written) -> None:
         source = opened(volume)
         bounds = source.info.bounds
-        for box in (bounds.grow(1), bounds.shift(ZYX(0, 0, 1)), Box(bounds.stop, bounds.stop + 1), Box(bounds.stop, bounds.start)):
+        for box in (
+            bounds.grow(1),
+            bounds.shift(ZYX(0, 0, 1)),
+            Box(bounds.stop, bounds.stop + 1),
+            Box(bounds.stop, bounds.start),
+        ):
             with pytest.raises(ValueError, match="not inside"):
                 source.read(box)
         assert source.read(Box(bounds.start, bounds.start)).shape == (0, 0, 0)
@@ -73,7 +78,11 @@ class TestEveryFormat:
     def test_two_threads(self, volume: Written) -> None:
         source = opened(volume)
         whole = source.read(source.info.bounds)
-        boxes = [Box.at(ZYX(z, y, 3), ZYX(5, 9, 40)).shift(ZYX.of(volume.start)) for z in range(0, 15, 3) for y in range(0, 30, 7)]
+        boxes = [
+            Box.at(ZYX(z, y, 3), ZYX(5, 9, 40)).shift(ZYX.of(volume.start))
+            for z in range(0, 15, 3)
+            for y in range(0, 30, 7)
+        ]
         with ThreadPoolExecutor(2) as pool:
             for box, part in zip(boxes, pool.map(source.read, boxes), strict=True):
                 np.testing.assert_array_equal(part, whole[box.slices(ZYX.of(volume.start))])
@@ -84,7 +93,10 @@ class TestEveryFormat:
         assert moved.info.fingerprint == opened(volume).info.fingerprint
 
     def test_forced_format(self, volume: Written) -> None:
-        assert open_source(SourceConfig(url=f"{volume.format}://{volume.path}", voxel_size_nm=VOXEL_NM)).info.format == volume.format
+        assert (
+            open_source(SourceConfig(url=f"{volume.format}://{volume.path}", voxel_size_nm=VOXEL_NM)).info.format
+            == volume.format
+        )
         other = "n5" if volume.format == "precomputed" else "precomputed"
         with pytest.raises(SourceError, match="no volume is at"):
             open_source(SourceConfig(url=f"{other}://{volume.path}"))
@@ -95,17 +107,32 @@ def test_fingerprint_is_the_same_in_another_process_and_differs_between_levels(t
     first, second = (opened(ome, mip=mip).info.fingerprint for mip in (0, 1))
     script = "import sys; from pipeline.config import SourceConfig; from pipeline.storage.sources import open_source\n"
     script += "print(open_source(SourceConfig(url=sys.argv[1])).info.fingerprint)"
-    again = subprocess.run([sys.executable, "-c", script, str(ome.path)], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    again = subprocess.run(
+        [sys.executable, "-c", script, str(ome.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert again.stdout.strip() == first != second
     edit(ome.path / "s0/zarr.json", lambda v: at(v, attributes={"note": "not of the voxels"}))
     assert opened(ome).info.fingerprint == first
-    edit(ome.path / "s0/zarr.json", lambda v: at(v, chunk_grid={"name": "regular", "configuration": {"chunk_shape": [8, 16, 32]}}))
+    edit(
+        ome.path / "s0/zarr.json",
+        lambda v: at(v, chunk_grid={"name": "regular", "configuration": {"chunk_shape": [8, 16, 32]}}),
+    )
     assert opened(ome).info.fingerprint != first
 
 
 class TestLevels:
     @pytest.mark.parametrize(
-        "make", [lambda p: written.ome(p, "0.4"), lambda p: written.ome(p, "0.5"), lambda p: written.ome(p, "0.5", "xyz"), written.n5_group]
+        "make",
+        [
+            lambda p: written.ome(p, "0.4"),
+            lambda p: written.ome(p, "0.5"),
+            lambda p: written.ome(p, "0.5", "xyz"),
+            written.n5_group,
+        ],
     )
     def test_groups(self, make: Callable[[Path], Written], tmp_path: Path) -> None:
         volume = make(tmp_path / "v")
@@ -164,7 +191,9 @@ class TestAxes:
     @pytest.mark.parametrize("version", ["0.4", "0.5"])
     def test_named(self, names: str, version: str, tmp_path: Path) -> None:
         source = opened(written.ome(tmp_path / "v", version, names))
-        assert source.info.chunk_shape == ZYX.of([written.CHUNK[[n for n in names if n in "zyx"].index(a)] for a in "zyx"])
+        assert source.info.chunk_shape == ZYX.of(
+            [written.CHUNK[[n for n in names if n in "zyx"].index(a)] for a in "zyx"]
+        )
         np.testing.assert_array_equal(source.read(source.info.bounds), truth())
 
     def test_dimension_names_without_ome(self, tmp_path: Path) -> None:
@@ -181,14 +210,22 @@ class TestAxes:
 
     def test_n5_axes_in_c_order(self, tmp_path: Path) -> None:
         volume = written.n5(tmp_path / "v", voxels=truth().transpose(2, 1, 0))
-        edit(volume.path / "attributes.json", lambda v: at(v, axes=["z", "y", "x"], resolution=VOXEL_NM, pixelResolution=None))
+        edit(
+            volume.path / "attributes.json",
+            lambda v: at(v, axes=["z", "y", "x"], resolution=VOXEL_NM, pixelResolution=None),
+        )
         source = opened(volume)
         np.testing.assert_array_equal(source.read(source.info.bounds), truth())
         assert source.info.voxel_size_nm == VOXEL_NM
 
     def test_refused_shapes(self, tmp_path: Path) -> None:
         for n, (axes, shape, word) in enumerate(
-            [("czyx", (3, 4, 8, 8), "colour image"), ("tzyx", (2, 4, 8, 8), "time series"), ("yx", (8, 8), "2-D"), ("cyx", (1, 8, 8), "each of z, y and x")]
+            [
+                ("czyx", (3, 4, 8, 8), "colour image"),
+                ("tzyx", (2, 4, 8, 8), "time series"),
+                ("yx", (8, 8), "2-D"),
+                ("cyx", (1, 8, 8), "each of z, y and x"),
+            ]
         ):
             path = tmp_path / str(n)
             zarr.create_array(path, shape=shape, chunks=shape, dtype="u1", zarr_format=3, dimension_names=list(axes))
@@ -210,7 +247,11 @@ def test_real_em(shared_data: Path, tmp_path: Path) -> None:
     import tifffile
 
     em = tifffile.imread(shared_data / "flyem-medulla-z40" / "raw.tif")[:20, :128, :128]
-    for make in (lambda p: written.zarr3(p, sharded=True, voxels=em), lambda p: written.n5(p, voxels=em), lambda p: written.precomputed(p, "png", voxels=em)):
+    for make in (
+        lambda p: written.zarr3(p, sharded=True, voxels=em),
+        lambda p: written.n5(p, voxels=em),
+        lambda p: written.precomputed(p, "png", voxels=em),
+    ):
         volume = make(tmp_path / str(len(list(tmp_path.iterdir()))))
         source = opened(volume)
         np.testing.assert_array_equal(source.read(source.info.bounds), em)

@@ -60,14 +60,18 @@ def test_a_stopped_worker_does_not_hold_up_the_end(tmp_path: Path, ledger: Ledge
     assert put(tmp_path / "sr") == {f"task-{i}": str(i) for i in range(40)}
 
 
-def test_the_first_answer_counts_and_the_other_is_dropped(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_answer_counts_and_the_other_is_dropped(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One task hangs on the worker that tries it first, in the middle of the run; every worker answers all the time."""
     monkeypatch.setenv("HANGS", "17")
     (tmp_path / "sr").mkdir()
     job = job_of(str(tmp_path / "sr"), 20, 2)
     with connect(ClusterConfig(workers=2), 1) as client:
         outcome = drive(client, job, ledger, threading.Event(), work=sleep_and_put)
-        left = client.run_on_scheduler(lambda dask_scheduler: {prefix: len(found.groups) for prefix, found in dask_scheduler.task_prefixes.items()})
+        left = client.run_on_scheduler(
+            lambda dask_scheduler: {prefix: len(found.groups) for prefix, found in dask_scheduler.task_prefixes.items()}
+        )
     assert (tmp_path / "sr" / "tried-17").exists()
     assert outcome.started_again >= 1, "what waits behind it on that worker is started again too"
     assert outcome.written == 40

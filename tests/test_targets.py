@@ -28,7 +28,14 @@ from pipeline.storage.targets.open import is_empty, open_target
 from pipeline.storage.targets.precomputed_target import voxel_offset
 from pipeline.storage.volume import FIDELITY, LevelSpec, Target, TargetSpec, Uint8Array
 
-CASES = [("ome-zarr", "raw"), ("ome-zarr", "zstd"), ("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "png"), ("precomputed", "jpeg")]
+CASES = [
+    ("ome-zarr", "raw"),
+    ("ome-zarr", "zstd"),
+    ("ome-zarr", "blosc-zstd"),
+    ("precomputed", "raw"),
+    ("precomputed", "png"),
+    ("precomputed", "jpeg"),
+]
 
 
 def level(shape: tuple[int, int, int], chunk: tuple[int, int, int], shard: tuple[int, int, int]) -> LevelSpec:
@@ -39,8 +46,21 @@ def small(url: str, form: str = "ome-zarr", encoding: str = "raw", sharded: bool
     """Three levels and fidelity, no edge a multiple of anything; the shards are possible in both formats."""
     chunk = (4, 16, 16)
     shards = [(8, 32, 32), (4, 32, 32), (4, 16, 32)] if sharded else [chunk] * 3
-    levels = tuple(level(shape, chunk, shard) for shape, shard in zip([(11, 104, 77), (11, 52, 39), (11, 26, 20)], shards, strict=True))
-    spec = TargetSpec(url, form, encoding, 8, (45.0, 4.625, 4.625), (-22.5, -18.5, -18.5), levels, level((11, 13, 10), (4, 8, 8), (4, 8, 8)), {"network": "x"})
+    levels = tuple(
+        level(shape, chunk, shard)
+        for shape, shard in zip([(11, 104, 77), (11, 52, 39), (11, 26, 20)], shards, strict=True)
+    )
+    spec = TargetSpec(
+        url,
+        form,
+        encoding,
+        8,
+        (45.0, 4.625, 4.625),
+        (-22.5, -18.5, -18.5),
+        levels,
+        level((11, 13, 10), (4, 8, 8), (4, 8, 8)),
+        {"network": "x"},
+    )
     return replace(spec, **changes)
 
 
@@ -129,7 +149,9 @@ def test_keys_are_those_of_the_encoded_objects(data: st.DataObject) -> None:
     assert len(objects) == sum(1 for _ in tiles(box, one.shard))
 
 
-@pytest.mark.parametrize(("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "jpeg")])
+@pytest.mark.parametrize(
+    ("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "jpeg")]
+)
 def test_the_same_bytes_whatever_else_runs_and_however_the_box_is_cut(form: str, encoding: str) -> None:
     target = open_target(small("file:///nowhere", form, encoding))
     box = whole(target, 0)
@@ -146,7 +168,13 @@ def test_the_same_bytes_whatever_else_runs_and_however_the_box_is_cut(form: str,
 @pytest.mark.parametrize("form", ["ome-zarr", "precomputed"])
 def test_boxes_that_are_not_whole_shards_are_refused(form: str) -> None:
     target = open_target(small("file:///nowhere", form))
-    for start, stop in [((0, 0, 16), (8, 32, 64)), ((0, 0, 0), (4, 32, 32)), ((8, 0, 0), (12, 32, 32)), ((0, 0, 0), (0, 32, 32)), ((-8, 0, 0), (8, 32, 32))]:
+    for start, stop in [
+        ((0, 0, 16), (8, 32, 64)),
+        ((0, 0, 0), (4, 32, 32)),
+        ((8, 0, 0), (12, 32, 32)),
+        ((0, 0, 0), (0, 32, 32)),
+        ((-8, 0, 0), (8, 32, 32)),
+    ]:
         box = Box.of(start, stop)
         with pytest.raises(ValueError, match="whole shards"):
             target.encode(0, box, np.zeros(tuple(box.shape), np.uint8))
@@ -198,7 +226,10 @@ def test_half_a_shard_is_damage_not_absence(tmp_path: Path, form: str) -> None:
         target.read(0, box, absent=0)
 
 
-@pytest.mark.parametrize(("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("ome-zarr", "zstd"), ("precomputed", "jpeg"), ("precomputed", "raw")])
+@pytest.mark.parametrize(
+    ("form", "encoding"),
+    [("ome-zarr", "blosc-zstd"), ("ome-zarr", "zstd"), ("precomputed", "jpeg"), ("precomputed", "raw")],
+)
 def test_a_cut_object_is_damage(tmp_path: Path, form: str, encoding: str) -> None:
     target = open_target(small(tmp_path.as_uri(), form, encoding))
     target.create()
@@ -242,7 +273,9 @@ def test_ome_metadata_is_valid_and_in_its_place(tmp_path: Path) -> None:
         image = Image.from_zarr(zarr.open_group(tmp_path / group, mode="r"))
         (multiscale,) = image.attributes.ome.multiscales
         assert len(multiscale.datasets) == count
-        assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [(n, "space", "nanometer") for n in "zyx"]
+        assert [(axis.name, axis.type, axis.unit) for axis in multiscale.axes] == [
+            (n, "space", "nanometer") for n in "zyx"
+        ]
     root = json.loads((tmp_path / "zarr.json").read_bytes())["attributes"]
     assert root["emsr"] == {"network": "x"}
     assert root["ome"]["version"] == "0.5"
@@ -250,9 +283,18 @@ def test_ome_metadata_is_valid_and_in_its_place(tmp_path: Path) -> None:
     # SR voxels of 4.625 have their first centre at -18.5 + 2.3125, mip 1 at -18.5 + 4.625, mip 2 at -18.5 + 9.25.
     steps = [d["coordinateTransformations"] for d in root["ome"]["multiscales"][0]["datasets"]]
     assert [s[0]["scale"] for s in steps] == [[45.0, 4.625, 4.625], [45.0, 9.25, 9.25], [45.0, 18.5, 18.5]]
-    assert [s[1]["translation"] for s in steps] == [[0.0, -16.1875, -16.1875], [0.0, -13.875, -13.875], [0.0, -9.25, -9.25]]
-    fidelity = json.loads((tmp_path / "fidelity/zarr.json").read_bytes())["attributes"]["ome"]["multiscales"][0]["datasets"][0]
-    assert [next(v for n, v in s.items() if n != "type") for s in fidelity["coordinateTransformations"]] == [[45.0, 37.0, 37.0], [0.0, 0.0, 0.0]]
+    assert [s[1]["translation"] for s in steps] == [
+        [0.0, -16.1875, -16.1875],
+        [0.0, -13.875, -13.875],
+        [0.0, -9.25, -9.25],
+    ]
+    fidelity = json.loads((tmp_path / "fidelity/zarr.json").read_bytes())["attributes"]["ome"]["multiscales"][0][
+        "datasets"
+    ][0]
+    assert [next(v for n, v in s.items() if n != "type") for s in fidelity["coordinateTransformations"]] == [
+        [45.0, 37.0, 37.0],
+        [0.0, 0.0, 0.0],
+    ]
     array = zarr.open_array(tmp_path / "0", mode="r")
     assert (array.chunks, array.shards, array.metadata.dimension_names) == ((4, 16, 16), (8, 32, 32), ("z", "y", "x"))
 
@@ -262,7 +304,11 @@ def test_precomputed_metadata_is_read_by_cloud_volume(tmp_path: Path) -> None:
     target.create()
     volume = CloudVolume(f"precomputed://{tmp_path.as_uri()}", progress=False)
     assert [scale["key"] for scale in volume.info["scales"]] == ["4.625_4.625_45", "9.25_9.25_45", "18.5_18.5_45"]
-    assert [tuple(volume.mip_resolution(k)) for k in range(3)] == [(4.625, 4.625, 45), (9.25, 9.25, 45), (18.5, 18.5, 45)]
+    assert [tuple(volume.mip_resolution(k)) for k in range(3)] == [
+        (4.625, 4.625, 45),
+        (9.25, 9.25, 45),
+        (18.5, 18.5, 45),
+    ]
     # By hand: the corner is half an LR voxel, 4 SR voxels, below 0; half a section below 0 rounds to section 0.
     assert [tuple(volume.mip_voxel_offset(k)) for k in range(3)] == [(-4, -4, 0), (-2, -2, 0), (-1, -1, 0)]
     assert volume.provenance.processing == [{"method": {"network": "x"}, "by": ""}]
@@ -287,7 +333,9 @@ def test_what_the_formats_cannot_hold_is_refused_with_advice() -> None:
     with pytest.raises(TargetError, match="not a multiple of chunk_shape"):
         open_target(small("file:///t", levels=(level((16, 256, 256), (4, 16, 16), (4, 40, 64)),)))
     with pytest.raises(TargetError, match="too large for jpeg"):
-        open_target(small("file:///t", "precomputed", "jpeg", levels=(level((256, 256, 256), (256, 256, 16), (256, 256, 16)),)))
+        open_target(
+            small("file:///t", "precomputed", "jpeg", levels=(level((256, 256, 256), (256, 256, 16), (256, 256, 16)),))
+        )
     with pytest.raises(TargetError, match="encoding jpeg"):
         open_target(small("file:///t", "ome-zarr", "jpeg"))
     for url in ("https://example.org/x", "http://127.0.0.1/x"):
@@ -317,10 +365,17 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     _, port = server.get_host_and_port()
-    variables = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_REGION": "us-east-1",
+    }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    urlopen(Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()  # its memory is the process's, not the server's
+    urlopen(
+        Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")
+    ).close()  # its memory is the process's, not the server's
     client = boto3.client("s3", region_name="us-east-1")
     client.create_bucket(Bucket="bucket")
     yield client

@@ -61,19 +61,45 @@ def tissue() -> tuple[Image8, Image8]:
 LR, SR = tissue()
 
 
-def write_ome(path: Path, voxels: Image8, voxel_nm: tuple[float, ...], corner_nm: tuple[float, ...], shard: tuple[int, ...] | None = None) -> None:
+def write_ome(
+    path: Path,
+    voxels: Image8,
+    voxel_nm: tuple[float, ...],
+    corner_nm: tuple[float, ...],
+    shard: tuple[int, ...] | None = None,
+) -> None:
     """OME-Zarr 0.5 by zarr-python; the translation is the first voxel's centre."""
-    steps = [{"type": "scale", "scale": list(voxel_nm)}, {"type": "translation", "translation": [c + v / 2 for c, v in zip(corner_nm, voxel_nm, strict=True)]}]
+    steps = [
+        {"type": "scale", "scale": list(voxel_nm)},
+        {"type": "translation", "translation": [c + v / 2 for c, v in zip(corner_nm, voxel_nm, strict=True)]},
+    ]
     axes = [{"name": n, "type": "space", "unit": "nanometer"} for n in "zyx"]
     group = zarr.open_group(path, mode="w", zarr_format=3)
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "v", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}]}
+    group.attrs["ome"] = {
+        "version": "0.5",
+        "multiscales": [{"name": "v", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}],
+    }
     blosc = zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=1)
-    group.create_array("0", shape=voxels.shape, dtype="u1", chunks=(2, 64, 128), shards=shard, compressors=blosc, dimension_names=list("zyx"))[:] = voxels
+    group.create_array(
+        "0",
+        shape=voxels.shape,
+        dtype="u1",
+        chunks=(2, 64, 128),
+        shards=shard,
+        compressors=blosc,
+        dimension_names=list("zyx"),
+    )[:] = voxels
 
 
-def write_precomputed(path: Path, voxels: Image8, voxel_nm: tuple[float, ...], offset: tuple[int, ...], sharded: bool) -> None:
+def write_precomputed(
+    path: Path, voxels: Image8, voxel_nm: tuple[float, ...], offset: tuple[int, ...], sharded: bool
+) -> None:
     """Precomputed by tensorstore, x first."""
-    scale: dict[str, Any] = {"resolution": list(voxel_nm[::-1]), "voxel_offset": list(offset[::-1]), "size": list(voxels.shape[::-1])}
+    scale: dict[str, Any] = {
+        "resolution": list(voxel_nm[::-1]),
+        "voxel_offset": list(offset[::-1]),
+        "size": list(voxels.shape[::-1]),
+    }
     scale |= {"chunk_size": [64, 64, 2], "encoding": "raw"}
     if sharded:
         scale["sharding"] = {
@@ -118,8 +144,12 @@ def test_state_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     state = json.loads(out)
     assert [layer["name"] for layer in state["layers"]] == ["LR", "SR", "fidelity"]
-    assert [layer["source"]["url"] for layer in state["layers"]] == [f"zarr3://file://{volume.parent}/{name}" for name in ("lr.zarr", "sr", "sr/fidelity")]
-    assert not any("transform" in layer["source"] for layer in state["layers"]), "OME metadata alone must make them coincide"
+    assert [layer["source"]["url"] for layer in state["layers"]] == [
+        f"zarr3://file://{volume.parent}/{name}" for name in ("lr.zarr", "sr", "sr/fidelity")
+    ]
+    assert not any("transform" in layer["source"] for layer in state["layers"]), (
+        "OME metadata alone must make them coincide"
+    )
     assert "web server" in err
     assert len(err.splitlines()) == 1
 
@@ -130,10 +160,15 @@ def test_a_coarser_level_of_the_source(tmp_path: Path, capsys: pytest.CaptureFix
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (0.0, 0.0, 0.0))
     group = zarr.open_group(tmp_path / "lr.zarr")
     ome = group.attrs["ome"]
-    steps = [{"type": "scale", "scale": [45.0, 74.0, 74.0]}, {"type": "translation", "translation": [22.5, 37.0, 37.0] if translated else [22.5, 0.0, 0.0]}]
+    steps = [
+        {"type": "scale", "scale": [45.0, 74.0, 74.0]},
+        {"type": "translation", "translation": [22.5, 37.0, 37.0] if translated else [22.5, 0.0, 0.0]},
+    ]
     ome["multiscales"][0]["datasets"].append({"path": "1", "coordinateTransformations": steps})
     group.attrs["ome"] = ome
-    group.create_array("1", shape=(6, 32, 40), dtype="u1", chunks=(2, 32, 32), dimension_names=list("zyx"))[:] = LR[:, ::2, ::2]
+    group.create_array("1", shape=(6, 32, 40), dtype="u1", chunks=(2, 32, 32), dimension_names=list("zyx"))[:] = LR[
+        :, ::2, ::2
+    ]
     corner = (0.0, 0.0, 0.0) if translated else (0.0, -37.0, -37.0)
     write_ome(tmp_path / "sr", np.zeros((6, 256, 320), np.uint8), (45.0, 74 / 8, 74 / 8), corner)
     assert main([str(write_yaml(tmp_path, "url: lr.zarr, mip: 1")), "--state"]) == 0
@@ -153,8 +188,12 @@ def give_up(volume: Path, tasks: list[int]) -> None:
 def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Slabs of 2 x 32 x 32 LR voxels, z fastest: number 1 is the next one in z, the last one is cut by the volume's end."""
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (900.0, -370.0, 51.5))
-    shapes = "target: {url: sr, chunk_shape: [2, 64, 64], shard_shape: [2, 256, 256]}\nwork: {slab_shape: [2, 32, 32]}\n"
-    (tmp_path / "volume.yaml").write_text(f"source: {{url: lr.zarr}}\nnetwork: {{name: bicubic, scale: {SCALE}}}\n{shapes}")
+    shapes = (
+        "target: {url: sr, chunk_shape: [2, 64, 64], shard_shape: [2, 256, 256]}\nwork: {slab_shape: [2, 32, 32]}\n"
+    )
+    (tmp_path / "volume.yaml").write_text(
+        f"source: {{url: lr.zarr}}\nnetwork: {{name: bicubic, scale: {SCALE}}}\n{shapes}"
+    )
     give_up(tmp_path / "volume.yaml", [1, 17])
     assert main([str(tmp_path / "volume.yaml"), "--state"]) == 0
     layer = json.loads(capsys.readouterr().out)["layers"][-1]
@@ -163,7 +202,9 @@ def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pyt
     assert "LR box" in layer["annotations"][0]["description"]
     assert layer["annotations"][0]["description"].endswith("its chunk 1 is missing")
     first = np.array([51.5 / SR_VOXEL[2], -370 / SR_VOXEL[1], 900 / SR_VOXEL[0]])
-    for box, low, high in zip(layer["annotations"], ([0, 0, 2], [512, 256, 4]), ([256, 256, 4], [640, 512, 6]), strict=True):
+    for box, low, high in zip(
+        layer["annotations"], ([0, 0, 2], [512, 256, 4]), ([256, 256, 4], [640, 512, 6]), strict=True
+    ):
         np.testing.assert_allclose(box["pointA"], first + low, atol=1e-6)
         np.testing.assert_allclose(box["pointB"], first + high, atol=1e-6)
     assert status.main([str(tmp_path / "volume.yaml")]) == 1
@@ -176,7 +217,12 @@ def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pyt
     ("damage", "words"),
     [
         (lambda p: (p / "volume.yaml").unlink(), "volume.yaml: cannot be read"),
-        (lambda p: (p / "volume.yaml").write_text("source: {url: lr.zarr}\ntarget: {}\nnetwork: {name: bicubic, scale: 8}\n"), "target.url"),
+        (
+            lambda p: (p / "volume.yaml").write_text(
+                "source: {url: lr.zarr}\ntarget: {}\nnetwork: {name: bicubic, scale: 8}\n"
+            ),
+            "target.url",
+        ),
         (lambda p: shutil.rmtree(p / "sr"), "pipeline.run"),
         (lambda p: shutil.rmtree(p / "lr.zarr"), "lr.zarr"),
         (lambda p: (p / "sr" / "zarr.json").write_text("{"), "cannot be understood"),
@@ -185,7 +231,9 @@ def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pyt
         (lambda p: write_yaml(p, source="url: lr.zarr, box: {start: [0, 0, 0], stop: [6, 64, 72]}"), "(6, 512, 576)"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(volume: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], words: str) -> None:
+def test_mistakes_are_told_without_a_traceback(
+    volume: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], words: str
+) -> None:
     damage(volume.parent)
     for flags in ([], ["--state"]):
         assert main([str(volume), *flags]) == 2
@@ -225,21 +273,27 @@ def test_a_port_in_use(volume: Path, capsys: pytest.CaptureFixture[str]) -> None
             assert re.search(rf"port {taken} .*--port", capsys.readouterr().err)
 
 
-def test_without_the_viewer_package(volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_viewer_package(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "neuroglancer", None)
     assert main([str(volume)]) == 2
     assert "pip install 'emsr[view]'" in capsys.readouterr().err
     assert main([str(volume), "--state"]) == 0
 
 
-def test_remote_volumes_have_a_link_for_any_neuroglancer(volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_remote_volumes_have_a_link_for_any_neuroglancer(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "neuroglancer", None)
     with serving({"v": volume.parent}) as bases:
         write_yaml(volume.parent, f"url: '{bases['v']}/lr.zarr'", f"url: '{bases['v']}/sr'")
         assert main([str(volume)]) == 0
     out = capsys.readouterr().out
     state = json.loads(unquote(out.strip().partition("#!")[2]))
-    assert [layer["source"]["url"] for layer in state["layers"]] == [f"zarr3://{bases['v']}/{name}" for name in ("lr.zarr", "sr", "sr/fidelity")]
+    assert [layer["source"]["url"] for layer in state["layers"]] == [
+        f"zarr3://{bases['v']}/{name}" for name in ("lr.zarr", "sr", "sr/fidelity")
+    ]
 
 
 def test_s3_through_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +350,9 @@ class Browser:
     session: str
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        request = urllib.request.Request(self.session + path, method=method, data=None if body is None else json.dumps(body).encode())
+        request = urllib.request.Request(
+            self.session + path, method=method, data=None if body is None else json.dumps(body).encode()
+        )
         request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)["value"]
@@ -306,7 +362,9 @@ class Browser:
 
     def open(self, link: str, layers: int) -> None:
         self.call("POST", "/url", {"url": link})
-        self.wait(f"window.viewer && viewer.layerManager.managedLayers.length == {layers} && viewer.layerManager.managedLayers.every(l => l.isReady())")
+        self.wait(
+            f"window.viewer && viewer.layerManager.managedLayers.length == {layers} && viewer.layerManager.managedLayers.every(l => l.isReady())"
+        )
 
     def wait(self, condition: str) -> None:
         """Until the JavaScript `condition` holds."""
@@ -346,10 +404,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         "--window-size=1000,800",
         f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ]
-    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     assert process.stdout
     try:
-        port = next(m.group(1) for m in (re.search(r"started successfully on port (\d+)", line) for line in process.stdout) if m)
+        port = next(
+            m.group(1) for m in (re.search(r"started successfully on port (\d+)", line) for line in process.stdout) if m
+        )
         root = Browser(f"http://127.0.0.1:{port}")
         options = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"binary": chromium, "args": flags}}}}
         session = Browser(f"{root.session}/session/{root.call('POST', '/session', options)['sessionId']}")
@@ -387,7 +449,9 @@ def show_only(browser: Browser, name: str, first_voxel: tuple[float, float, floa
 
 def shift(a: NDArray[Any], b: NDArray[Any]) -> float:
     """By how many pixels two pictures of the same tissue are displaced, both blurred to LR's resolution."""
-    moved, _, _ = phase_cross_correlation(*(ndimage.gaussian_filter(p.astype(float), 4) for p in (a, b)), upsample_factor=20)
+    moved, _, _ = phase_cross_correlation(
+        *(ndimage.gaussian_filter(p.astype(float), 4) for p in (a, b)), upsample_factor=20
+    )
     return float(np.abs(moved).max())
 
 
@@ -401,31 +465,47 @@ LOW, HIGH = -0.4, 0.4
 
 
 def check_coincide(
-    browser: Browser, volume: Path, keep: Path, layers: int, box: tuple[tuple[int, ...], ...] = WHOLE, heights: tuple[float, ...] = (LOW,)
+    browser: Browser,
+    volume: Path,
+    keep: Path,
+    layers: int,
+    box: tuple[tuple[int, ...], ...] = WHOLE,
+    heights: tuple[float, ...] = (LOW,),
 ) -> None:
     """All layers load; shown alone, each is the middle section of `box`, and they lie on one another to better than half an SR voxel."""
     start, stop = np.array(box)
     middle = int(start[0] + (stop[0] - start[0]) // 2)
     rows, columns = slice(*(int(v[1]) for v in (start, stop))), slice(*(int(v[2]) for v in (start, stop)))
-    lr, sr = LR[middle, rows, columns], SR[middle, rows.start * SCALE : rows.stop * SCALE, columns.start * SCALE : columns.stop * SCALE]
+    lr, sr = (
+        LR[middle, rows, columns],
+        SR[middle, rows.start * SCALE : rows.stop * SCALE, columns.start * SCALE : columns.stop * SCALE],
+    )
     with viewing(volume) as link:
         browser.open(link, layers)
         both = browser.picture()
         Image.fromarray(both).save(keep / "both.png")
         x, y, z = browser.js("return Array.from(viewer.navigationState.position.value)")
         zoom = browser.js("return viewer.state.toJSON().crossSectionScale")
-        width, height = browser.js("const e = document.querySelector('.neuroglancer-rendered-data-panel'); return [e.clientWidth, e.clientHeight]")
+        width, height = browser.js(
+            "const e = document.querySelector('.neuroglancer-rendered-data-panel'); return [e.clientWidth, e.clientHeight]"
+        )
         assert max(sr.shape[0] / height, sr.shape[1] / width) <= zoom, "the whole target is in view"
         # The state alone centres the target: half its extent below the position lies its first voxel.
         first = (y - sr.shape[0] / 2, x - sr.shape[1] / 2)
-        seen = {(name, off): show_only(browser, name, (z + off, *first), (sr.shape[0], sr.shape[1])) for name in ("LR", "SR") for off in heights}
+        seen = {
+            (name, off): show_only(browser, name, (z + off, *first), (sr.shape[0], sr.shape[1]))
+            for name in ("LR", "SR")
+            for off in heights
+        }
     expected = {"LR": lr.repeat(SCALE, 0).repeat(SCALE, 1), "SR": sr}
     for (name, off), picture in seen.items():
         Image.fromarray(picture).save(keep / f"{name}{off:+}.png")
         assert picture.std() > 20, f"{name} is blank"
         assert alike(picture, expected[name]) > 0.8
         assert shift(picture, expected[name]) < 0.5
-        assert (np.abs(picture.astype(int) - expected[name]) <= 2).mean() > 0.99, f"{name} is not that section voxel for voxel"
+        assert (np.abs(picture.astype(int) - expected[name]) <= 2).mean() > 0.99, (
+            f"{name} is not that section voxel for voxel"
+        )
     assert alike(seen["LR", LOW], seen["SR", LOW]) > 0.8
     assert shift(seen["LR", LOW], seen["SR", LOW]) < 0.5
     unlike = SR[middle - 1, : sr.shape[0], : sr.shape[1]]
@@ -453,7 +533,9 @@ def test_box_of_an_ome_source_and_a_sharded_precomputed_target(browser: Browser,
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (-22.5, -18.5, -18.5))
     part = SR[z0:z1, y0 * SCALE : y1 * SCALE, x0 * SCALE : x1 * SCALE]
     write_precomputed(tmp_path / "sr", part, SR_VOXEL, (z0, y0 * SCALE - 4, x0 * SCALE - 4), sharded=True)
-    volume = write_yaml(tmp_path, f"url: lr.zarr, box: {{start: {list(BOX[0])}, stop: {list(BOX[1])}}}", "url: sr, format: precomputed")
+    volume = write_yaml(
+        tmp_path, f"url: lr.zarr, box: {{start: {list(BOX[0])}, stop: {list(BOX[1])}}}", "url: sr, format: precomputed"
+    )
     check_coincide(browser, volume, tmp_path, layers=2, box=BOX, heights=(LOW, HIGH))
 
 
@@ -467,8 +549,15 @@ def test_bare_zarr_2_without_voxel_size(browser: Browser, tmp_path: Path) -> Non
 
 
 def test_n5_without_voxel_size(browser: Browser, tmp_path: Path) -> None:
-    metadata = {"dimensions": list(LR.shape[::-1]), "blockSize": [64, 64, 2], "dataType": "uint8", "compression": {"type": "gzip"}}
-    ts.open({"driver": "n5", "kvstore": {"driver": "file", "path": f"{tmp_path}/lr.n5/"}, "metadata": metadata}, create=True).result().T.write(LR).result()
+    metadata = {
+        "dimensions": list(LR.shape[::-1]),
+        "blockSize": [64, 64, 2],
+        "dataType": "uint8",
+        "compression": {"type": "gzip"},
+    }
+    ts.open(
+        {"driver": "n5", "kvstore": {"driver": "file", "path": f"{tmp_path}/lr.n5/"}, "metadata": metadata}, create=True
+    ).result().T.write(LR).result()
     write_ome(tmp_path / "sr", SR, SR_VOXEL, (0.0, 0.0, 0.0), shard=(6, 256, 384))
     volume = write_yaml(tmp_path, f"url: lr.n5, voxel_size_nm: {list(VOXEL)}")
     check_coincide(browser, volume, tmp_path, layers=2)

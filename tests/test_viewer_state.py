@@ -24,14 +24,27 @@ def native(docs: Docs, **options: Any) -> Native:
     return found
 
 
-def ome(levels: list[tuple[list[float], list[float]]], unit: str | None = "nanometer", version: str = "0.5", axes: str = "zyx", whole: Any = None) -> Docs:
+def ome(
+    levels: list[tuple[list[float], list[float]]],
+    unit: str | None = "nanometer",
+    version: str = "0.5",
+    axes: str = "zyx",
+    whole: Any = None,
+) -> Docs:
     steps = [[{"type": "scale", "scale": s}, {"type": "translation", "translation": t}] for s, t in levels]
     datasets = [{"path": f"s{k}", "coordinateTransformations": step} for k, step in enumerate(steps)]
-    multiscale: Docs = {"axes": [{"name": a, "type": "space"} | ({"unit": unit} if unit else {}) for a in axes], "datasets": datasets}
+    multiscale: Docs = {
+        "axes": [{"name": a, "type": "space"} | ({"unit": unit} if unit else {}) for a in axes],
+        "datasets": datasets,
+    }
     if whole:
         multiscale["coordinateTransformations"] = whole
-    docs: Docs = {"zarr.json": {"node_type": "group", "attributes": {"ome": {"version": version, "multiscales": [multiscale]}}}}
-    return docs | {f"s{k}/zarr.json": {"node_type": "array", "shape": [8, 64 >> k, 96 >> k]} for k in range(len(levels))}
+    docs: Docs = {
+        "zarr.json": {"node_type": "group", "attributes": {"ome": {"version": version, "multiscales": [multiscale]}}}
+    }
+    return docs | {
+        f"s{k}/zarr.json": {"node_type": "array", "shape": [8, 64 >> k, 96 >> k]} for k in range(len(levels))
+    }
 
 
 def first_voxel(layer: Layer) -> tuple[list[float], list[float]]:
@@ -43,10 +56,17 @@ def first_voxel(layer: Layer) -> tuple[list[float], list[float]]:
     spelt = entry["source"].get("transform")
     if spelt is None:
         assert layer.native.voxel_nm is not None
-        scales, shift, names = list(layer.native.voxel_nm), [0.0, 0.0, 0.0], dict(zip(layer.native.names, "zyx", strict=True))
+        scales, shift, names = (
+            list(layer.native.voxel_nm),
+            [0.0, 0.0, 0.0],
+            dict(zip(layer.native.names, "zyx", strict=True)),
+        )
     else:
         scales = [spelt["inputDimensions"][name][0] * 1e9 for name in layer.native.names]
-        shift = [row[3] * spelt["outputDimensions"][name][0] * 1e9 for row, name in zip(spelt["matrix"], spelt["outputDimensions"], strict=True)]
+        shift = [
+            row[3] * spelt["outputDimensions"][name][0] * 1e9
+            for row, name in zip(spelt["matrix"], spelt["outputDimensions"], strict=True)
+        ]
         names = dict(zip(layer.native.names, spelt["outputDimensions"], strict=True))
         assert [row[:3] for row in spelt["matrix"]] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert list(names.values()) == ["z", "y", "x"]
@@ -73,7 +93,9 @@ def test_ome_without_translation_starts_half_a_voxel_low() -> None:
 
 
 def test_ome_units_and_the_multiscales_own_transformations() -> None:
-    found = native(ome([([40, 4, 4], [0, 0, 0])], unit="micrometer", whole=[{"type": "scale", "scale": [1e-3, 2e-3, 1e-3]}]))
+    found = native(
+        ome([([40, 4, 4], [0, 0, 0])], unit="micrometer", whole=[{"type": "scale", "scale": [1e-3, 2e-3, 1e-3]}])
+    )
     assert found.voxel_nm == pytest.approx((40, 8, 4))
     assert found.corner_nm == pytest.approx((-20, -4, -2))
 
@@ -101,7 +123,13 @@ def test_ome_axes_of_other_names() -> None:
 def test_ome_of_zarr_2_with_channel_axes() -> None:
     axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space", "unit": "nanometer"} for n in "zyx")]
     steps = [{"type": "scale", "scale": [1, 40, 4, 4]}]
-    docs: Docs = {".zattrs": {"multiscales": [{"version": "0.4", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}]}}
+    docs: Docs = {
+        ".zattrs": {
+            "multiscales": [
+                {"version": "0.4", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": steps}]}
+            ]
+        }
+    }
     found = native(docs | {"0/.zarray": {"shape": [1, 8, 16, 32]}})
     assert (found.kind, found.shape, found.corner_nm) == ("zarr2", ZYX(8, 16, 32), (-20, -2, -2))
 
@@ -124,7 +152,16 @@ def test_plain_arrays() -> None:
     v2 = native({"vol/raw/.zarray": {"shape": [8, 16, 32]}}, array="vol/raw")
     assert (v2.kind, v2.path, v2.names) == ("zarr2", "vol/raw", ("d0", "d1", "d2"))
     named = native({".zarray": {"shape": [8, 16, 32]}, ".zattrs": {"_ARRAY_DIMENSIONS": ["z", "y", "x"]}})
-    v3 = native({"zarr.json": {"node_type": "array", "shape": [1, 8, 16, 32], "dimension_names": ["t", None, "y", "x"], "attributes": {}}})
+    v3 = native(
+        {
+            "zarr.json": {
+                "node_type": "array",
+                "shape": [1, 8, 16, 32],
+                "dimension_names": ["t", None, "y", "x"],
+                "attributes": {},
+            }
+        }
+    )
     assert (v3.names, v3.shape) == (("dim_1", "y", "x"), ZYX(8, 16, 32))
     for found in (v2, named, v3):
         check(Layer("LR", "u", found, (45, 37, 37), (0, 0, 0)), explicit=True)
@@ -144,7 +181,10 @@ def test_precomputed_counts_from_its_offset() -> None:
 
 def test_n5_levels_units_and_inheritance() -> None:
     pyramid = {
-        "attributes.json": {"pixelResolution": {"unit": "um", "dimensions": [0.004, 0.004, 0.04]}, "scales": [[1, 1, 1], [2, 2, 1]]},
+        "attributes.json": {
+            "pixelResolution": {"unit": "um", "dimensions": [0.004, 0.004, 0.04]},
+            "scales": [[1, 1, 1], [2, 2, 1]],
+        },
         "s0/attributes.json": {"dimensions": [96, 64, 8]},
         "s1/attributes.json": {"dimensions": [48, 32, 8]},
     }
@@ -153,9 +193,15 @@ def test_n5_levels_units_and_inheritance() -> None:
     check(Layer("LR", "u", found, (40, 8, 8), (0, 0, 0)), explicit=False)
     inherited = native(pyramid | {"attributes.json": {"resolution": [4, 4, 40]}}, level=1)
     assert (inherited.path, inherited.voxel_nm) == ("s1", (40, 4, 4))
-    nested = native({"a/attributes.json": {"resolution": [4, 4, 40]}, "a/b/attributes.json": {"dimensions": [96, 64, 8]}}, array="a/b")
+    nested = native(
+        {"a/attributes.json": {"resolution": [4, 4, 40]}, "a/b/attributes.json": {"dimensions": [96, 64, 8]}},
+        array="a/b",
+    )
     assert (nested.path, nested.voxel_nm, nested.shape) == ("a/b", (40, 4, 4), ZYX(8, 64, 96))
-    rootless = native({"s1/attributes.json": {"dimensions": [48, 32, 8], "resolution": [4, 4, 40], "downsamplingFactors": [2, 2, 1]}}, level=1)
+    rootless = native(
+        {"s1/attributes.json": {"dimensions": [48, 32, 8], "resolution": [4, 4, 40], "downsamplingFactors": [2, 2, 1]}},
+        level=1,
+    )
     assert (rootless.path, rootless.step, rootless.level_voxel_nm) == ("s1", (1, 2, 2), (40, 8, 8))
     turned = native({"attributes.json": {"dimensions": [8, 64, 96], "axes": ["z", "y", "x"], "resolution": [40, 4, 4]}})
     assert (turned.shape, turned.names, turned.voxel_nm) == (ZYX(8, 64, 96), ("z", "y", "x"), (40, 4, 4))
@@ -169,8 +215,14 @@ def test_n5_levels_units_and_inheritance() -> None:
         ({".zarray": {"shape": [8, 16, 32], "compressor": {"id": "bz2"}}}, "compression bz2"),
         ({".zarray": {"shape": [8, 16, 32], "compressor": {"id": "zstd"}}}, None),
         ({"attributes.json": {"dimensions": [9, 9, 9], "compression": {"type": "xz"}}}, "compression xz"),
-        ({"attributes.json": {"dimensions": [9, 9, 9], "pixelResolution": [4, 4, 40]}}, "a pixelResolution that is a list"),
-        ({"attributes.json": {"dimensions": [9, 9, 9], "resolution": [4, 4, 40], "units": ["nanometer"] * 3}}, "the unit nanometer"),
+        (
+            {"attributes.json": {"dimensions": [9, 9, 9], "pixelResolution": [4, 4, 40]}},
+            "a pixelResolution that is a list",
+        ),
+        (
+            {"attributes.json": {"dimensions": [9, 9, 9], "resolution": [4, 4, 40], "units": ["nanometer"] * 3}},
+            "the unit nanometer",
+        ),
     ],
 )
 def test_what_neuroglancer_cannot_show_is_said(docs: Docs, words: str | None) -> None:
@@ -186,7 +238,14 @@ def test_the_prefix_of_the_url_decides_and_absence_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "docs", [{"zarr.json": []}, {"zarr.json": {"attributes": {}}}, {"info": {"scales": []}}, {"info": {"scales": [{}]}}, {".zarray": {"shape": 7}}]
+    "docs",
+    [
+        {"zarr.json": []},
+        {"zarr.json": {"attributes": {}}},
+        {"info": {"scales": []}},
+        {"info": {"scales": [{}]}},
+        {".zarray": {"shape": 7}},
+    ],
 )
 def test_damaged_metadata_raises_what_the_command_catches(docs: Docs) -> None:
     with pytest.raises((ValueError, KeyError, TypeError, IndexError)):
@@ -198,11 +257,16 @@ def test_damaged_metadata_raises_what_the_command_catches(docs: Docs) -> None:
 def test_our_targets(form: str, corner: tuple[float, float, float]) -> None:
     """OME targets are right by themselves. Precomputed ones count whole voxels: where the corner is not on that grid the state says so."""
     encoding = {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[form]
-    sr, lr = LevelSpec(ZYX(8, 512, 512), ZYX(8, 64, 64), ZYX(8, 64, 64)), LevelSpec(ZYX(8, 64, 64), ZYX(8, 64, 64), ZYX(8, 64, 64))
+    sr, lr = (
+        LevelSpec(ZYX(8, 512, 512), ZYX(8, 64, 64), ZYX(8, 64, 64)),
+        LevelSpec(ZYX(8, 64, 64), ZYX(8, 64, 64), ZYX(8, 64, 64)),
+    )
     spec = TargetSpec("file:///t", form, encoding, 8, (45.0, 37 / 8, 37 / 8), corner, (sr,), lr)
     docs = {key: json.loads(value) for key, value in StoredTarget(spec).metadata().items()}
     found = native(docs)
-    inside = native({key.removeprefix("fidelity/"): value for key, value in docs.items() if key.startswith("fidelity/")})
+    inside = native(
+        {key.removeprefix("fidelity/"): value for key, value in docs.items() if key.startswith("fidelity/")}
+    )
     assert (found.shape, inside.shape) == (ZYX(8, 512, 512), ZYX(8, 64, 64))
     check(Layer("SR", "u", found, (45, 37 / 8, 37 / 8), corner), explicit=form == "precomputed" and corner[0] == -22.5)
     check(Layer("fidelity", "u", inside, (45, 37, 37), corner), explicit=form == "precomputed" and corner[0] != 0)
@@ -211,15 +275,32 @@ def test_our_targets(form: str, corner: tuple[float, float, float]) -> None:
 def test_the_whole_state() -> None:
     """8 sections of 64 x 96 LR voxels of 40 nm at (1000, 0, -8): the middle of section 4 of the 5 nm target, 96 * 8 voxels on 600 pixels."""
     corner = (1000.0, 0.0, -8.0)
-    lr = Layer("LR", "http://127.0.0.1:1/s/LR", native(ome([([40, 40, 40], [1020, 20, 12])])), (40, 40, 40), corner, contrast=(100, 900))
-    sr = Layer("SR", "s3://bucket/sr", Native("precomputed", "", ("z", "y", "x"), (40, 5, 5), (25, 0, -2), (1, 1, 1), ZYX(8, 512, 768)), (40, 5, 5), corner)
+    lr = Layer(
+        "LR",
+        "http://127.0.0.1:1/s/LR",
+        native(ome([([40, 40, 40], [1020, 20, 12])])),
+        (40, 40, 40),
+        corner,
+        contrast=(100, 900),
+    )
+    sr = Layer(
+        "SR",
+        "s3://bucket/sr",
+        Native("precomputed", "", ("z", "y", "x"), (40, 5, 5), (25, 0, -2), (1, 1, 1), ZYX(8, 512, 768)),
+        (40, 5, 5),
+        corner,
+    )
     fidelity = Layer("fidelity", "s3://bucket/sr/fidelity", lr.native, (40, 40, 40), corner, heat=True, visible=False)
     state = viewer_state([lr, sr, fidelity], sr, "volume.yaml")
     assert list(state["dimensions"].items()) == [("x", [5e-9, "m"]), ("y", [5e-9, "m"]), ("z", [4e-8, "m"])]
     assert state["position"] == [-8 / 5 + 384, 256, 1000 / 40 + 4.5]
     assert state["crossSectionScale"] == pytest.approx(768 / 600)
     assert state["layout"] == "xy"
-    assert [(entry["name"], entry["visible"]) for entry in state["layers"]] == [("LR", True), ("SR", True), ("fidelity", False)]
+    assert [(entry["name"], entry["visible"]) for entry in state["layers"]] == [
+        ("LR", True),
+        ("SR", True),
+        ("fidelity", False),
+    ]
     assert [entry["source"]["url"] for entry in state["layers"]] == [
         "zarr3://http://127.0.0.1:1/s/LR",
         "precomputed://s3://bucket/sr",
@@ -233,10 +314,20 @@ def test_the_whole_state() -> None:
 
 def test_quarantined_tasks_are_boxes_in_a_layer_of_their_own() -> None:
     """Corners in voxels of the focus, x first: 1000 nm and 1080 nm are sections 25 and 27 of 40 nm, -8 nm is 1.6 voxels of 5 nm below 0."""
-    sr = Layer("SR", "u", Native("zarr3", "", ("z", "y", "x"), (40, 5, 5), (25, 0, 0), (1, 1, 1), ZYX(8, 512, 768)), (40, 5, 5), (1000, 0, -8))
+    sr = Layer(
+        "SR",
+        "u",
+        Native("zarr3", "", ("z", "y", "x"), (40, 5, 5), (25, 0, 0), (1, 1, 1), ZYX(8, 512, 768)),
+        (40, 5, 5),
+        (1000, 0, -8),
+    )
     assert [layer["name"] for layer in viewer_state([sr], sr, "")["layers"]] == ["SR"]
     layer = viewer_state([sr], sr, "", [Mark("task 7", (1000, 0, -8), (1080, 640, 632), "why")])["layers"][1]
-    assert (layer["type"], layer["name"], layer["source"]["url"]) == ("annotation", "quarantined", "local://annotations")
+    assert (layer["type"], layer["name"], layer["source"]["url"]) == (
+        "annotation",
+        "quarantined",
+        "local://annotations",
+    )
     assert layer["source"]["transform"]["outputDimensions"] == {"x": [5e-9, "m"], "y": [5e-9, "m"], "z": [4e-8, "m"]}
     (box,) = layer["annotations"]
     assert (box["type"], box["id"], box["description"]) == ("axis_aligned_bounding_box", "task 7", "why")

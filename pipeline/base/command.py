@@ -30,5 +30,8 @@ def guarded(work: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get("EMSR_DEBUG"):
             traceback.print_exc()
-        print(f"emsr: a fault inside emsr: {type(error).__name__}: {error}. Set EMSR_DEBUG=1 for the traceback and report it.", file=sys.stderr)
+        print(
+            f"emsr: a fault inside emsr: {type(error).__name__}: {error}. Set EMSR_DEBUG=1 for the traceback and report it.",
+            file=sys.stderr,
+        )
         return 1

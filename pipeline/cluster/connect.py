@@ -97,7 +97,11 @@ def refuse_other_versions(client: Client) -> None:
     for address, version in found.items():
         if version != __version__:
             theirs = f"emsr {version}" if isinstance(version, str) else f"no emsr ({version})"
-            raise ClusterError(f"the worker at {address} has {theirs}, this is emsr {__version__}", "the same version in every process", "Install it there")
+            raise ClusterError(
+                f"the worker at {address} has {theirs}, this is emsr {__version__}",
+                "the same version in every process",
+                "Install it there",
+            )
 
 
 def stop_profiling(client: Client) -> None:
@@ -128,7 +132,9 @@ def _there(config: ClusterConfig) -> Iterator[Client]:
     except (OSError, TimeoutError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
-            f"no Dask scheduler answers at {config.address} ({why})", "a running scheduler", "Start one with `dask scheduler`, or use kind: local"
+            f"no Dask scheduler answers at {config.address} ({why})",
+            "a running scheduler",
+            "Start one with `dask scheduler`, or use kind: local",
         ) from None
     try:
         yield client
@@ -140,7 +146,11 @@ def _there(config: ClusterConfig) -> Iterator[Client]:
 def _here(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     workers, gpus = worker_count(config), visible_gpus()
     if config.gpus_per_worker and workers > len(gpus):
-        raise ClusterError(f"{workers} workers are to have a GPU each, {len(gpus)} are visible", "a GPU for each", "Lower cluster.workers or gpus_per_worker")
+        raise ClusterError(
+            f"{workers} workers are to have a GPU each, {len(gpus)} are visible",
+            "a GPU for each",
+            "Lower cluster.workers or gpus_per_worker",
+        )
     with (
         LocalCluster(
             n_workers=workers,
@@ -162,7 +172,11 @@ def _security(config: ClusterConfig) -> Security | None:
     files = config.security
     if files is None:
         return None
-    parts = {f"tls_{part}_{what}": path for part in ("client", "scheduler", "worker") for what, path in (("cert", files.cert_file), ("key", files.key_file))}
+    parts = {
+        f"tls_{part}_{what}": path
+        for part in ("client", "scheduler", "worker")
+        for what, path in (("cert", files.cert_file), ("key", files.key_file))
+    }
     return Security(require_encryption=True, tls_ca_file=files.ca_file, **parts)
 
 

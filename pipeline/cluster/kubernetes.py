@@ -18,7 +18,12 @@ USER = 1000
 
 CREDENTIALS = "/var/run/secrets/emsr"
 
-SPOT = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "node.kubernetes.io/spot", "eks.amazonaws.com/capacityType")
+SPOT = (
+    "cloud.google.com/gke-spot",
+    "kubernetes.azure.com/scalesetpriority",
+    "node.kubernetes.io/spot",
+    "eks.amazonaws.com/capacityType",
+)
 """Taints by which providers and administrators keep ordinary pods from nodes that may be taken away."""
 
 
@@ -28,13 +33,38 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
     assert asked is not None
     gpu = {"nvidia.com/gpu": "1"} if config.gpus_per_worker else {}
     size = {"cpu": str(asked.cores or in_flight), "memory": str(asked.memory), **gpu}
-    worker = _container(config, "worker", ["worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(in_flight), "--memory-limit", "0", "--no-dashboard"])
+    worker = _container(
+        config,
+        "worker",
+        [
+            "worker",
+            "--name",
+            "$(DASK_WORKER_NAME)",
+            "--nthreads",
+            str(in_flight),
+            "--memory-limit",
+            "0",
+            "--no-dashboard",
+        ],
+    )
     worker["resources"] = {"requests": size, "limits": dict(size)}
-    scheduler = _container(config, "scheduler", ["scheduler", "--host", "0.0.0.0"])  # the pod's own address; only its namespace's service leads there
+    scheduler = _container(
+        config, "scheduler", ["scheduler", "--host", "0.0.0.0"]
+    )  # the pod's own address; only its namespace's service leads there
     scheduler["resources"] = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
-    scheduler["ports"] = [{"name": "tcp-comm", "containerPort": 8786}, {"name": "http-dashboard", "containerPort": 8787}]
-    scheduler["readinessProbe"] = {"httpGet": {"port": "http-dashboard", "path": "/health"}, "periodSeconds": 2, "timeoutSeconds": 10}
-    ports = [{"name": port["name"], "protocol": "TCP", "port": port["containerPort"], "targetPort": port["name"]} for port in scheduler["ports"]]
+    scheduler["ports"] = [
+        {"name": "tcp-comm", "containerPort": 8786},
+        {"name": "http-dashboard", "containerPort": 8787},
+    ]
+    scheduler["readinessProbe"] = {
+        "httpGet": {"port": "http-dashboard", "path": "/health"},
+        "periodSeconds": 2,
+        "timeoutSeconds": 10,
+    }
+    ports = [
+        {"name": port["name"], "protocol": "TCP", "port": port["containerPort"], "targetPort": port["name"]}
+        for port in scheduler["ports"]
+    ]
     selector = {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
     taints = [*(SPOT if asked.spot else ()), *gpu]
     return {
@@ -43,7 +73,10 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {
             "worker": {"replicas": 0, "spec": _pod(config, worker, taints)},
-            "scheduler": {"spec": _pod(config, scheduler, []), "service": {"type": "ClusterIP", "selector": selector, "ports": ports}},
+            "scheduler": {
+                "spec": _pod(config, scheduler, []),
+                "service": {"type": "ClusterIP", "selector": selector, "ports": ports},
+            },
         },
     }
 
@@ -59,14 +92,20 @@ def pods(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError:
-        raise ClusterError("the dask-kubernetes package is not installed", "", "pip install 'emsr[kubernetes]'") from None
+        raise ClusterError(
+            "the dask-kubernetes package is not installed", "", "pip install 'emsr[kubernetes]'"
+        ) from None
     assert config.kubernetes is not None
     made = spec(config, in_flight, f"emsr-{uuid.uuid4().hex[:8]}")
     try:
         cluster = KubeCluster(custom_cluster_spec=made, namespace=config.kubernetes.namespace, quiet=True)
     except Exception as error:  # kr8s, httpx and the operator's own time-outs share no ancestor
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ClusterError(f"Kubernetes gives no Dask cluster ({why})", "a cluster with the dask-kubernetes operator", "See docs/clusters.md") from None
+        raise ClusterError(
+            f"Kubernetes gives no Dask cluster ({why})",
+            "a cluster with the dask-kubernetes operator",
+            "See docs/clusters.md",
+        ) from None
     with cluster, Client(cluster, set_as_default=False) as client:
         minimum, maximum = config.bounds()
         if minimum < maximum:
@@ -87,7 +126,13 @@ def _pod(config: ClusterConfig, container: dict[str, Any], taints: list[str]) ->
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": asked.volume_claim}})
     return {
         "automountServiceAccountToken": False,
-        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
         "tolerations": [{"key": key, "operator": "Exists"} for key in taints],
         "containers": [container],
         "volumes": volumes,
@@ -103,7 +148,10 @@ def _container(config: ClusterConfig, name: str, args: list[str]) -> dict[str, A
     mounts: list[dict[str, Any]] = [{"name": "scratch", "mountPath": "/tmp"}]
     if asked.secret is not None and name == "worker":
         mounts.append({"name": "credentials", "mountPath": CREDENTIALS, "readOnly": True})
-        env |= {"AWS_SHARED_CREDENTIALS_FILE": f"{CREDENTIALS}/aws", "GOOGLE_APPLICATION_CREDENTIALS": f"{CREDENTIALS}/gcs.json"}
+        env |= {
+            "AWS_SHARED_CREDENTIALS_FILE": f"{CREDENTIALS}/aws",
+            "GOOGLE_APPLICATION_CREDENTIALS": f"{CREDENTIALS}/gcs.json",
+        }
     if asked.volume_claim is not None and name == "worker":
         mounts.append({"name": "data", "mountPath": "/data"})
     return {
@@ -113,5 +161,9 @@ def _container(config: ClusterConfig, name: str, args: list[str]) -> dict[str, A
         "args": args,
         "env": [{"name": key, "value": value} for key, value in env.items()],
         "volumeMounts": mounts,
-        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
     }

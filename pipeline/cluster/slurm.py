@@ -39,7 +39,9 @@ def script(config: ClusterConfig, in_flight: int, security: Security | None) -> 
     """The job script that `run` would submit, with a place holder for the scheduler's address."""
     protocol = None if security is None else "tls://"
     scheduler = f"{protocol or 'tcp://'}SCHEDULER:PORT"
-    made = _dask_jobqueue().slurm.SLURMJob(scheduler, name="WORKER", protocol=protocol, security=security, **options(config, in_flight))
+    made = _dask_jobqueue().slurm.SLURMJob(
+        scheduler, name="WORKER", protocol=protocol, security=security, **options(config, in_flight)
+    )
     return str(made.job_script())
 
 
@@ -61,7 +63,11 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
         "death_timeout": START_S,
         "worker_extra_args": [
             *("--lifetime", f"{lifetime}s", "--lifetime-stagger", f"{stagger}s"),
-            *("--memory-limit", "0", "--no-dashboard"),  # Slurm bounds memory; slabs are no Dask data, which alone Dask could spill
+            *(
+                "--memory-limit",
+                "0",
+                "--no-dashboard",
+            ),  # Slurm bounds memory; slabs are no Dask data, which alone Dask could spill
         ],
         "job_extra_directives": [*(["--gres=gpu:1"] if gpus else []), *asked.extra_directives],
         "job_script_prologue": [
@@ -99,7 +105,9 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"no scheduler can listen at cluster.host {config.host} ({error})", "an address or network interface of this machine", "See `ip address`"
+                f"no scheduler can listen at cluster.host {config.host} ({error})",
+                "an address or network interface of this machine",
+                "See `ip address`",
             ) from None
         with cluster, Client(cluster, set_as_default=False) as client, Replacing(cluster) as cluster.replacing:
             if config.adapt is None:
@@ -152,7 +160,9 @@ class Replacing:
     def _look(self) -> None:
         jobs = {job.job_id: name for name, job in list(self._cluster.workers.items()) if job.job_id}
         there = {worker["name"] for worker in self._cluster.scheduler_info["workers"].values()}
-        found = _call("squeue", "--noheader", "--me", "--format=%i")  # after the cluster: a job submitted in between is not missed
+        found = _call(
+            "squeue", "--noheader", "--me", "--format=%i"
+        )  # after the cluster: a job submitted in between is not missed
         if found.returncode:
             return
         came = {number for number, name in jobs.items() if name in there} | self._came & jobs.keys()
@@ -189,7 +199,9 @@ def _try_submission(text: str) -> None:
     if found.returncode:
         said = " ".join(found.stderr.replace("sbatch: error: ", "").split())
         raise ClusterError(
-            f"Slurm would not take the job: {said}", "a job that some partition can run", "Correct cluster.slurm; see `run --dry-run` for the script"
+            f"Slurm would not take the job: {said}",
+            "a job that some partition can run",
+            "Correct cluster.slurm; see `run --dry-run` for the script",
         )
 
 
@@ -198,7 +210,9 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ClusterError(
-            f"`{command[0]}` does not answer ({error})", "a machine that may submit Slurm jobs", "Run there, or use another cluster.kind"
+            f"`{command[0]}` does not answer ({error})",
+            "a machine that may submit Slurm jobs",
+            "Run there, or use another cluster.kind",
         ) from None
 
 

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from pipeline.config import yaml_file
 from pipeline.config.yaml_file import Bytes
@@ -20,7 +29,11 @@ Workers = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 def _walltime(value: object) -> str:
     """Quoted, since YAML reads a bare 12:00:00 as the number 43200."""
-    if not isinstance(value, str) or not re.fullmatch(r"(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d", value) or not walltime_s(value):
+    if (
+        not isinstance(value, str)
+        or not re.fullmatch(r"(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d", value)
+        or not walltime_s(value)
+    ):
         raise ValueError('a time in quotes, hours:minutes:seconds or days-hours:minutes:seconds, such as "12:00:00"')
     return value
 
@@ -104,8 +117,12 @@ class ClusterConfig(_Model):
     @model_validator(mode="after")
     def _address(self) -> ClusterConfig:
         if self.kind == "address":
-            if not self.address or not re.fullmatch(r"(tcp|tls|ws|wss|ucx|ucxx)://[^\s/:]+:\d{1,5}|[\w.\-]+:\d{1,5}", self.address):
-                raise ValueError("cluster.address such as tcp://scheduler:8786 or tls://scheduler:8786 (kind is address)")
+            if not self.address or not re.fullmatch(
+                r"(tcp|tls|ws|wss|ucx|ucxx)://[^\s/:]+:\d{1,5}|[\w.\-]+:\d{1,5}", self.address
+            ):
+                raise ValueError(
+                    "cluster.address such as tcp://scheduler:8786 or tls://scheduler:8786 (kind is address)"
+                )
             if self.security is not None and not self.address.startswith("tls://"):
                 raise ValueError("cluster.address that begins with tls:// (cluster.security is given)")
         return self
@@ -120,7 +137,9 @@ class ClusterConfig(_Model):
             if self.kind == key and getattr(self, key) is None:
                 raise ValueError(f"the keys of cluster.{key} (kind is {key})")
         if self.kind == "slurm" and self.host is None:
-            raise ValueError("cluster.host, the address or network interface of this machine that jobs reach, 127.0.0.1 if all run here (kind is slurm)")
+            raise ValueError(
+                "cluster.host, the address or network interface of this machine that jobs reach, 127.0.0.1 if all run here (kind is slurm)"
+            )
         if self.workers is not None and self.adapt is not None:
             raise ValueError("either cluster.workers or cluster.adapt, not both")
         return self

@@ -80,6 +80,12 @@ def load(path: str | Path) -> TableConfig:
     volumes = tuple(absolute(volume, i) for i, volume in enumerate(config.volumes))
     if problems:
         raise ConfigError(problems)
-    files = {key: base / value.expanduser() for key in WeightsConfig.model_fields if (value := getattr(config.weights, key)) is not None}
+    files = {
+        key: base / value.expanduser()
+        for key in WeightsConfig.model_fields
+        if (value := getattr(config.weights, key)) is not None
+    }
     weights = config.weights.model_copy(update=files)
-    return config.model_copy(update={"volumes": volumes, "weights": weights, "output": base / config.output.expanduser()})
+    return config.model_copy(
+        update={"volumes": volumes, "weights": weights, "output": base / config.output.expanduser()}
+    )

@@ -43,7 +43,11 @@ def normalise(url: str, base: Path) -> str:
     if scheme != "file" and not parts.netloc:
         raise UserError(f"url {url!r} names no bucket or host", f"{scheme}://bucket-or-host/path")
     if parts.query or parts.fragment:
-        raise UserError(f"url {rest.partition('?')[0]}?... holds a query", "a URL without one", "Give credentials by the environment, not in the URL")
+        raise UserError(
+            f"url {rest.partition('?')[0]}?... holds a query",
+            "a URL without one",
+            "Give credentials by the environment, not in the URL",
+        )
     if scheme == "file":
         return prefix + "file://" + quote(os.path.normpath(unquote(parts.path)))
     return prefix + rest.rstrip("/")

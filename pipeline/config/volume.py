@@ -6,7 +6,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.base.geometry import ZYX, Box
@@ -130,7 +139,10 @@ class TargetConfig(_Model):
         return self
 
 
-ENCODINGS: dict[str, tuple[str, ...]] = {"ome-zarr": ("blosc-zstd", "zstd", "raw"), "precomputed": ("raw", "jpeg", "png")}
+ENCODINGS: dict[str, tuple[str, ...]] = {
+    "ome-zarr": ("blosc-zstd", "zstd", "raw"),
+    "precomputed": ("raw", "jpeg", "png"),
+}
 
 NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", "real-esrgan", "edvr", "basicvsr"]
 
@@ -204,7 +216,9 @@ def load(path: str | Path) -> Config:
         source = source.model_copy(update={"mask": source.mask.model_copy(update={"url": changed["source.mask"]})})
     target = config.target.model_copy(update={"url": changed["target"]})
     network = config.network.model_copy(update={"weights": changed.get("network", config.network.weights)})
-    return config.model_copy(update={"source": source, "target": target, "network": network, "cluster": config.cluster.beside(base)})
+    return config.model_copy(
+        update={"source": source, "target": target, "network": network, "cluster": config.cluster.beside(base)}
+    )
 
 
 def keys() -> dict[tuple[str, ...], list[str]]:

@@ -21,7 +21,19 @@ MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 KeyPath = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "P": 10**15,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+    "Pi": 2**50,
+}
 
 
 def parse_bytes(value: object) -> int:
@@ -42,7 +54,11 @@ def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}). Give the path of a {kind}"]) from None
+        raise ConfigError(
+            [
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}). Give the path of a {kind}"
+            ]
+        ) from None
     raw, lines = _parse(text, str(path), kind, model)
     try:
         return model.model_validate(raw), lines
@@ -82,7 +98,9 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
         value = build(root, ()) if root is not None else None
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError([f"{name}:{at}: not YAML: {error.problem or error}. Check the indentation and quotes there"]) from None
+        raise ConfigError(
+            [f"{name}:{at}: not YAML: {error.problem or error}. Check the indentation and quotes there"]
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([f"{name}: not YAML: {' '.join(str(error).split())}"]) from None
     if problems:
@@ -92,7 +110,9 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
         required = [key for key, field in model.model_fields.items() if field.is_required()]
         others = [key for key in model.model_fields if key not in required]
         optional = f" (and {', '.join(others)})" if others else ""
-        raise ConfigError([f"{name}:1: saw {seen}, wanted the keys {', '.join(required)}{optional}. See the examples folder"])
+        raise ConfigError(
+            [f"{name}:1: saw {seen}, wanted the keys {', '.join(required)}{optional}. See the examples folder"]
+        )
     return value, lines
 
 
@@ -153,7 +173,11 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
 
 def _is_key(part: str) -> bool:
     """pydantic puts the names of union branches into the location; keys of ours are plain words of the models."""
-    return bool(re.fullmatch(r"[a-z][a-z0-9_]*", part)) and not part.startswith(("literal[", "function-")) and part not in ("int", "str", "bool", "float")
+    return (
+        bool(re.fullmatch(r"[a-z][a-z0-9_]*", part))
+        and not part.startswith(("literal[", "function-"))
+        and part not in ("int", "str", "bool", "float")
+    )
 
 
 def _wanted(kind: str, message: str) -> str:

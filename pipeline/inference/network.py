@@ -47,21 +47,29 @@ def describe(config: NetworkConfig) -> NetworkSpec:
     traits = models.NETWORKS.get(config.name)
     if traits is None:
         known = ", ".join(models.NETWORKS)
-        raise NetworkError(f"network.name {config.name} is not in this version", f"one of {known}", "Set network.name to one of them")
+        raise NetworkError(
+            f"network.name {config.name} is not in this version", f"one of {known}", "Set network.name to one of them"
+        )
     cell = traits.cell if config.cell is None else config.cell
     halo = traits.halo[config.scale] if config.halo is None else config.halo
     if halo < traits.min_halo:
         raise NetworkError(
-            f"network.halo {halo} would show the cell borders of {config.name}", f"at least {traits.min_halo} LR voxels", "Raise or remove network.halo"
+            f"network.halo {halo} would show the cell borders of {config.name}",
+            f"at least {traits.min_halo} LR voxels",
+            "Raise or remove network.halo",
         )
     lattice = Lattice(cell, halo, traits.window, traits.padding)
     if traits.weights:
         return _with_weights(config, lattice)
     given = [key for key in ("preset", "weights", "sha256") if getattr(config, key) is not None]
     if given:
-        raise NetworkError(f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}")
+        raise NetworkError(
+            f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}"
+        )
     if config.precision != "float32":
-        raise NetworkError(f"network.precision {config.precision} for {config.name}", "float32", "Remove network.precision")
+        raise NetworkError(
+            f"network.precision {config.precision} for {config.name}", "float32", "Remove network.precision"
+        )
     return NetworkSpec(config.name, config.scale, None, "", config.precision, lattice)
 
 
@@ -69,7 +77,11 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
     """The hash of the weights file, after a look at what its head says. Raises NetworkError."""
     weights = config.weights
     if weights is None:
-        raise NetworkError(f"network.weights is not given, and {config.name} needs weights", "builtin, or a weights file", "Give one of them")
+        raise NetworkError(
+            f"network.weights is not given, and {config.name} needs weights",
+            "builtin, or a weights file",
+            "Give one of them",
+        )
     builtin = weights.partition(":")[0] == "builtin"
     preset = config.preset or (models.BUILTIN_PRESET if builtin else "paper")
     file = weights
@@ -77,7 +89,9 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
         try:
             file = models.builtin(weights, config.scale).as_uri()
         except ValueError as error:
-            raise NetworkError(f"network.weights: {error}", "one of them", "Set network.weights and network.scale to one of them") from None
+            raise NetworkError(
+                f"network.weights: {error}", "one of them", "Set network.weights and network.scale to one of them"
+            ) from None
     path, sha256 = locate(file, config.sha256)
     licence = ""
     if path.suffix == ".safetensors":
@@ -95,7 +109,9 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
 
 def footprint(spec: NetworkSpec) -> Footprint:
     """What the network holds beside its weights, by formula. Imports no torch."""
-    tile, state = models.held_bytes(spec.name, spec.scale, spec.preset, spec.lattice.tile, 4 if spec.precision == "float32" else 2)
+    tile, state = models.held_bytes(
+        spec.name, spec.scale, spec.preset, spec.lattice.tile, 4 if spec.precision == "float32" else 2
+    )
     return Footprint(tile, spec.lattice.window * state)
 
 
@@ -145,7 +161,14 @@ class Network:
         if _needed(self.spec, plan) > most:
             raise _too_large(self.spec, plan, most)
 
-    def tile(self, sections: NDArray[np.uint8], ids: Sequence[int], out: NDArray[np.uint8], keep: tuple[slice, slice], ring: Ring) -> None:
+    def tile(
+        self,
+        sections: NDArray[np.uint8],
+        ids: Sequence[int],
+        out: NDArray[np.uint8],
+        keep: tuple[slice, slice],
+        ring: Ring,
+    ) -> None:
         """One tile through all its sections: (D + window - 1, T, T) uint8 in, (D, rh, rw) uint8 into `out`.
 
         `ids` name the sections; `keep` cuts the cell out of the (rT, rT) output. Each section is encoded once: `ring` holds the
@@ -212,7 +235,9 @@ def _sources(start: int, stop: int, low: int, high: int, mode: str) -> NDArray[n
     return np.where(i < n, i, 2 * n - 1 - i)
 
 
-def super_resolve(network: Network, lr: NDArray[np.uint8], ids: Sequence[int], plan: Plan, slab: Slab, rings: Rings | None = None) -> NDArray[np.uint8]:
+def super_resolve(
+    network: Network, lr: NDArray[np.uint8], ids: Sequence[int], plan: Plan, slab: Slab, rings: Rings | None = None
+) -> NDArray[np.uint8]:
     """SR voxels of `slab`. `lr` holds its sections with z-halo (ends and bad sections already replaced: `ids` are the numbers
     of the sections that stand there), laterally slab.read.
 
@@ -255,13 +280,18 @@ def _as_too_large(network: Network, plan: Plan) -> Iterator[None]:
 def _too_large(spec: NetworkSpec, plan: Plan, there: int) -> TooLargeError:
     """`there`: bytes beside the weights."""
     lattice = spec.lattice
-    smaller = (dataclasses.replace(spec, lattice=dataclasses.replace(lattice, cell=cell)) for cell in range(lattice.cell - 8, 0, -8))
+    smaller = (
+        dataclasses.replace(spec, lattice=dataclasses.replace(lattice, cell=cell))
+        for cell in range(lattice.cell - 8, 0, -8)
+    )
     fits = next((s.lattice.cell for s in smaller if _needed(s, plan) <= there), None)
     return TooLargeError(
         f"network.cell {lattice.cell} with halo {lattice.halo}: a tile of {lattice.tile} x {lattice.tile} LR voxels, with the encoded sections of its slab, "
         f"needs {_needed(spec, plan) / 1e9:.2f} GB beside the weights, and {there / 1e9:.2f} GB are there",
         "a tile that fits" if fits is None else f"network.cell {fits} or less, with the same halo",
-        "Take another device, or a smaller work.slab_shape" if fits is None else "Set it, with another target.url; or free memory there",
+        "Take another device, or a smaller work.slab_shape"
+        if fits is None
+        else "Set it, with another target.url; or free memory there",
     )
 
 

@@ -19,25 +19,37 @@ def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
     A remote file is fetched once into the cache folder, EMSR_CACHE or ~/.cache/emsr.
     """
     if not weights.endswith(SUFFIXES):
-        raise NetworkError(f"network.weights {weights} has no known ending", " or ".join(SUFFIXES), "Name a weights file")
+        raise NetworkError(
+            f"network.weights {weights} has no known ending", " or ".join(SUFFIXES), "Name a weights file"
+        )
     path = local_path(weights)
     if path is None:
         path = _cached(weights, sha256)
     if not path.is_file():
-        raise NetworkError(f"network.weights {path} is not there", "a weights file that this machine sees", "Check the path")
+        raise NetworkError(
+            f"network.weights {path} is not there", "a weights file that this machine sees", "Check the path"
+        )
     try:
         found = _hash(path)
     except OSError as error:
-        raise NetworkError(f"network.weights {path} cannot be read ({error.strerror})", "a readable file", "Check its rights") from None
+        raise NetworkError(
+            f"network.weights {path} cannot be read ({error.strerror})", "a readable file", "Check its rights"
+        ) from None
     if sha256 is not None and found != sha256:
-        raise NetworkError(f"network.weights {path} has sha256 {found}", sha256, "Take the file that network.sha256 means, or correct it")
+        raise NetworkError(
+            f"network.weights {path} has sha256 {found}",
+            sha256,
+            "Take the file that network.sha256 means, or correct it",
+        )
     return path, found
 
 
 def _cached(url: str, sha256: str | None) -> Path:
     if sha256 is None:
         raise NetworkError(
-            f"network.weights is a URL ({url}) without network.sha256", "the sha256 of the file", "State it, so that every worker runs the same weights"
+            f"network.weights is a URL ({url}) without network.sha256",
+            "the sha256 of the file",
+            "State it, so that every worker runs the same weights",
         )
     folder = Path(os.environ.get("EMSR_CACHE", Path.home() / ".cache" / "emsr"))
     path = folder / f"{sha256}{Path(url).suffix}"
@@ -46,7 +58,9 @@ def _cached(url: str, sha256: str | None) -> Path:
         try:
             value = Store(parent).get(name)
         except EmsrError as error:
-            raise NetworkError(f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network") from None
+            raise NetworkError(
+                f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"
+            ) from None
         if value is None:
             raise NetworkError(f"network.weights {url} is not there", "a weights file", "Check the url")
         folder.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,12 @@ class Plan:
         column, iz = divmod(index, grid.z)
         iy, ix = divmod(column, grid.x)
         lr = Box.at(self.region.start + ZYX(iz, iy, ix) * self.slab_shape, self.slab_shape).intersect(self.region)
-        return Slab(index, lr, self.lattice.padded(lr).intersect(self.bounds), lr.shift(ZYX(0, 0, 0) - self.region.start).lateral(self.scale))
+        return Slab(
+            index,
+            lr,
+            self.lattice.padded(lr).intersect(self.bounds),
+            lr.shift(ZYX(0, 0, 0) - self.region.start).lateral(self.scale),
+        )
 
     def slab_at(self, voxel: ZYX) -> int:
         """The number of the slab that owns this LR voxel (volume coordinates, inside the region)."""
@@ -186,7 +191,9 @@ class Plan:
             if index in stage:
                 block, blocks = self._block(level), self._blocks(level)
                 z, rest = divmod(index - stage.start, blocks.y * blocks.x)
-                write = Box.at(ZYX(z, *divmod(rest, blocks.x)) * block, block).intersect(Box(ZYX(0, 0, 0), self.levels[level].shape))
+                write = Box.at(ZYX(z, *divmod(rest, blocks.x)) * block, block).intersect(
+                    Box(ZYX(0, 0, 0), self.levels[level].shape)
+                )
                 read = write.lateral(2).intersect(Box(ZYX(0, 0, 0), self.levels[level - 1].shape))
                 return PyramidBlock(index, level, write, read)
         raise IndexError(f"task {index} of {self.tasks}")
@@ -200,7 +207,11 @@ class Plan:
 
     def place(self, index: int) -> str:
         """The task in words."""
-        return f"LR box {self.slab(index).lr}" if index < self.slabs else f"a block of mip {self.pyramid_block(index).level}"
+        return (
+            f"LR box {self.slab(index).lr}"
+            if index < self.slabs
+            else f"a block of mip {self.pyramid_block(index).level}"
+        )
 
     def strips(self, block: PyramidBlock) -> list[Box]:
         """`block.read` in strips of whole rows of chunks, each about STRIP_ROWS high and of an even number of rows."""
@@ -217,7 +228,11 @@ class Plan:
 
     def empty_sections(self, slab: Slab) -> list[int]:
         """Which of the slab's own sections, counted from its first, are left empty."""
-        return [z - slab.lr.start.z for z in self.bad_sections if slab.lr.start.z <= z < slab.lr.stop.z] if self.leave_empty else []
+        return (
+            [z - slab.lr.start.z for z in self.bad_sections if slab.lr.start.z <= z < slab.lr.stop.z]
+            if self.leave_empty
+            else []
+        )
 
     def section(self, z: int) -> int:
         """The source section that stands in for `z`: the end section beyond the volume, the nearest good one for a bad one

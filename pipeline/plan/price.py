@@ -100,7 +100,9 @@ def _second_pass_read(plan: Plan) -> int:
 
 def _slab_output(plan: Plan, slab: Slab) -> int:
     """Voxels of everything that a slab writes."""
-    return sum(plan.level_box(slab, level).size for level in range(plan.in_memory)) + (slab.lr.size if plan.fidelity else 0)
+    return sum(plan.level_box(slab, level).size for level in range(plan.in_memory)) + (
+        slab.lr.size if plan.fidelity else 0
+    )
 
 
 def output_voxels(plan: Plan) -> int:

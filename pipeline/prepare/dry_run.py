@@ -31,13 +31,26 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
         sample = None
         say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
-    say(f"source   {source.format}, {source.bounds.shape} LR voxels{', uint16' if source.dtype == 'uint16' else ''}, read by {source.reader}")
-    say(f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels" + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else ""))
-    say(f"read     {_size(read.requested)} for {_size(read.owned)} (halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})")
+    say(
+        f"source   {source.format}, {source.bounds.shape} LR voxels{', uint16' if source.dtype == 'uint16' else ''}, read by {source.reader}"
+    )
+    say(
+        f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels"
+        + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else "")
+    )
+    say(
+        f"read     {_size(read.requested)} for {_size(read.owned)} (halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
+    )
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
     total_raw = total_stored = 0
     for k, level in enumerate([*plan.levels, *([plan.fidelity] if plan.fidelity else [])]):
-        share = None if sample is None else sample.stored_share.get(k if k < len(plan.levels) else FIDELITY, sample.stored_share[max(sample.stored_share)])
+        share = (
+            None
+            if sample is None
+            else sample.stored_share.get(
+                k if k < len(plan.levels) else FIDELITY, sample.stored_share[max(sample.stored_share)]
+            )
+        )
         raw = level.shape.product
         total_raw += raw
         total_stored += int(raw * (share or 1))
@@ -53,11 +66,19 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
         rings = in_flight * held.rings(plan)
         network = f"network's tile {_size(held.tile)}, encoded sections {_size(rings)}"
         if sample.gpu_weights is None:
-            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)}, {network})")
+            say(
+                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)}, {network})"
+            )
         else:
-            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})")
-            say(f"GPU      {_size(sample.gpu_weights + held.tile + rings)} per worker (weights {_size(sample.gpu_weights)}, {network})")
-        say(f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)")
+            say(
+                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})"
+            )
+            say(
+                f"GPU      {_size(sample.gpu_weights + held.tile + rings)} per worker (weights {_size(sample.gpu_weights)}, {network})"
+            )
+        say(
+            f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)"
+        )
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
 
 

@@ -57,7 +57,11 @@ def _shapes(extent: ZYX, scale: int, target: TargetConfig, slab: ZYX | None) -> 
             step = _lcm(base, scale)
             chunk, shard = base, _up_to(ZYX(base.z, SHARD_SIDE, SHARD_SIDE), step, extent)
     if chunk is None:
-        chunk = shard if target.shard_shape is None and target.format == "precomputed" else _divisors(shard, CHUNK, ZYX(1, 1, 1))
+        chunk = (
+            shard
+            if target.shard_shape is None and target.format == "precomputed"
+            else _divisors(shard, CHUNK, ZYX(1, 1, 1))
+        )
     if slab is None:
         group = _up_to(ZYX(shard.z, SHARD_SIDE, SHARD_SIDE), _lcm(shard, scale), extent)
         slab = ZYX(group.z, group.y // scale, group.x // scale)
@@ -76,7 +80,9 @@ def _check(chunk: ZYX, shard: ZYX, slab: ZYX, scale: int) -> None:
             )
         if s % factor:
             raise TargetError(
-                f"target.shard_shape {axis} = {s} is no multiple of the scale {scale}", "shards hold whole LR voxels", f"Use {(s // scale + 1) * scale}"
+                f"target.shard_shape {axis} = {s} is no multiple of the scale {scale}",
+                "shards hold whole LR voxels",
+                f"Use {(s // scale + 1) * scale}",
             )
         if b * factor % s:
             step = s // factor
@@ -98,7 +104,9 @@ def _count(shape: ZYX, chunk: ZYX, target: TargetConfig) -> int:
         return count
     if target.mips > most:
         raise TargetError(
-            f"target.mips {target.mips} halves a section of {shape.y} x {shape.x} SR voxels below one voxel", f"at most {most}", "Lower target.mips or use auto"
+            f"target.mips {target.mips} halves a section of {shape.y} x {shape.x} SR voxels below one voxel",
+            f"at most {most}",
+            "Lower target.mips or use auto",
         )
     return target.mips
 
@@ -111,7 +119,9 @@ def _level(shape: ZYX, chunk: ZYX, shard: ZYX, k: int, target: TargetConfig) -> 
         if target.shard_shape is None:
             return LevelSpec(size, chunk, chunk)
         return LevelSpec(size, chunk, _morton(size, chunk, shard, part if whole else None, k))
-    return LevelSpec(size, chunk, part if whole else _up_to(shard.minimum(ZYX(shard.z, BLOCK_SIDE, BLOCK_SIDE)), chunk, size))
+    return LevelSpec(
+        size, chunk, part if whole else _up_to(shard.minimum(ZYX(shard.z, BLOCK_SIDE, BLOCK_SIDE)), chunk, size)
+    )
 
 
 def _morton(size: ZYX, chunk: ZYX, shard: ZYX, part: ZYX | None, k: int) -> ZYX:

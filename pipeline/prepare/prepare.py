@@ -67,7 +67,18 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
     encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
     lossy = encoding == "jpeg"
     empty = config.source.bad_sections.output == "empty"
-    plan = Plan(info.bounds, region, shapes.slab_shape, network.scale, network.lattice, shapes.levels, shapes.fidelity, tuple(bad), lossy, empty)
+    plan = Plan(
+        info.bounds,
+        region,
+        shapes.slab_shape,
+        network.scale,
+        network.lattice,
+        shapes.levels,
+        shapes.fidelity,
+        tuple(bad),
+        lossy,
+        empty,
+    )
     _within_budget(config, plan)
     looked = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if looked is not None:
@@ -91,7 +102,17 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
     spec = spec | {"slab_shape": list(plan.slab_shape)}
     asked = config.work.requests_per_second
     rates = Rates(asked.read, asked.write) if asked else Rates()
-    job = Job(digest(spec), config.source, info.fingerprint, network, plan, target, config.work.retries, config.work.stall_s, rates=rates)
+    job = Job(
+        digest(spec),
+        config.source,
+        info.fingerprint,
+        network,
+        plan,
+        target,
+        config.work.retries,
+        config.work.stall_s,
+        rates=rates,
+    )
     return Prepared(job, info, spec)
 
 
@@ -148,7 +169,9 @@ def _reading_plan(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError):
-        raise LedgerError(f"{where}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
+        raise LedgerError(
+            f"{where}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url"
+        ) from None
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -160,7 +183,9 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: json.dumps(value)}
-    return {k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v for key, child in value.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _spec(
@@ -222,19 +247,33 @@ def _public(url: str) -> str:
 
 def _target_url(config: Config) -> str:
     kind, url = urls.split_format(config.target.url)
-    if (kind is not None and (kind == "precomputed") != (config.target.format == "precomputed")) or kind in ("zarr2", "n5"):
+    if (kind is not None and (kind == "precomputed") != (config.target.format == "precomputed")) or kind in (
+        "zarr2",
+        "n5",
+    ):
         raise TargetError(
-            f"target.url begins with {kind}://, target.format is {config.target.format}", "one format", "Remove the prefix or change target.format"
+            f"target.url begins with {kind}://, target.format is {config.target.format}",
+            "one format",
+            "Remove the prefix or change target.format",
         )
     if url.startswith(("http://", "https://")):
-        raise TargetError(f"target.url {url} cannot be written: http is read only", "a path, s3:// or gs://", "Choose another target.url")
+        raise TargetError(
+            f"target.url {url} cannot be written: http is read only",
+            "a path, s3:// or gs://",
+            "Choose another target.url",
+        )
     if not re.sub(r"^\w+://[^/]*", "", url).strip("/"):
         raise TargetError(f"target.url {url} is a bucket's root", "a folder in it", "Append a name for the volume")
-    others = {"source.url": config.source.url, "source.mask.url": config.source.mask.url if config.source.mask else None}
+    others = {
+        "source.url": config.source.url,
+        "source.mask.url": config.source.mask.url if config.source.mask else None,
+    }
     for key, other in others.items():
         theirs = urls.split_format(other)[1] if other else None
         if theirs and (theirs == url or theirs.startswith(url + "/") or url.startswith(theirs + "/")):
-            raise TargetError(f"target.url {url} and {key} {theirs} lie in one another", "two places", "Choose another target.url")
+            raise TargetError(
+                f"target.url {url} and {key} {theirs} lie in one another", "two places", "Choose another target.url"
+            )
     return url
 
 
@@ -243,7 +282,11 @@ def _region(config: Config, info: VolumeInfo) -> Box:
         return info.bounds
     box = config.source.box.box
     if not info.bounds.contains(box):
-        raise SourceError(f"source.box {box} reaches out of the volume", f"a box inside {info.bounds} (z, y, x; LR voxels)", "Shrink source.box")
+        raise SourceError(
+            f"source.box {box} reaches out of the volume",
+            f"a box inside {info.bounds} (z, y, x; LR voxels)",
+            "Shrink source.box",
+        )
     return box
 
 
@@ -256,12 +299,16 @@ def _detected(target_url: str, looked: Survey, source: Source, look: Look | None
             theirs = bad_sections.detected(json.loads(stored)["spec"]["source"]["bad_sections"])
         return {z: why for z, why in theirs.items() if z in looked.sections}
     if look is None:
-        raise LedgerError(f"nothing was run for {target_url} yet", "a target with its ledger", "Run python -m pipeline.run first")
+        raise LedgerError(
+            f"nothing was run for {target_url} yet", "a target with its ledger", "Run python -m pipeline.run first"
+        )
     _check_vacant(target_url, store)
     try:
         return look(looked, source)
     except TransientError as error:
-        raise SourceError(f"the source cannot be reached: {error}", "", "Run the same command again: what was looked at is kept") from None
+        raise SourceError(
+            f"the source cannot be reached: {error}", "", "Run the same command again: what was looked at is kept"
+        ) from None
 
 
 def _within_budget(config: Config, plan: Plan) -> None:

@@ -38,7 +38,11 @@ def read(target_url: str, reader: str) -> Recorded | None:
         told = bad_sections.told(body["spec"]["source"]["bad_sections"])
         found = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), told, ledger, store)
     except (ValueError, KeyError, TypeError):
-        raise LedgerError(f"{store.url}/plan.json is damaged", "the plan of an earlier run", "Restore it, or choose another target.url") from None
+        raise LedgerError(
+            f"{store.url}/plan.json is damaged",
+            "the plan of an earlier run",
+            "Restore it, or choose another target.url",
+        ) from None
     ledger.load()
     return found
 
@@ -49,6 +53,17 @@ def planned(spec: dict[str, Any]) -> Plan:
     Raises KeyError, TypeError or ValueError where it is no specification.
     """
     region = Box.of(spec["source"]["region"]["start"], spec["source"]["region"]["stop"])
-    levels = tuple(LevelSpec(*(ZYX.of(level[k]) for k in ("shape", "chunk", "shard"))) for level in spec["target"]["levels"])
+    levels = tuple(
+        LevelSpec(*(ZYX.of(level[k]) for k in ("shape", "chunk", "shard"))) for level in spec["target"]["levels"]
+    )
     lossy = spec["target"]["encoding"] == "jpeg"
-    return Plan(region, region, ZYX.of(spec["slab_shape"]), int(spec["network"]["scale"]), Lattice(**spec["lattice"]), levels, None, lossy=lossy)
+    return Plan(
+        region,
+        region,
+        ZYX.of(spec["slab_shape"]),
+        int(spec["network"]["scale"]),
+        Lattice(**spec["lattice"]),
+        levels,
+        None,
+        lossy=lossy,
+    )

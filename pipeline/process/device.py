@@ -71,7 +71,9 @@ def out_of_memory(error: Exception) -> bool:
     """Whether `error` says that memory could not be had."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY))
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY)
+    )
 
 
 class Transfer:
@@ -92,7 +94,9 @@ class Transfer:
             self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
             self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fetched: dict[int, torch.Tensor] = {}
-        self._total: torch.Tensor | float = 0.0  # of all that was put, on the device: one look at the end tells whether every value is a number
+        self._total: torch.Tensor | float = (
+            0.0  # of all that was put, on the device: one look at the end tells whether every value is a number
+        )
 
     def fetch(self, at: int) -> None:
         """Begin to copy a section that `take` will soon want."""
@@ -127,7 +131,9 @@ class Transfer:
         import torch
 
         if not math.isfinite(float(self._total)):
-            raise DataError("the network made values that are no numbers; take network.precision float32 (or bfloat16), or other weights")
+            raise DataError(
+                "the network made values that are no numbers; take network.precision float32 (or bfloat16), or other weights"
+            )
 
         if self._beside is not None:
             torch.cuda.current_stream(self._device).synchronize()

@@ -130,7 +130,13 @@ class Leases:
             self._suspects.append(start)
             return ()
         place = f"LR box {self._plan.slab(start).lr}" if start < self._plan.slabs else "a pyramid block"
-        return (Receipt(start, QUARANTINED, error=f"its worker died on every try (out of memory or killed): task {start}, {place}"),)
+        return (
+            Receipt(
+                start,
+                QUARANTINED,
+                error=f"its worker died on every try (out of memory or killed): task {start}, {place}",
+            ),
+        )
 
     def _cut(self, most: int) -> range | None:
         """Up to `most` consecutive pending tasks of one column; those that came back first."""
@@ -166,7 +172,11 @@ class Leases:
         slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
         for lease in self._out:
             expected_s = min((lease.ahead + len(lease.span)) * slow_s, 2 * lease.most_s) + slow_s
-            if now - lease.started > max(LATE_LEAST_S, LATE * expected_s) and lease.starts < STARTS_MOST and not lease.alone:
+            if (
+                now - lease.started > max(LATE_LEAST_S, LATE * expected_s)
+                and lease.starts < STARTS_MOST
+                and not lease.alone
+            ):
                 lease.started = now
                 lease.starts += 1
                 lease.copies += 1

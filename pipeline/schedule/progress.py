@@ -48,7 +48,11 @@ class RunProgress:
         closed = self._done + outcome.written + outcome.skipped + outcome.quarantined
         rate = outcome.voxels / max(1e-9, now - self._began)
         if self._live:
-            counts = {"quarantined": outcome.quarantined, "refused by the store": outcome.troubles.refused, "leases started again": outcome.started_again}
+            counts = {
+                "quarantined": outcome.quarantined,
+                "refused by the store": outcome.troubles.refused,
+                "leases started again": outcome.started_again,
+            }
             trouble = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             self._bar.update(self._task, completed=closed, rate=f"{rate / 1e6:.1f} MVx/s", trouble=trouble)
         elif now - self._said >= LINE_S:

@@ -28,7 +28,9 @@ FAILURES = 100
 _LIBRARIES = ("torch", "dask", "distributed", "tensorstore", "zarr", "numcodecs", "cloud-volume", "numpy")
 
 
-def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outcome: Outcome, run_id: str, began: float) -> str:
+def write(
+    config: Config, prepared: Prepared, store: Store, ledger: Ledger, outcome: Outcome, run_id: str, began: float
+) -> str:
     """Writes both; returns the sheet's URL, or why there is none."""
     plan = prepared.job.plan
     wall = time.time() - began
@@ -40,13 +42,20 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
         "emsr": __version__,
         "digest": prepared.job.digest,
         "spec": prepared.spec,
-        "work": config.work.model_dump(mode="json", exclude={"slab_shape", "budget"}) | {"slab_shape": list(plan.slab_shape)},
+        "work": config.work.model_dump(mode="json", exclude={"slab_shape", "budget"})
+        | {"slab_shape": list(plan.slab_shape)},
         "cluster": {"kind": config.cluster.kind, "workers": config.cluster.workers},
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "began": began,
         "wall_s": wall,
         "ledger": {"planned": ledger.tasks} | ledger.counts(),
-        "this_run": {"written": outcome.written, "skipped": outcome.skipped, "quarantined": outcome.quarantined, "interrupted": outcome.interrupted},
+        "this_run": {
+            "written": outcome.written,
+            "skipped": outcome.skipped,
+            "quarantined": outcome.quarantined,
+            "interrupted": outcome.interrupted,
+        },
         "started_again": outcome.started_again,
         "requests": {"refused": outcome.troubles.refused, "retried": outcome.troubles.retried},
         "seconds": outcome.seconds,
@@ -56,7 +65,10 @@ def write(config: Config, prepared: Prepared, store: Store, ledger: Ledger, outc
         "memory": {"promised": promise if outcome.base_bytes else None, "peak": outcome.peak_bytes},
         "workers": {name: dataclasses.asdict(tally) for name, tally in outcome.workers.items()},
         "bad_sections": prepared.spec["source"]["bad_sections"],
-        "failures": [{"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i).error} for i in failures],
+        "failures": [
+            {"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i).error}
+            for i in failures
+        ],
     }
     store.put("report.json", json.dumps(body, indent=1).encode())
     try:

@@ -45,9 +45,15 @@ def rehearse(client: Client, job: Job) -> None:
     try:
         client.submit(worker.rehearse, job, key=f"rehearse-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
     except TimeoutError:
-        raise ClusterError(f"no worker answered in {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, then run the same command again") from None
+        raise ClusterError(
+            f"no worker answered in {NO_WORKER_S:.0f} s",
+            "at least one Dask worker",
+            "Start workers, then run the same command again",
+        ) from None
     except KilledWorker:
-        raise ClusterError("workers die while they open the job", "workers with memory for the network", "See their logs") from None
+        raise ClusterError(
+            "workers die while they open the job", "workers with memory for the network", "See their logs"
+        ) from None
 
 
 def _first_worker(client: Client) -> None:
@@ -67,7 +73,9 @@ def _first_worker(client: Client) -> None:
 
 def _no_worker() -> ClusterError:
     return ClusterError(
-        f"no worker for {NO_WORKER_S:.0f} s", "at least one Dask worker", "Start workers, or see the logs of those that ended; then run the same command again"
+        f"no worker for {NO_WORKER_S:.0f} s",
+        "at least one Dask worker",
+        "Start workers, or see the logs of those that ended; then run the same command again",
     )
 
 
@@ -116,7 +124,10 @@ class Outcome:
 
     def see(self, result: LeaseResult) -> None:
         """Also of a lease whose receipts do not count."""
-        self.peak_bytes, self.base_bytes = max(self.peak_bytes, result.peak_bytes), max(self.base_bytes, result.base_bytes)
+        self.peak_bytes, self.base_bytes = (
+            max(self.peak_bytes, result.peak_bytes),
+            max(self.base_bytes, result.base_bytes),
+        )
         self.troubles += result.troubles
         if result.receipts:
             self.network = result.network
@@ -162,7 +173,9 @@ def _stage(
     while True:
         if held is not None and held.lost.is_set():
             raise LedgerError(
-                "another run took this target over while this one was out of reach", "one run per target", "See which one is alive, then run again"
+                "another run took this target over while this one was out of reach",
+                "one run per target",
+                "See which one is alive, then run again",
             )
         while not stop.is_set() and (lease := leases.next(time.monotonic(), window.crew())) is not None:
             window.start(lease)
@@ -216,7 +229,9 @@ class _Window:
         if job.rates != NO_LIMIT:
             job = dataclasses.replace(job, rates=job.rates.share(self._crew.workers))
         where = {} if lease.starts == 1 else {"workers": self._elsewhere(lease), "allow_other_workers": True}
-        future = self._client.submit(answer, asked(self._work, job, lease.span, lease.most_s), key=key, pure=False, **where)
+        future = self._client.submit(
+            answer, asked(self._work, job, lease.span, lease.most_s), key=key, pure=False, **where
+        )
         self._out[key] = lease, future
         future.add_done_callback(self._done.put)
 
@@ -231,12 +246,20 @@ class _Window:
             elif ended.status == "error":
                 error = ended.exception()
                 if not isinstance(error, KilledWorker):
-                    raise error if isinstance(error, EmsrError) else ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
+                    raise (
+                        error
+                        if isinstance(error, EmsrError)
+                        else ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
+                    )
                 found.append((self._let_go(ended.key), None))
             elif ended.status == "cancelled":
                 raise _scheduler_gone()
             elif ended.status == "finished":
-                raise ClusterError("a task has ended and its answer did not come", "a scheduler that passes events on", "Run the same command again")
+                raise ClusterError(
+                    "a task has ended and its answer did not come",
+                    "a scheduler that passes events on",
+                    "Run the same command again",
+                )
         self._watch_workers()
         return found
 
@@ -261,8 +284,16 @@ class _Window:
     def _elsewhere(self, lease: Lease) -> list[str] | None:
         """The idlest workers that have no copy of this lease; None where there are no others."""
         copies = {key: future for key, (out, future) in self._out.items() if out is lease}
-        holders = {address for addresses in _asked(self._client.who_has, list(copies.values())).values() for address in addresses}
-        busy = [(len(keys), address) for address, keys in _asked(self._client.processing).items() if copies.keys().isdisjoint(keys) and address not in holders]
+        holders = {
+            address
+            for addresses in _asked(self._client.who_has, list(copies.values())).values()
+            for address in addresses
+        }
+        busy = [
+            (len(keys), address)
+            for address, keys in _asked(self._client.processing).items()
+            if copies.keys().isdisjoint(keys) and address not in holders
+        ]
         return [address for _, address in sorted(busy)[:CANDIDATES]] or None
 
     def _ended(self, timeout: float) -> list[Future]:

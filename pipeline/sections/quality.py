@@ -179,7 +179,10 @@ class _Links:
     def alike(self, low: int, high: int, bar: float = 1.0) -> bool:
         """Whether section `high` shows what `low`, up to LAGS before it, shows; so too where nothing can be told. `bar`: a lower one."""
         pair = high, high - low - 1
-        return bool(np.isnan(self._kept[pair]) or (self._kept[pair] >= min(bar, self._bars[pair]) and self._far[pair] < self._reach[high]))
+        return bool(
+            np.isnan(self._kept[pair])
+            or (self._kept[pair] >= min(bar, self._bars[pair]) and self._far[pair] < self._reach[high])
+        )
 
     def runs(self) -> set[int]:
         """Sections that resemble a direct neighbour. Not two from elsewhere that resemble each other, and that those around them
@@ -190,7 +193,13 @@ class _Links:
         for stop in range(1, self._count + 1):
             if stop < self._count and self._both(stop - 1, stop) and self.alike(stop - 1, stop):
                 continue
-            skipped = start > 0 and stop < self._count and stop - start < LAGS and self._both(start - 1, stop) and self.alike(start - 1, stop, ACROSS)
+            skipped = (
+                start > 0
+                and stop < self._count
+                and stop - start < LAGS
+                and self._both(start - 1, stop)
+                and self.alike(start - 1, stop, ACROSS)
+            )
             if stop - start > 1 and not skipped:
                 good.update(range(start, stop))
             start = stop
@@ -202,14 +211,20 @@ class _Links:
     def joined(self, doubtful: Collection[int], good: Collection[int]) -> set[int]:
         """The doubtful ones that resemble a nearest good section, of those as close to it as any: far ones resemble too easily."""
         for lag in range(1, LAGS + 1):
-            if found := {i for i in doubtful if any(self.alike(min(i, j), max(i, j)) for j in self._nearest(i, good) if abs(i - j) == lag)}:
+            if found := {
+                i
+                for i in doubtful
+                if any(self.alike(min(i, j), max(i, j)) for j in self._nearest(i, good) if abs(i - j) == lag)
+            }:
                 return found
         return set()
 
     def _nearest(self, i: int, good: Collection[int]) -> Iterator[int]:
         """The nearest good section on either side, up to LAGS away."""
         for step in (-1, 1):
-            yield from [j for j in range(i + step, i + step * (LAGS + 1), step) if 0 <= j < self._count and j in good][:1]
+            yield from [j for j in range(i + step, i + step * (LAGS + 1), step) if 0 <= j < self._count and j in good][
+                :1
+            ]
 
     def why(self, i: int, good: Collection[int], step: int) -> str:
         pairs = [(max(i, j), abs(i - j) - 1) for j in self._nearest(i, good)]
@@ -220,10 +235,14 @@ class _Links:
         if kept >= self._bars[best]:
             y, x = (round(float(d)) * step * (1 if best[0] == i else -1) for d in self._moved[best])
             return f"shifted by ({y}, {x}) LR voxels (y, x)"
-        return f"resembles its neighbours by {kept:.0%} of what is usual" + (" (folded, torn, or partly lost)" if kept > PARTLY else "")
+        return f"resembles its neighbours by {kept:.0%} of what is usual" + (
+            " (folded, torn, or partly lost)" if kept > PARTLY else ""
+        )
 
 
-def _displacement(section: NDArray[np.complex128], other: NDArray[np.complex128], shape: tuple[int, int], reach: int) -> tuple[int, int]:
+def _displacement(
+    section: NDArray[np.complex128], other: NDArray[np.complex128], shape: tuple[int, int], reach: int
+) -> tuple[int, int]:
     """(dy, dx), each up to `reach`, by which `section` lies further than `other`: where their spectra correlate best per voxel of overlap."""
     steps = np.arange(-reach, reach + 1)
     size = (shape[0] + reach, shape[1] + reach)

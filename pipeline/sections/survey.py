@@ -53,7 +53,16 @@ class Survey:
     def key(self) -> str:
         """Of everything that the measurements depend on."""
         s = self.source
-        parts = [VERSION, self.step, s.url, self.info.fingerprint, s.mip, s.array, s.intensity_window, s.model_dump(mode="json")["missing_chunks"]]
+        parts = [
+            VERSION,
+            self.step,
+            s.url,
+            self.info.fingerprint,
+            s.mip,
+            s.array,
+            s.intensity_window,
+            s.model_dump(mode="json")["missing_chunks"],
+        ]
         return hashlib.sha256(json.dumps([*parts, self.sections.start, self.sections.stop]).encode()).hexdigest()[:16]
 
     @property
@@ -70,7 +79,9 @@ class Survey:
     def boxes(self) -> list[Box]:
         """Sample boxes of one section, LR voxels; z stays 0 .. 1. In the middle of equal parts of the section."""
         bounds = self.info.bounds
-        rows, cols = (_spread(getattr(bounds.start, axis), getattr(bounds.shape, axis), self.step) for axis in ("y", "x"))
+        rows, cols = (
+            _spread(getattr(bounds.start, axis), getattr(bounds.shape, axis), self.step) for axis in ("y", "x")
+        )
         return [Box(ZYX(0, y.start, x.start), ZYX(1, y.stop, x.stop)) for y in rows for x in cols]
 
     def runs(self) -> list[range]:
@@ -86,11 +97,16 @@ class Survey:
 def survey(source: SourceConfig, info: VolumeInfo, plan: Plan, retries: int) -> Survey:
     """Of the sections that a plan reads, with those beside them; `plan.bad_sections` are the listed ones."""
     reach = plan.lattice.z_halo + MARGIN
-    low, high = max(info.bounds.start.z, plan.region.start.z - reach), min(info.bounds.stop.z, plan.region.stop.z + reach)
+    low, high = (
+        max(info.bounds.start.z, plan.region.start.z - reach),
+        min(info.bounds.stop.z, plan.region.stop.z + reach),
+    )
     return Survey(source, info, range(low, high), frozenset(plan.bad_sections), retries)
 
 
-def look(wanted: Survey, source: Source, store: Store, keep: bool, progress: Callable[[int], None] = lambda done: None) -> dict[int, str]:
+def look(
+    wanted: Survey, source: Source, store: Store, keep: bool, progress: Callable[[int], None] = lambda done: None
+) -> dict[int, str]:
     """z -> why, of the bad sections that are not listed. What `store` holds is not read again; without `keep` nothing is written.
 
     `progress` is told how many sections are measured. Raises SourceError where neighbours have too little in common to tell.
@@ -102,7 +118,11 @@ def look(wanted: Survey, source: Source, store: Store, keep: bool, progress: Cal
         found = _unpacked(store.get(name), len(run))
         if found is None:
             start = max(wanted.sections.start, run.start - LAGS)
-            behind = before[1] if before is not None and before[0] == run.start else _read(wanted, source, range(start, run.start))
+            behind = (
+                before[1]
+                if before is not None and before[0] == run.start
+                else _read(wanted, source, range(start, run.start))
+            )
             voxels = np.concatenate([behind, _read(wanted, source, run)])
             found = measure(voxels, len(behind))
             before = run.stop, voxels[-LAGS:]
@@ -119,7 +139,10 @@ def look(wanted: Survey, source: Source, store: Store, keep: bool, progress: Cal
             "List the bad sections in source.bad_sections.list instead",
         )
     first = wanted.sections.start
-    return {first + i: why for i, why in judge(measured, [z - first for z in wanted.listed if z in wanted.sections], wanted.step).items()}
+    return {
+        first + i: why
+        for i, why in judge(measured, [z - first for z in wanted.listed if z in wanted.sections], wanted.step).items()
+    }
 
 
 def forget(wanted: Survey, store: Store) -> None:
@@ -159,7 +182,9 @@ def _column(wanted: Survey, source: Source, box: Box, sections: range) -> Floats
     there = Box(ZYX(sections.start, box.start.y, box.start.x), ZYX(sections.stop, box.stop.y, box.stop.x))
     voxels = retrying(lambda: source.read(there), wanted.retries)
     n, h, w = voxels.shape
-    averaged: Floats = voxels.reshape(n, h // wanted.step, wanted.step, w // wanted.step, wanted.step).mean((2, 4), dtype=np.float32)
+    averaged: Floats = voxels.reshape(n, h // wanted.step, wanted.step, w // wanted.step, wanted.step).mean(
+        (2, 4), dtype=np.float32
+    )
     return averaged
 
 

@@ -42,7 +42,9 @@ def spec(url: str) -> dict[str, Any]:
         elif region:
             out |= {"aws_region": region}
         if os.environ.get("AWS_ACCESS_KEY_ID"):
-            out["aws_credentials"] = {"type": "environment"}  # without searching, and complaining of, absent profile files
+            out["aws_credentials"] = {
+                "type": "environment"
+            }  # without searching, and complaining of, absent profile files
         return out
     if parts.scheme == "gs":
         return {"driver": "gcs", "bucket": parts.netloc, "path": f"{path}/" if path else ""}
@@ -71,7 +73,10 @@ def context() -> ts.Context:
             "gcs_request_concurrency": {"limit": 32},
             "http_request_concurrency": {"limit": 32},
             # tensorstore's own default is 32 tries over a quarter of an hour, in which a mistyped host shows nothing
-            **{f"{kind}_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "4s"} for kind in ("http", "s3", "gcs")},
+            **{
+                f"{kind}_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "4s"}
+                for kind in ("http", "s3", "gcs")
+            },
         }
     )
 
@@ -84,13 +89,23 @@ def classify(error: BaseException, what: str) -> EmsrError:
     found = _CODE.search(text)
     code = found.group(1) if found else ""
     if "NoSuchBucket" in text or "The specified bucket does not exist" in text:
-        return UserError(f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first")
+        return UserError(
+            f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first"
+        )
     if "No space left" in text or "quota exceeded" in text:
-        return UserError(f"{what}: no space left", "", "Free some space there, then run the same command again: what is written is kept")
+        return UserError(
+            f"{what}: no space left",
+            "",
+            "Free some space there, then run the same command again: what is written is kept",
+        )
     if code == "NOT_FOUND" or "is missing" in text:
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):
-        return UserError(f"{what}: permission denied ({_short(text)})", "", "Check the path's rights or the credentials in the environment")
+        return UserError(
+            f"{what}: permission denied ({_short(text)})",
+            "",
+            "Check the path's rights or the credentials in the environment",
+        )
     if code in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError)):
         return TransientError(f"{what}: {text}")
     return DamagedChunkError(f"{what}: {text}")

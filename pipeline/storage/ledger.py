@@ -146,7 +146,11 @@ class Ledger:
         for records in self._segments(sorted(names)):
             out.update(
                 zip(
-                    records["index"].tolist(), zip(records["state"].tolist(), records["checksum"].tolist(), records["bytes"].tolist(), strict=True), strict=True
+                    records["index"].tolist(),
+                    zip(
+                        records["state"].tolist(), records["checksum"].tolist(), records["bytes"].tolist(), strict=True
+                    ),
+                    strict=True,
                 )
             )
         return out
@@ -184,7 +188,11 @@ class Ledger:
     def tick(self) -> None:
         """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records. A passing fault is waited out for PATIENCE_S seconds."""
         now = time.monotonic()
-        if not self._queued or (len(self._queued) < FLUSH_RECORDS and now - self._flushed < FLUSH_S) or now - self._tried < FLUSH_S / 5:
+        if (
+            not self._queued
+            or (len(self._queued) < FLUSH_RECORDS and now - self._flushed < FLUSH_S)
+            or now - self._tried < FLUSH_S / 5
+        ):
             return
         try:
             self.flush()
@@ -196,7 +204,10 @@ class Ledger:
     def close(self) -> None:
         """The last flush of a run: passing faults are waited out here too."""
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(TransientError), stop=tenacity.stop_after_delay(PATIENCE_S), wait=tenacity.wait_fixed(FLUSH_S), reraise=True
+            retry=tenacity.retry_if_exception_type(TransientError),
+            stop=tenacity.stop_after_delay(PATIENCE_S),
+            wait=tenacity.wait_fixed(FLUSH_S),
+            reraise=True,
         )
         retrying(self.flush)
 
@@ -210,7 +221,13 @@ class Ledger:
     def _publish(self) -> None:
         for entry in self._queued:
             if entry.state == QUARANTINED:
-                body = {"index": entry.index, "error": entry.error, "worker": entry.worker, "run": self._run, "time": time.time()}
+                body = {
+                    "index": entry.index,
+                    "error": entry.error,
+                    "worker": entry.worker,
+                    "run": self._run,
+                    "time": time.time(),
+                }
                 self._store.put(f"{self._prefix}quarantine/{entry.index}.json", json.dumps(body, indent=1).encode())
         records = np.array([(e.index, e.state, e.checksum, e.bytes, e.seconds) for e in self._queued], RECORD)
         self._seq += 1
@@ -242,7 +259,11 @@ class Ledger:
         body = zlib.decompress(value[12:])
         tasks, self.bytes_written = struct.unpack("<QQ", body[:16])
         if tasks != self.tasks:
-            raise LedgerError(f"the ledger counts {tasks} tasks, the plan {self.tasks}", "the same plan", "Restore the volume.yaml of the first run")
+            raise LedgerError(
+                f"the ledger counts {tasks} tasks, the plan {self.tasks}",
+                "the same plan",
+                "Restore the volume.yaml of the first run",
+            )
         packed = np.frombuffer(body, np.uint8, offset=16).reshape(2, -1)
         low, high = (np.unpackbits(bits, count=tasks) for bits in packed)
         self._state = (low + 2 * high).astype(np.uint8)

@@ -41,7 +41,9 @@ def shard_shapes(grid: ZYX) -> tuple[ZYX, ...]:
 
 def nearest_shape(grid: ZYX, wanted: ZYX) -> ZYX:
     """The possible shard shape (in chunks) whose edges are nearest to `wanted` in ratio."""
-    return min(shard_shapes(grid), key=lambda shape: sum(abs(math.log2(a / b)) for a, b in zip(shape, wanted, strict=True)))
+    return min(
+        shard_shapes(grid), key=lambda shape: sum(abs(math.log2(a / b)) for a, b in zip(shape, wanted, strict=True))
+    )
 
 
 def bits_for(grid: ZYX, shard_in_chunks: ZYX) -> tuple[int, int, int]:

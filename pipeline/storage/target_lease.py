@@ -48,7 +48,9 @@ class TargetLease:
         generation = self.refuse_others()
         # Where the answer to the first try was lost, the second one finds our own lease.
         if not self._store.put_if(KEY, self._body(), generation) and not self._is_ours():
-            raise LedgerError("another run took this target in the same moment", "one run per target", "Wait for it to end")
+            raise LedgerError(
+                "another run took this target in the same moment", "one run per target", "Wait for it to end"
+            )
         self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lease")
         self._thread.start()
 
@@ -97,7 +99,10 @@ def last_workers(store: Store) -> dict[str, dict[str, float]]:
     """What each worker of the run that holds, or last held, this target has done: tasks, quarantined, seconds, last (Unix time)."""
     try:
         told = json.loads(store.get(KEY) or b"{}").get("workers", {})
-        return {str(name): {k: float(tally[k]) for k in ("tasks", "quarantined", "seconds", "last")} for name, tally in told.items()}
+        return {
+            str(name): {k: float(tally[k]) for k in ("tasks", "quarantined", "seconds", "last")}
+            for name, tally in told.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -120,10 +125,16 @@ def _alive(holder: dict[str, object], own: bool = False) -> str:
         try:
             process = psutil.Process(int(str(holder["pid"])))
             same = _started(process.pid) == holder["started"]
-            return "it is running" if same and process.status() != psutil.STATUS_ZOMBIE and (own or process.pid != os.getpid()) else ""
+            return (
+                "it is running"
+                if same and process.status() != psutil.STATUS_ZOMBIE and (own or process.pid != os.getpid())
+                else ""
+            )
         except psutil.NoSuchProcess:
             return ""
-    age = time.time() - float(str(holder["renewed"]))  # from the future by more than TTL_S: a clock that was set back, and no sign of life either
+    age = time.time() - float(
+        str(holder["renewed"])
+    )  # from the future by more than TTL_S: a clock that was set back, and no sign of life either
     return f"its lease was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
 
 

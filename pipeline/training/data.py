@@ -29,24 +29,41 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
 
     `sections` and `crop` are what one sample takes, in HR voxels.
     """
-    source = open_source(SourceConfig(url=config.url, mip=config.mip, array=config.array, intensity_window=config.intensity_window))
+    source = open_source(
+        SourceConfig(url=config.url, mip=config.mip, array=config.array, intensity_window=config.intensity_window)
+    )
     bounds = source.info.bounds
     first, stop = config.sections or (0, bounds.shape.z)
     if stop > bounds.shape.z:
-        raise UserError(f"{config.url} has {bounds.shape.z} sections", f"sections within [0, {bounds.shape.z}]", "Correct data's sections")
+        raise UserError(
+            f"{config.url} has {bounds.shape.z} sections",
+            f"sections within [0, {bounds.shape.z}]",
+            "Correct data's sections",
+        )
     shape = (stop - first, bounds.shape.y, bounds.shape.x)
     origin = bounds.start + ZYX(first, 0, 0)
     read = _reader(source, origin)
     lr = None
     if config.lr is not None:
         lr_source = open_source(SourceConfig(url=config.lr, intensity_window=config.intensity_window))
-        found, wanted = lr_source.info.bounds.shape, ZYX(bounds.shape.z, bounds.shape.y // scale, bounds.shape.x // scale)
+        found, wanted = (
+            lr_source.info.bounds.shape,
+            ZYX(bounds.shape.z, bounds.shape.y // scale, bounds.shape.x // scale),
+        )
         if found != wanted:
-            raise UserError(f"LR {config.lr} is {tuple(found)}", f"{tuple(wanted)}, its HR divided by {scale} in y and x", "Name the LR of this HR volume")
+            raise UserError(
+                f"LR {config.lr} is {tuple(found)}",
+                f"{tuple(wanted)}, its HR divided by {scale} in y and x",
+                "Name the LR of this HR volume",
+            )
         shape = (shape[0], shape[1] // scale * scale, shape[2] // scale * scale)
         lr = _reader(lr_source, lr_source.info.bounds.start + ZYX(first, 0, 0))
     if min(shape[1:]) < crop:
-        raise UserError(f"{config.url} has sections of {shape[1]} x {shape[2]} voxels", f"at least data.crop, {crop}", "Use a smaller crop or larger sections")
+        raise UserError(
+            f"{config.url} has sections of {shape[1]} x {shape[2]} voxels",
+            f"at least data.crop, {crop}",
+            "Use a smaller crop or larger sections",
+        )
     if np.prod(shape) <= budget:
         whole = _whole(read, shape, config.url)
         read = lambda z, y, x: whole[z, y, x]  # noqa: E731
@@ -56,7 +73,9 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
     volume = Volume(shape, read, good, lr)
     if not len(volume.starts(sections)):
         raise UserError(
-            f"{config.url} has {int(good.sum())} usable of {shape[0]} sections", f"{sections} consecutive ones", "Give more sections, or fewer bad_sections"
+            f"{config.url} has {int(good.sum())} usable of {shape[0]} sections",
+            f"{sections} consecutive ones",
+            "Give more sections, or fewer bad_sections",
         )
     return volume
 
@@ -72,10 +91,14 @@ def _whole(read: Callable[[slice, slice, slice], Uint8Array], shape: tuple[int, 
     try:
         return read(*(slice(0, n) for n in shape))
     except DataError as error:
-        raise UserError(f"{url} cannot be read whole: {error}", "a volume without holes", "Mend it, or leave those sections out") from None
+        raise UserError(
+            f"{url} cannot be read whole: {error}", "a volume without holes", "Mend it, or leave those sections out"
+        ) from None
 
 
-def _good(read: Callable[[slice, slice, slice], Uint8Array], shape: tuple[int, int, int], bad: set[int], first: int, url: str) -> np.ndarray:
+def _good(
+    read: Callable[[slice, slice, slice], Uint8Array], shape: tuple[int, int, int], bad: set[int], first: int, url: str
+) -> np.ndarray:
     """Per section: neither listed as bad nor flat. Looks at the middle of each."""
     z, height, width = shape
     y, x = max(0, (height - LOOKED_AT) // 2), max(0, (width - LOOKED_AT) // 2)
@@ -86,9 +109,17 @@ def _good(read: Callable[[slice, slice, slice], Uint8Array], shape: tuple[int, i
         good[i] = first + i not in bad and seen.std() >= FLAT
         highest = max(highest, int(seen.max()))
     if 0 < highest <= 1:
-        raise UserError(f"{url} has grey values of 0 and 1 only", "EM images in 0..255", "Name the image, not its mask; scale values of 0..1 to 0..255")
+        raise UserError(
+            f"{url} has grey values of 0 and 1 only",
+            "EM images in 0..255",
+            "Name the image, not its mask; scale values of 0..1 to 0..255",
+        )
     if not good.any():
-        raise UserError(f"{url} shows nothing: every section is constant, or listed as bad", "EM images", "Check the url, mip and intensity_window")
+        raise UserError(
+            f"{url} shows nothing: every section is constant, or listed as bad",
+            "EM images",
+            "Check the url, mip and intensity_window",
+        )
     return good
 
 
@@ -109,5 +140,7 @@ def _related(
     alike = float(np.corrcoef(wanted.ravel(), given.ravel())[0, 1]) if given.std() > 0 else 0.0
     if alike < RELATED:
         raise UserError(
-            f"LR {config.lr} and HR {config.url} do not show the same (correlation {alike:.2f} in section {z})", f"at least {RELATED}", "Align them"
+            f"LR {config.lr} and HR {config.url} do not show the same (correlation {alike:.2f} in section {z})",
+            f"at least {RELATED}",
+            "Align them",
         )

@@ -47,7 +47,16 @@ def prepare(config: StageConfig) -> Stage:
         parts.fill(vqgan, part, config.network.vqgan)
         return IndexerStage(wanted, vqgan)
     features = Features(weights.read_state(losses.vgg)) if losses.reference and losses.vgg else None
-    stage = NetworkStage(wanted, config.centres, losses.squares, config.network.alone, losses.reference, features, losses.perceptual, perceptual)
+    stage = NetworkStage(
+        wanted,
+        config.centres,
+        losses.squares,
+        config.network.alone,
+        losses.reference,
+        features,
+        losses.perceptual,
+        perceptual,
+    )
     network = stage.network
     assert isinstance(network, SuperResolver)
     if config.network.start is not None:

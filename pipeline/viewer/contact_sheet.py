@@ -24,7 +24,9 @@ _HEAT = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [25
 """Five stops from low (dark violet) to high (yellow), evenly spaced; lightness rises throughout."""
 
 
-def contact_sheet(pairs: Sequence[tuple[Plane, Plane]], scale: int, labels: Sequence[str] = (), fidelity: Sequence[Plane | None] = ()) -> bytes:
+def contact_sheet(
+    pairs: Sequence[tuple[Plane, Plane]], scale: int, labels: Sequence[str] = (), fidelity: Sequence[Plane | None] = ()
+) -> bytes:
     """A PNG with a row for each of up to three sections (first, middle, last of `pairs`).
 
         z 5: LR as measured | SR x8 | fidelity
@@ -39,7 +41,9 @@ def contact_sheet(pairs: Sequence[tuple[Plane, Plane]], scale: int, labels: Sequ
     if not pairs:
         raise ValueError("a contact sheet needs at least one pair of sections")
     chosen = range(len(pairs)) if len(pairs) <= ROWS else (0, len(pairs) // 2, len(pairs) - 1)
-    return compose([_row(*pairs[i], scale, f"{labels[i]}: " if labels else "", fidelity[i] if fidelity else None) for i in chosen])
+    return compose(
+        [_row(*pairs[i], scale, f"{labels[i]}: " if labels else "", fidelity[i] if fidelity else None) for i in chosen]
+    )
 
 
 def compose(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> bytes:
@@ -48,7 +52,9 @@ def compose(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> bytes:
     width = max(panel.width for row in rows for _, panel in row)
     heights = [max(panel.height for _, panel in row) for row in rows]
 
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + sum(CAPTION + height + GAP for height in heights)), (PAPER,) * 3)
+    sheet = Image.new(
+        "RGB", (GAP + columns * (width + GAP), GAP + sum(CAPTION + height + GAP for height in heights)), (PAPER,) * 3
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     top = GAP
     for row, height in zip(rows, heights, strict=True):
@@ -70,7 +76,10 @@ def _row(lr: Plane, sr: Plane, scale: int, label: str, fidelity: Plane | None) -
     starts = [(n - k) // 2 for n, k in zip(lr.shape, shown, strict=True)]
     coarse = tuple(slice(a, a + k) for a, k in zip(starts, shown, strict=True))
     fine = tuple(slice(a * scale, (a + k) * scale) for a, k in zip(starts, shown, strict=True))
-    row = [(f"{label}LR as measured", Image.fromarray(_enlarged(lr[coarse], scale))), (f"{label}SR x{scale}", Image.fromarray(sr[fine]))]
+    row = [
+        (f"{label}LR as measured", Image.fromarray(_enlarged(lr[coarse], scale))),
+        (f"{label}SR x{scale}", Image.fromarray(sr[fine])),
+    ]
     if fidelity is not None:
         if fidelity.shape not in (lr.shape, sr.shape):
             raise ValueError(f"fidelity {fidelity.shape} is neither LR {lr.shape} nor SR {sr.shape}")

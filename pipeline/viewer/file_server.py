@@ -34,9 +34,15 @@ def serving(folders: Mapping[str, Path], port: int = 0) -> Iterator[dict[str, st
     try:
         server = _Server((HOST, port), _Handler)
     except OSError as error:
-        raise UserError(f"port {port} on {HOST} cannot be opened ({error.strerror})", "a free port", "Give another --port, or leave it out") from None
+        raise UserError(
+            f"port {port} on {HOST} cannot be opened ({error.strerror})",
+            "a free port",
+            "Give another --port, or leave it out",
+        ) from None
     server.roots, server.secret = roots, secret
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="file-server", daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="file-server", daemon=True
+    )
     thread.start()
     try:
         yield {name: f"http://{HOST}:{server.server_address[1]}/{secret}/{quote(name)}" for name in roots}
@@ -109,7 +115,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         file, size, coding = found
         with file:
-            headers = {"Content-Type": "application/octet-stream", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache", "Vary": "Accept-Encoding"}
+            headers = {
+                "Content-Type": "application/octet-stream",
+                "X-Content-Type-Options": "nosniff",
+                "Cache-Control": "no-cache",
+                "Vary": "Accept-Encoding",
+            }
             if coding:
                 headers["Content-Encoding"] = coding
             else:
@@ -117,7 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 part = byte_range(self.headers.get("Range"), size) if body and not coding else None
             except ValueError:
-                self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{size}", "Content-Length": "0"})
+                self._head(
+                    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+                    {"Content-Range": f"bytes */{size}", "Content-Length": "0"},
+                )
                 return
             start, stop = part or (0, size)
             headers["Content-Length"] = str(stop - start)
@@ -130,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         self.send_header("Access-Control-Allow-Origin", "*")
-        self.send_header("Access-Control-Expose-Headers", "Accept-Ranges, Content-Encoding, Content-Length, Content-Range")
+        self.send_header(
+            "Access-Control-Expose-Headers", "Accept-Ranges, Content-Encoding, Content-Length, Content-Range"
+        )
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -157,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         if any(name in ("", ".", "..") or "\0" in name or "\\" in name for name in names):
             return None
         root = self.server.roots[parts[2]]
-        accepted = {coding.partition(";")[0].strip().lower() for coding in self.headers.get("Accept-Encoding", "").split(",")}
+        accepted = {
+            coding.partition(";")[0].strip().lower() for coding in self.headers.get("Accept-Encoding", "").split(",")
+        }
         for coding, suffix in [("", ""), *((c, s) for c, s in _SUFFIXES.items() if c in accepted)]:
             file = _regular(root, root.joinpath(*names[:-1], names[-1] + suffix))
             if file is not None:

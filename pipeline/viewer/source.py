@@ -14,7 +14,15 @@ Triple = tuple[float, float, float]
 Get = Callable[[str], bytes | None]
 
 # The spellings that Neuroglancer reads: the whole word in OME metadata, the symbol in N5's.
-_OME_NM = {"angstrom": 0.1, "picometer": 1e-3, "nanometer": 1.0, "micrometer": 1e3, "millimeter": 1e6, "centimeter": 1e7, "meter": 1e9}
+_OME_NM = {
+    "angstrom": 0.1,
+    "picometer": 1e-3,
+    "nanometer": 1.0,
+    "micrometer": 1e3,
+    "millimeter": 1e6,
+    "centimeter": 1e7,
+    "meter": 1e9,
+}
 _N5_NM = {"pm": 1e-3, "nm": 1.0, "um": 1e3, "µm": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9}
 _DECODED = ("raw", "gzip", "zlib", "blosc", "zstd")
 _OME_VERSIONS = ("0.4", "0.5-dev", "0.5")
@@ -42,11 +50,15 @@ class Native:
     @property
     def corner_nm(self) -> Triple | None:
         """Where Neuroglancer puts the lower corner of the level's first voxel."""
-        return None if self.voxel_nm is None else _triple([s * v for s, v in zip(self.start, self.voxel_nm, strict=True)])
+        return (
+            None if self.voxel_nm is None else _triple([s * v for s, v in zip(self.start, self.voxel_nm, strict=True)])
+        )
 
     @property
     def level_voxel_nm(self) -> Triple | None:
-        return None if self.voxel_nm is None else _triple([s * v for s, v in zip(self.step, self.voxel_nm, strict=True)])
+        return (
+            None if self.voxel_nm is None else _triple([s * v for s, v in zip(self.step, self.voxel_nm, strict=True)])
+        )
 
 
 def read_native(get: Get, kind: str | None = None, level: int = 0, array: str | None = None) -> Native | None:
@@ -102,7 +114,12 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict
     axes = multiscale["axes"] if version in _OME_VERSIONS else []
     if not axes or (version == "0.5" and kind == "zarr2") or not all(_readable(axis.get("unit")) for axis in axes):
         # Neuroglancer refuses such a multiscale, but it does open the level's array alone.
-        return _bare_array(kind, array_path, array, (_json(get, f"{array_path}/.zattrs") if kind == "zarr2" else array.get("attributes")) or {})
+        return _bare_array(
+            kind,
+            array_path,
+            array,
+            (_json(get, f"{array_path}/.zattrs") if kind == "zarr2" else array.get("attributes")) or {},
+        )
     zyx = _spatial([str(axis["name"]) for axis in axes])
     units = [axes[i].get("unit") for i in zyx]
     fine, coarse = (_ome_transform(multiscale, datasets[k], len(axes)) for k in (0, level))
@@ -110,7 +127,9 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict
         kind,
         path,
         _names([str(axes[i]["name"]) for i in zyx]),
-        _triple([fine[i][0] * _OME_NM[u] for i, u in zip(zyx, units, strict=True)]) if all(u in _OME_NM for u in units) else None,
+        _triple([fine[i][0] * _OME_NM[u] for i, u in zip(zyx, units, strict=True)])
+        if all(u in _OME_NM for u in units)
+        else None,
         # OME-NGFF's translation is a voxel's centre, Neuroglancer's coordinates are its lower corner.
         _triple([(coarse[i][1] - coarse[i][0] / 2) / fine[i][0] for i in zyx]),
         _triple([coarse[i][0] / fine[i][0] for i in zyx]),
@@ -126,7 +145,10 @@ def _readable(unit: object) -> bool:
 def _ome_transform(multiscale: dict[str, Any], dataset: dict[str, Any], rank: int) -> list[tuple[float, float]]:
     """(scale, translation) of every axis: the dataset's transformations first, then the multiscale's."""
     out = [(1.0, 0.0)] * rank
-    for step in [*(dataset.get("coordinateTransformations") or []), *(multiscale.get("coordinateTransformations") or [])]:
+    for step in [
+        *(dataset.get("coordinateTransformations") or []),
+        *(multiscale.get("coordinateTransformations") or []),
+    ]:
         if step["type"] == "scale":
             out = [(s * float(f), t * float(f)) for (s, t), f in zip(out, step["scale"], strict=True)]
         elif step["type"] == "translation":
@@ -137,12 +159,23 @@ def _ome_transform(multiscale: dict[str, Any], dataset: dict[str, Any], rank: in
 def _bare_array(kind: str, path: str, meta: dict[str, Any], attributes: dict[str, Any]) -> Native:
     """An array without OME metadata: Neuroglancer starts it at 0 and knows no voxel size that we would trust."""
     shape = meta["shape"]
-    given = (attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")) or [None] * len(shape)
+    given = (attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")) or [None] * len(
+        shape
+    )
     prefix = "d" if kind == "zarr2" else "dim_"
     names = [name if name is not None else f"{prefix}{i}" for i, name in enumerate(given)]
     zyx = _spatial(names)
     counts = ZYX.of([shape[i] for i in zyx])
-    return Native(kind, path, _names([names[i] for i in zyx]), None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), counts, _coding(meta.get("compressor"), "id"))
+    return Native(
+        kind,
+        path,
+        _names([names[i] for i in zyx]),
+        None,
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+        counts,
+        _coding(meta.get("compressor"), "id"),
+    )
 
 
 def _coding(compressor: dict[str, Any] | None, key: str) -> str | None:
@@ -155,7 +188,15 @@ def _precomputed(path: str, info: dict[str, Any], level: int) -> Native:
     voxel = _triple(fine["resolution"][::-1])
     step = _triple([s / f for s, f in zip(scale["resolution"][::-1], voxel, strict=True)])
     offset = (scale.get("voxel_offset") or [0, 0, 0])[::-1]
-    return Native("precomputed", path, ("z", "y", "x"), voxel, _triple([o * s for o, s in zip(offset, step, strict=True)]), step, ZYX.of(scale["size"][::-1]))
+    return Native(
+        "precomputed",
+        path,
+        ("z", "y", "x"),
+        voxel,
+        _triple([o * s for o, s in zip(offset, step, strict=True)]),
+        step,
+        ZYX.of(scale["size"][::-1]),
+    )
 
 
 def _n5(get: Get, path: str, level: int | None) -> Native | None:

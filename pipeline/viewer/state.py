@@ -61,8 +61,12 @@ def coincides(layer: Layer) -> bool:
     voxel, corner = layer.native.level_voxel_nm, layer.native.corner_nm
     if layer.native.names != ("z", "y", "x") or voxel is None or corner is None:
         return False
-    size = all(abs(n - t) * c <= _TOLERANCE * t for n, t, c in zip(voxel, layer.voxel_nm, layer.native.shape, strict=True))
-    return size and all(abs(n - t) <= _TOLERANCE * v for n, t, v in zip(corner, layer.corner_nm, layer.voxel_nm, strict=True))
+    size = all(
+        abs(n - t) * c <= _TOLERANCE * t for n, t, c in zip(voxel, layer.voxel_nm, layer.native.shape, strict=True)
+    )
+    return size and all(
+        abs(n - t) <= _TOLERANCE * v for n, t, v in zip(corner, layer.corner_nm, layer.voxel_nm, strict=True)
+    )
 
 
 def transform(layer: Layer) -> dict[str, Any]:
@@ -93,7 +97,8 @@ def viewer_state(layers: Sequence[Layer], focus: Layer, title: str, quarantined:
         "position": middle[::-1],
         "crossSectionScale": max(extent[1:]) / unit / _PIXELS,
         "projectionScale": 1.5 * max(extent) / unit,
-        "layers": [_layer(layer) for layer in layers] + ([_annotations("quarantined", quarantined, focus.voxel_nm)] if quarantined else []),
+        "layers": [_layer(layer) for layer in layers]
+        + ([_annotations("quarantined", quarantined, focus.voxel_nm)] if quarantined else []),
         "selectedLayer": {"layer": focus.name, "visible": True},
         "layout": "xy",
     }
@@ -131,11 +136,23 @@ def _annotations(name: str, marks: Sequence[Mark], voxel_nm: Triple) -> dict[str
     return {
         "type": "annotation",
         "name": name,
-        "source": {"url": "local://annotations", "transform": {"outputDimensions": {axis: _metres(v) for axis, v in zip("xyz", voxel_nm[::-1], strict=True)}}},
+        "source": {
+            "url": "local://annotations",
+            "transform": {
+                "outputDimensions": {axis: _metres(v) for axis, v in zip("xyz", voxel_nm[::-1], strict=True)}
+            },
+        },
         "tab": "annotations",
         "annotationColor": "#ff4040",
         "annotations": [
-            {"type": "axis_aligned_bounding_box", "id": m.name, "pointA": point(m.low_nm), "pointB": point(m.high_nm), "description": m.words} for m in marks
+            {
+                "type": "axis_aligned_bounding_box",
+                "id": m.name,
+                "pointA": point(m.low_nm),
+                "pointB": point(m.high_nm),
+                "description": m.words,
+            }
+            for m in marks
         ],
     }
 

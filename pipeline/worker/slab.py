@@ -139,7 +139,9 @@ def process_slab(job: OpenJob, index: int, rings: Rings | None = None) -> Receip
     del sr, lr, owned
     _put(job, objects)
     done = time.perf_counter()
-    return _receipt(index, objects, began, read_s=read - began, network_s=computed - locked, write_s=done - computed, voxels=voxels)
+    return _receipt(
+        index, objects, began, read_s=read - began, network_s=computed - locked, write_s=done - computed, voxels=voxels
+    )
 
 
 def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
@@ -335,14 +337,20 @@ _open_lock = threading.Lock()
 def open_job(job: Job) -> OpenJob:
     """The job with everything open; kept for the life of the process, for the last job only."""
     if job.emsr != __version__:
-        raise ClusterError(f"the client has emsr {job.emsr}, a worker has {__version__}", "the same version in every process", "Install it there")
+        raise ClusterError(
+            f"the client has emsr {job.emsr}, a worker has {__version__}",
+            "the same version in every process",
+            "Install it there",
+        )
     with _open_lock:
         if job.digest not in _open_jobs:
             _open_jobs.clear()
             allocator.settle()
             source = open_source(job.source)
             if source.info.fingerprint != job.source_fingerprint:
-                raise EmsrError(f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again")
+                raise EmsrError(
+                    f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again"
+                )
             mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
             opened = OpenJob(job, source, open_target(job.target), mask, Network(job.network))
             opened.network.refuse_too_large(job.plan)

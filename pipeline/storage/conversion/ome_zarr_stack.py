@@ -57,7 +57,12 @@ def write_stack(
     try:
         where = kv.spec(f"{url}/{LEVEL}")
         # Chunks equal to the fill value are stored too: a chunk that is not there means damage.
-        array = ts.open({"driver": "zarr3", "kvstore": where, "store_data_equal_to_fill_value": True}, open=True, write=True, context=kv.context()).result()
+        array = ts.open(
+            {"driver": "zarr3", "kvstore": where, "store_data_equal_to_fill_value": True},
+            open=True,
+            write=True,
+            context=kv.context(),
+        ).result()
         with ThreadPoolExecutor(READERS) as pool:
             for z in range(0, stack.shape.z, depth):
                 stop = min(z + depth, stack.shape.z)
@@ -84,10 +89,16 @@ def _refuse_unless_empty(url: str) -> None:
     store = kv.Store(url)
     unfinished = store.get(f"{LEVEL}/zarr.json") is not None and store.get("zarr.json") is None
     saw = "holds a conversion that did not finish" if unfinished else "is not empty"
-    raise TargetError(f"{shown} {saw}", "a folder that does not exist yet, or is empty", "Nothing was touched: remove it yourself, or give another target")
+    raise TargetError(
+        f"{shown} {saw}",
+        "a folder that does not exist yet, or is empty",
+        "Nothing was touched: remove it yourself, or give another target",
+    )
 
 
-def _metadata(stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+def _metadata(
+    stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]
+) -> dict[str, bytes]:
     """The metadata objects, as zarr-python writes them. NGFF places a voxel's centre at its translation."""
     chunk, shard = shapes
     centre = [corner + size / 2 for corner, size in zip(corner_nm, voxel_size_nm, strict=True)]
@@ -95,7 +106,11 @@ def _metadata(stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX,
     axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
     multiscale = {"name": "sections", "axes": axes, "datasets": [{"path": LEVEL, "coordinateTransformations": steps}]}
     held: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(held), zarr_format=3, attributes={"ome": {"version": "0.5", "multiscales": [multiscale]}, **attributes})
+    group = zarr.create_group(
+        MemoryStore(held),
+        zarr_format=3,
+        attributes={"ome": {"version": "0.5", "multiscales": [multiscale]}, **attributes},
+    )
     group.create_array(
         LEVEL,
         shape=tuple(stack.shape),

@@ -50,7 +50,12 @@ class Stack:
             raise SourceError(f"an array of shape {volume.shape}", "sections as (z, y, x), none of them empty")
         _check_dtype("array", volume.dtype)
         names = tuple(f"section {z}" for z in range(len(volume)))
-        return cls(ZYX.of(volume.shape), volume.dtype.name, names, lambda z: volume[z].astype(volume.dtype.newbyteorder("="), copy=False))
+        return cls(
+            ZYX.of(volume.shape),
+            volume.dtype.name,
+            names,
+            lambda z: volume[z].astype(volume.dtype.newbyteorder("="), copy=False),
+        )
 
 
 def open_stack(path: str | Path) -> Stack:
@@ -65,9 +70,16 @@ def open_stack(path: str | Path) -> Stack:
         raise SourceError(f"{path} is not there", "a multi-page TIFF file, or a folder of TIFF or PNG sections")
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind == "PNG":
-        raise SourceError(f"{path} is a single PNG image", "a volume", "Put the sections into a folder, one file each, and give the folder")
+        raise SourceError(
+            f"{path} is a single PNG image",
+            "a volume",
+            "Put the sections into a folder, one file each, and give the folder",
+        )
     if kind is None:
-        raise SourceError(f"{path} is not a TIFF file by its name", "a .tif or .tiff file, or a folder of .tif, .tiff or .png sections")
+        raise SourceError(
+            f"{path} is not a TIFF file by its name",
+            "a .tif or .tiff file, or a folder of .tif, .tiff or .png sections",
+        )
     _, pages = _open_tiff(path)
     names = tuple(f"{path.name} page {i}" for i in range(len(pages)))
     return _stack([p.header for p in pages], names, lambda z: pages[z].read())
@@ -95,11 +107,17 @@ class _Page:
     read: Callable[[], Section]
 
 
-def _stack(headers: Sequence[_Header], names: tuple[str, ...], read: Callable[[int], Section], remarks: tuple[str, ...] = ()) -> Stack:
+def _stack(
+    headers: Sequence[_Header], names: tuple[str, ...], read: Callable[[int], Section], remarks: tuple[str, ...] = ()
+) -> Stack:
     first = headers[0]
     for name, header in zip(names, headers, strict=True):
         if header != first:
-            raise SourceError(f"{name} is {header}, {names[0]} is {first} (rows x columns)", "sections of one shape and one type", "Remove or convert it")
+            raise SourceError(
+                f"{name} is {header}, {names[0]} is {first} (rows x columns)",
+                "sections of one shape and one type",
+                "Remove or convert it",
+            )
     return Stack(ZYX(len(headers), first.height, first.width), first.dtype, names, read, remarks)
 
 
@@ -109,7 +127,10 @@ def _open_folder(folder: Path) -> Stack:
     files = sorted((p for p in entries if p.suffix.lower() in _SUFFIXES), key=lambda p: natural_key(p.name))
     kinds = sorted({_SUFFIXES[p.suffix.lower()] for p in files})
     if not files:
-        raise SourceError(f"{folder} holds no sections ({len(entries)} files, none ends in .tif, .tiff or .png)", "one TIFF or PNG file per section")
+        raise SourceError(
+            f"{folder} holds no sections ({len(entries)} files, none ends in .tif, .tiff or .png)",
+            "one TIFF or PNG file per section",
+        )
     if len(kinds) > 1:
         raise SourceError(f"{folder} holds both TIFF and PNG files", "sections of one kind", "Move one kind elsewhere")
     remarks = []
@@ -118,8 +139,12 @@ def _open_folder(folder: Path) -> Stack:
     if gaps := _gaps([p.name for p in files]):
         remarks.append(f"file numbers {gaps} are not there: sections are stored one after another, without a gap")
     if kinds == ["PNG"]:
-        return _stack([_png_header(p) for p in files], tuple(p.name for p in files), lambda z: _read_png(files[z]), tuple(remarks))
-    return _stack([_tiff_header(p) for p in files], tuple(p.name for p in files), lambda z: _read_tiff(files[z]), tuple(remarks))
+        return _stack(
+            [_png_header(p) for p in files], tuple(p.name for p in files), lambda z: _read_png(files[z]), tuple(remarks)
+        )
+    return _stack(
+        [_tiff_header(p) for p in files], tuple(p.name for p in files), lambda z: _read_tiff(files[z]), tuple(remarks)
+    )
 
 
 def _gaps(names: Sequence[str]) -> str:
@@ -138,7 +163,9 @@ def _gaps(names: Sequence[str]) -> str:
 
 def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
     if dtype.name not in _DTYPES:
-        raise SourceError(f"{name} holds {dtype.name}", "uint8 or uint16", "Rescale the grey values to one of them first")
+        raise SourceError(
+            f"{name} holds {dtype.name}", "uint8 or uint16", "Rescale the grey values to one of them first"
+        )
 
 
 @contextmanager
@@ -150,17 +177,25 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SourceError(f"{path} cannot be read ({why})", "a whole, undamaged image file", "Restore it from its source") from error
+        raise SourceError(
+            f"{path} cannot be read ({why})", "a whole, undamaged image file", "Restore it from its source"
+        ) from error
 
 
 def _png_header(path: Path) -> _Header:
     with _reading(path), path.open("rb") as file:
         head = file.read(26)
     if len(head) < 26 or not head.startswith(_PNG_SIGNATURE):
-        raise SourceError(f"{path} cannot be read (no PNG header)", "a whole, undamaged image file", "Restore it from its source")
+        raise SourceError(
+            f"{path} cannot be read (no PNG header)", "a whole, undamaged image file", "Restore it from its source"
+        )
     width, height, bits, colour = struct.unpack(">IIBB", head[16:26])
     if colour != 0:
-        raise SourceError(f"{path} holds {_PNG_COLOURS.get(colour, f'PNG colour type {colour}')}", "grey images", "Convert to grey first")
+        raise SourceError(
+            f"{path} holds {_PNG_COLOURS.get(colour, f'PNG colour type {colour}')}",
+            "grey images",
+            "Convert to grey first",
+        )
     if bits not in (8, 16):
         raise SourceError(f"{path} has {bits} bits per pixel", "8 or 16 bits per pixel", "Convert it first")
     return _Header(height, width, f"uint{bits}")
@@ -176,7 +211,11 @@ def _tiff_header(path: Path) -> _Header:
     tif, pages = _open_tiff(path)
     with tif:
         if len(pages) != 1:
-            raise SourceError(f"{path} holds {len(pages)} sections", "one section per file in a folder", "Give the file itself, or split it")
+            raise SourceError(
+                f"{path} holds {len(pages)} sections",
+                "one section per file in a folder",
+                "Give the file itself, or split it",
+            )
         return pages[0].header
 
 
@@ -217,7 +256,11 @@ def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
         tif.filehandle.set_lock(True)
         pages = [page for series in tif.series for page in _series_pages(path, tif, series)]
     if lost := [message for message in said if _LOST.search(message)]:
-        raise SourceError(f"{path} is cut off or damaged ({lost[0][:200]})", "a whole, undamaged image file", "Restore it from its source")
+        raise SourceError(
+            f"{path} is cut off or damaged ({lost[0][:200]})",
+            "a whole, undamaged image file",
+            "Restore it from its source",
+        )
     if not pages:
         raise SourceError(f"{path} holds no images", "at least one section")
     return tif, pages
@@ -227,14 +270,26 @@ def _series_pages(path: Path, tif: tifffile.TiffFile, series: tifffile.TiffPageS
     axes = {axis: n for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"}
     keyframe = series.keyframe
     if keyframe.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.RGB) or "S" in axes:
-        raise SourceError(f"{path} holds colour images ({keyframe.photometric.name.lower()})", "grey images", "Convert to grey first")
+        raise SourceError(
+            f"{path} holds colour images ({keyframe.photometric.name.lower()})", "grey images", "Convert to grey first"
+        )
     _check_dtype(str(path), series.dtype)
     if keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        raise SourceError(f"{path} stores white as 0 (MinIsWhite)", "black as 0", "Invert it first, so that the grey values mean what they show")
+        raise SourceError(
+            f"{path} stores white as 0 (MinIsWhite)",
+            "black as 0",
+            "Invert it first, so that the grey values mean what they show",
+        )
     if "C" in axes:
-        raise SourceError(f"{path} holds {axes['C']} channels by its metadata", "one channel", "Keep one; if these are sections, save them with axes ZYX")
+        raise SourceError(
+            f"{path} holds {axes['C']} channels by its metadata",
+            "one channel",
+            "Keep one; if these are sections, save them with axes ZYX",
+        )
     if len(axes) > 3 or list(axes)[-2:] != ["Y", "X"]:
-        raise SourceError(f"{path} has axes {series.axes} of {series.shape}", "sections (z, y, x)", "Save one stack per file")
+        raise SourceError(
+            f"{path} has axes {series.axes} of {series.shape}", "sections (z, y, x)", "Save one stack per file"
+        )
     height, width = axes["Y"], axes["X"]
     depth = int(np.prod(list(axes.values())[:-2], dtype=int))
     header = _Header(height, width, series.dtype.name)
@@ -243,17 +298,36 @@ def _series_pages(path: Path, tif: tifffile.TiffFile, series: tifffile.TiffPageS
         stored = np.dtype(tif.byteorder + series.dtype.char)
         size = height * width * stored.itemsize
         if series.dataoffset + depth * size > tif.filehandle.size:
-            raise SourceError(f"{path} is cut off: {depth} sections of {header} do not fit it", "a whole file", "Restore it from its source")
-        yield from (_Page(header, partial(_read_plain, path, header, stored, series.dataoffset + z * size)) for z in range(depth))
+            raise SourceError(
+                f"{path} is cut off: {depth} sections of {header} do not fit it",
+                "a whole file",
+                "Restore it from its source",
+            )
+        yield from (
+            _Page(header, partial(_read_plain, path, header, stored, series.dataoffset + z * size))
+            for z in range(depth)
+        )
         return
     pages = list(series.pages)
     if len(pages) != depth:
-        raise SourceError(f"{path} has {len(pages)} pages for {depth} sections", "one page per section", "Save it without volumetric tiles")
+        raise SourceError(
+            f"{path} has {len(pages)} pages for {depth} sections",
+            "one page per section",
+            "Save it without volumetric tiles",
+        )
     for page in pages:
         if not all(page.databytecounts) or not all(page.dataoffsets):
-            raise SourceError(f"{path} has a hole in page {page.index}: a part without data", "every section whole", "Restore it from its source")
+            raise SourceError(
+                f"{path} has a hole in page {page.index}: a part without data",
+                "every section whole",
+                "Restore it from its source",
+            )
         if any(o + n > tif.filehandle.size for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)):
-            raise SourceError(f"{path} is cut off: page {page.index} ends after the file does", "a whole file", "Restore it from its source")
+            raise SourceError(
+                f"{path} is cut off: page {page.index} ends after the file does",
+                "a whole file",
+                "Restore it from its source",
+            )
         yield _Page(header, partial(_read_page, path, page, header))
 
 

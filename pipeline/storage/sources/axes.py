@@ -22,7 +22,9 @@ def nm_per(unit: object) -> float | None:
     return NM_PER_UNIT.get(name.removesuffix("s") if len(name) > 4 else name)
 
 
-def find_zyx(names: Sequence[str | None] | None, shape: Sequence[int], place: str, x_first: bool = False) -> tuple[int, int, int]:
+def find_zyx(
+    names: Sequence[str | None] | None, shape: Sequence[int], place: str, x_first: bool = False
+) -> tuple[int, int, int]:
     """The stored axes that are z, y, x. Every other axis must have length 1.
 
     Where no axis is called x, y or z: the last three are z, y, x; with `x_first` the first three are x, y, z.
@@ -31,16 +33,27 @@ def find_zyx(names: Sequence[str | None] | None, shape: Sequence[int], place: st
     rank = len(shape)
     words = [(name or "").lower() for name in names] if names is not None else [""] * rank
     if len(words) != rank:
-        raise SourceError(f"{place} names {len(words)} axes {list(names or ())}, its array has {rank} axes of {list(shape)}", "a name for every axis")
+        raise SourceError(
+            f"{place} names {len(words)} axes {list(names or ())}, its array has {rank} axes of {list(shape)}",
+            "a name for every axis",
+        )
     if rank < 3:
-        raise SourceError(f"{place} is a {rank}-D array of shape {list(shape)}", "a volume of z, y, x", "Stack sections with python -m pipeline.convert")
+        raise SourceError(
+            f"{place} is a {rank}-D array of shape {list(shape)}",
+            "a volume of z, y, x",
+            "Stack sections with python -m pipeline.convert",
+        )
     spatial = [word for word in words if word in ("z", "y", "x")]
     if not spatial:
         order = (2, 1, 0) if x_first else (rank - 3, rank - 2, rank - 1)
     elif sorted(spatial) == ["x", "y", "z"]:
         order = (words.index("z"), words.index("y"), words.index("x"))
     else:
-        raise SourceError(f"{place} has axes {words}", "each of z, y and x once", "Sections of one plane are stacked with python -m pipeline.convert")
+        raise SourceError(
+            f"{place} has axes {words}",
+            "each of z, y and x once",
+            "Sections of one plane are stacked with python -m pipeline.convert",
+        )
     for axis, length in enumerate(shape):
         if axis not in order and length != 1:
             kind = _KINDS.get(words[axis], "an array of more than three axes")

@@ -24,9 +24,20 @@ def open_by_cloud_volume(level: Level, info: Mapping[str, Any], mip: int, key: s
     root = local_path(level.url)
     assert root is not None
     try:
-        volume = CloudVolume(f"file://{root}", mip=mip, info=dict(info), fill_missing=False, bounded=True, progress=False, parallel=1, cache=False)
+        volume = CloudVolume(
+            f"file://{root}",
+            mip=mip,
+            info=dict(info),
+            fill_missing=False,
+            bounded=True,
+            progress=False,
+            parallel=1,
+            cache=False,
+        )
     except Exception as error:
-        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "an info that cloud-volume reads", "Write it again") from error
+        raise SourceError(
+            f"{level.place} cannot be read: {first_line(error)}", "an info that cloud-volume reads", "Write it again"
+        ) from error
     return _CloudVolumeArray(level, volume, root / key)
 
 
@@ -64,7 +75,12 @@ class _CloudVolumeArray:
 
     def _files(self, box: Box) -> list[Path]:
         """The files that exist for the chunks of `box`."""
-        return [path for name in chunk_names(self._level, box) for suffix in ("", *SUFFIXES) if (path := self._folder / f"{name}{suffix}").exists()]
+        return [
+            path
+            for name in chunk_names(self._level, box)
+            for suffix in ("", *SUFFIXES)
+            if (path := self._folder / f"{name}{suffix}").exists()
+        ]
 
 
 def chunk_names(level: Level, box: Box) -> Iterator[str]:

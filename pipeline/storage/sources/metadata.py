@@ -28,7 +28,11 @@ class Metadata:
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
             seen = "is empty" if not data.strip() else f"is not JSON ({error})"
-            raise SourceError(f"{place} {seen}", "a JSON object", "It may be half written: copy it again or finish the conversion that wrote it") from None
+            raise SourceError(
+                f"{place} {seen}",
+                "a JSON object",
+                "It may be half written: copy it again or finish the conversion that wrote it",
+            ) from None
         if not isinstance(values, dict):
             raise SourceError(f"{place} holds {_shown(values)}", "a JSON object", "Write the metadata again")
         return cls(values, place)
@@ -58,13 +62,24 @@ class Metadata:
         value = self.values.get(key)
         whole = [_whole(v) for v in value] if isinstance(value, list) else []
         found = [v for v in whole if v is not None and low <= v <= high]
-        if not isinstance(value, list) or len(found) != len(value) or not found or (count is not None and len(found) != count):
-            raise self.wrong(key, f"{count or 'a list of'} whole numbers" + (f", each at least {low}" if low > -LARGEST else ""))
+        if (
+            not isinstance(value, list)
+            or len(found) != len(value)
+            or not found
+            or (count is not None and len(found) != count)
+        ):
+            raise self.wrong(
+                key, f"{count or 'a list of'} whole numbers" + (f", each at least {low}" if low > -LARGEST else "")
+            )
         return found
 
     def numbers(self, key: str, count: int, positive: bool = False) -> list[float]:
         value = self.values.get(key)
-        good = isinstance(value, list) and len(value) == count and all(_finite(v) and (v > 0 or not positive) for v in value)
+        good = (
+            isinstance(value, list)
+            and len(value) == count
+            and all(_finite(v) and (v > 0 or not positive) for v in value)
+        )
         if not isinstance(value, list) or not good:
             raise self.wrong(key, f"{count} {'positive ' if positive else ''}numbers")
         return [float(v) for v in value]

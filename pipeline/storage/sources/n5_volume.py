@@ -32,11 +32,17 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
         return _level(folder, f"s{mip}", found, root, mip)
     count = next((n for n in range(_MOST_LEVELS) if folder.data(f"s{n}/attributes.json") is None), _MOST_LEVELS)
     if count and found is None:
-        raise SourceError(f"{folder.url} has {count} level{'s' * (count > 1)}, source.mip is {mip}", f"0 to {count - 1}")
+        raise SourceError(
+            f"{folder.url} has {count} level{'s' * (count > 1)}, source.mip is {mip}", f"0 to {count - 1}"
+        )
     if root is None and not count:
         return None
     place = f"{folder.url}/s{mip}" if count else folder.url
-    raise SourceError(f"{place} is an N5 group without dimensions or levels s0, s1, ...", "an array", "Name an array inside it by source.array")
+    raise SourceError(
+        f"{place} is an N5 group without dimensions or levels s0, s1, ...",
+        "an array",
+        "Name an array inside it by source.array",
+    )
 
 
 def _named(folder: Folder, root: Metadata | None, mip: int, array: str) -> Level | None:
@@ -45,12 +51,20 @@ def _named(folder: Folder, root: Metadata | None, mip: int, array: str) -> Level
     if root is None and found is None:
         return None
     if root is not None and _is_array(root):
-        raise SourceError(f"source.array is {array!r}, and {folder.url} is an array itself", "one of the two", "Take source.array away")
+        raise SourceError(
+            f"source.array is {array!r}, and {folder.url} is an array itself",
+            "one of the two",
+            "Take source.array away",
+        )
     if mip:
-        raise SourceError(f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away")
+        raise SourceError(
+            f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away"
+        )
     if found is None or not _is_array(found):
         seen = "no N5 array is there" if found is None else "that is a group"
-        raise SourceError(f"source.array is {array!r}, and {seen}", "an array", "Check the name, or append it to source.url")
+        raise SourceError(
+            f"source.array is {array!r}, and {seen}", "an array", "Check the name, or append it to source.url"
+        )
     return _level(folder, path, found, root, int(path[1:]) if path[:1] == "s" and path[1:].isdecimal() else None)
 
 
@@ -102,7 +116,9 @@ def _words(found: Metadata, key: str, rank: int) -> list[str | None] | None:
     return value
 
 
-def _voxel_size(found: Metadata, group: Metadata | None, number: int | None, zyx: tuple[int, int, int], rank: int) -> tuple[float, float, float] | None:
+def _voxel_size(
+    found: Metadata, group: Metadata | None, number: int | None, zyx: tuple[int, int, int], rank: int
+) -> tuple[float, float, float] | None:
     """nm of this level: its own resolution, or its group's, times its downsamplingFactors (its own, or scales[number] of the group)."""
     own = _resolution(found, rank)
     base = own or (_resolution(group, rank) if group is not None else None)
@@ -123,7 +139,9 @@ def _factors(group: Metadata, number: int, rank: int) -> list[float]:
     scales = group.values["scales"]
     if not isinstance(scales, list) or number >= len(scales):
         raise group.wrong("scales", "a list with the factors of every level")
-    return Metadata({"scales": scales[number]}, f"{group.place} scales[{number}]").numbers("scales", rank, positive=True)
+    return Metadata({"scales": scales[number]}, f"{group.place} scales[{number}]").numbers(
+        "scales", rank, positive=True
+    )
 
 
 def _resolution(holder: Metadata, rank: int) -> list[float] | None:
@@ -138,7 +156,11 @@ def _resolution(holder: Metadata, rank: int) -> list[float] | None:
     if "resolution" in holder:
         sizes = holder.numbers("resolution", rank, positive=True)
         factors = [nm_per(unit) for unit in _words(holder, "units", rank) or ["nm"] * rank]
-        return [size * factor for size, factor in zip(sizes, factors, strict=True) if factor] if None not in factors else None
+        return (
+            [size * factor for size, factor in zip(sizes, factors, strict=True) if factor]
+            if None not in factors
+            else None
+        )
     return None
 
 
@@ -182,4 +204,6 @@ class _WholeBlocks:
             sizes = (0,) * rank
         seen = ZYX.of([sizes[axis] for axis in self._level.zyx])
         if min(seen - wanted) < 0:
-            raise DamagedChunkError(f"{self._folder.url}/{key} holds {seen} (z, y, x) voxels of the {wanted} that its block has")
+            raise DamagedChunkError(
+                f"{self._folder.url}/{key} holds {seen} (z, y, x) voxels of the {wanted} that its block has"
+            )

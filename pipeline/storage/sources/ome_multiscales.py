@@ -47,17 +47,25 @@ def multiscales(attributes: Metadata) -> list[OmeLevel] | None:
     first = holder.children("multiscales")[0]
     for named in (holder, first):
         if "version" in named and named.text("version") not in _VERSIONS:
-            raise named.wrong("version", f"OME-Zarr {' or '.join(_VERSIONS)}", "Convert it, or name one level's array by source.array")
+            raise named.wrong(
+                "version", f"OME-Zarr {' or '.join(_VERSIONS)}", "Convert it, or name one level's array by source.array"
+            )
     axes = first.children("axes") if "axes" in first else []
     if not axes:
-        raise first.wrong("axes", "axes with names (OME-Zarr 0.4 and later have them)", "Convert it, or name one level's array by source.array")
+        raise first.wrong(
+            "axes",
+            "axes with names (OME-Zarr 0.4 and later have them)",
+            "Convert it, or name one level's array by source.array",
+        )
     names = tuple(axis.text("name").lower() for axis in axes)
     units = tuple(axis.text("unit") if "unit" in axis else None for axis in axes)
     after = _transforms(first, len(names))
     return [_level(dataset, names, units, after) for dataset in first.children("datasets")]
 
 
-def _level(dataset: Metadata, names: tuple[str, ...], units: tuple[str | None, ...], after: list[tuple[str, list[float]]]) -> OmeLevel:
+def _level(
+    dataset: Metadata, names: tuple[str, ...], units: tuple[str | None, ...], after: list[tuple[str, list[float]]]
+) -> OmeLevel:
     path = inner_path(dataset.text("path"), dataset.wrong("path", "a path inside the group"))
     own = _transforms(dataset, len(names))
     scale, translation = [1.0] * len(names), [0.0] * len(names)
@@ -83,12 +91,16 @@ def _transforms(holder: Metadata, rank: int) -> list[tuple[str, list[float]]]:
         if kind == "identity":
             continue
         if kind not in ("scale", "translation") or kind not in transform:
-            raise transform.wrong("type", "scale or translation with their numbers in place (no path)", "Write the transformation out")
+            raise transform.wrong(
+                "type", "scale or translation with their numbers in place (no path)", "Write the transformation out"
+            )
         found.append((kind, transform.numbers(kind, rank, positive=kind == "scale")))
     return found
 
 
 def pick(levels: list[OmeLevel], mip: int, place: str) -> OmeLevel:
     if mip >= len(levels):
-        raise SourceError(f"{place} has {len(levels)} level{'s' * (len(levels) > 1)}, source.mip is {mip}", f"0 to {len(levels) - 1}")
+        raise SourceError(
+            f"{place} has {len(levels)} level{'s' * (len(levels) > 1)}, source.mip is {mip}", f"0 to {len(levels) - 1}"
+        )
     return levels[mip]

@@ -25,7 +25,9 @@ _FINDERS: dict[str, Callable[[Folder, int, str | None], Level | None]] = {
     "zarr2": zarr_volume.find_v2,
     "n5": n5_volume.find,
 }
-_FORCED: dict[str | None, tuple[str, ...]] = {None: tuple(_FINDERS), "zarr": ("zarr3", "zarr2")} | {name: (name,) for name in _FINDERS}
+_FORCED: dict[str | None, tuple[str, ...]] = {None: tuple(_FINDERS), "zarr": ("zarr3", "zarr2")} | {
+    name: (name,) for name in _FINDERS
+}
 _WANTED = {
     "precomputed": "an info file",
     "zarr3": "a zarr.json",
@@ -55,9 +57,13 @@ def open_mask(config: MaskConfig, like: VolumeInfo) -> Source:
     try:
         level = _find(_absolute(config.url), config.mip, None)
     except SourceError as error:
-        raise SourceError(*(re.sub(r"source\.(url|mip)", r"source.mask.\1", part) for part in (error.saw, error.wanted, error.do))) from None
+        raise SourceError(
+            *(re.sub(r"source\.(url|mip)", r"source.mask.\1", part) for part in (error.saw, error.wanted, error.do))
+        ) from None
     if level.dtype != "bool" and np.dtype(level.dtype).kind not in "iu":
-        raise SourceError(f"mask {level.place} holds {level.dtype}", "bool or whole numbers", "Store it as uint8 of 0 and 1")
+        raise SourceError(
+            f"mask {level.place} holds {level.dtype}", "bool or whole numbers", "Store it as uint8 of 0 and 1"
+        )
     info = _info(level, level.voxel_size_nm or _same_extent(level, like))
     centres = [[c + v / 2 for c, v in zip(i.corner_nm, i.voxel_size_nm, strict=True)] for i in (info, like)]
     if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
@@ -85,7 +91,9 @@ def _find(url: str, mip: int, array: str | None) -> Level:
         advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
         raise SourceError(f"source.url {bare} is a file", "the folder of a Zarr, N5 or precomputed volume", advice)
     if path is not None and not path.exists():
-        raise SourceError(f"nothing is at source.url {bare}", "the folder of a Zarr, N5 or precomputed volume", "Check the path")
+        raise SourceError(
+            f"nothing is at source.url {bare}", "the folder of a Zarr, N5 or precomputed volume", "Check the path"
+        )
     folder = Folder(bare)
     for name in _FORCED[kind]:
         level = _FINDERS[name](folder, mip, array)
@@ -94,7 +102,9 @@ def _find(url: str, mip: int, array: str | None) -> Level:
     if folder.refused is not None:
         raise folder.refused
     wanted = " or ".join(_WANTED[name] for name in _FORCED[kind])
-    raise SourceError(f"no volume is at source.url {bare}", wanted, "Check the url, and the format before :// if one is given")
+    raise SourceError(
+        f"no volume is at source.url {bare}", wanted, "Check the url, and the format before :// if one is given"
+    )
 
 
 def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
@@ -103,11 +113,17 @@ def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
         raise SourceError(f"{place} is a segmentation ({dtype})", "an image of uint8 or uint16", _NOT_LABELS)
     if dtype == "uint8":
         if window is not None:
-            raise SourceError(f"source.intensity_window is given, and {place} is uint8", "a window for uint16 only", "Take intensity_window away")
+            raise SourceError(
+                f"source.intensity_window is given, and {place} is uint8",
+                "a window for uint16 only",
+                "Take intensity_window away",
+            )
         return _as_uint8
     if dtype == "uint16":
         if window is None:
-            raise SourceError(f"{place} is uint16", "source.intensity_window: [low, high], the values that become 0 and 255")
+            raise SourceError(
+                f"{place} is uint16", "source.intensity_window: [low, high], the values that become 0 and 255"
+            )
         table = linear_table(*window)
         return lambda voxels: table[voxels]
     advice = "Convert it to uint8 first"
@@ -117,7 +133,9 @@ def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
         raise SourceError(f"{place} is bool, as masks are", "an image of uint8 or uint16", "Give a mask as source.mask")
     if dtype.startswith("int"):
         raise SourceError(f"{place} is signed ({dtype})", "an image of uint8 or uint16", advice + ", adding an offset")
-    raise SourceError(f"{place} is {dtype}", "an image of uint8 or uint16", advice + ", stating which values become 0 and 255")
+    raise SourceError(
+        f"{place} is {dtype}", "an image of uint8 or uint16", advice + ", stating which values become 0 and 255"
+    )
 
 
 def _as_uint8(voxels: Voxels) -> Uint8Array:
@@ -137,7 +155,11 @@ def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str
             raise SourceError(seen, "one voxel size", f"Take {key} away, or mend the metadata")
         return stored
     if given is None:
-        raise SourceError(f"the metadata of {level.place} has no voxel size with a unit of length", "one in nm", f"Give {key}: [z, y, x]")
+        raise SourceError(
+            f"the metadata of {level.place} has no voxel size with a unit of length",
+            "one in nm",
+            f"Give {key}: [z, y, x]",
+        )
     return given
 
 

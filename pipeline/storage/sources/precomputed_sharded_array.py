@@ -25,7 +25,11 @@ def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray
     try:
         shards = ts.KvStore.open(spec, context=kv.context()).result()
     except Exception as error:
-        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "sharding that tensorstore reads", "Write the volume again") from error
+        raise SourceError(
+            f"{level.place} cannot be read: {first_line(error)}",
+            "sharding that tensorstore reads",
+            "Write the volume again",
+        ) from error
     return _ShardedArray(level, open_array(level), shards)
 
 

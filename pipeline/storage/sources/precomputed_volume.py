@@ -20,7 +20,15 @@ from pipeline.storage.sources.voxel_array import Level, VoxelArray, open_array
 
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32")
 _IMAGES = ("raw", "jpeg", "png")
-_SHARDING = ("@type", "preshift_bits", "hash", "minishard_bits", "shard_bits", "minishard_index_encoding", "data_encoding")
+_SHARDING = (
+    "@type",
+    "preshift_bits",
+    "hash",
+    "minishard_bits",
+    "shard_bits",
+    "minishard_index_encoding",
+    "data_encoding",
+)
 _ENTRIES_LOOKED_AT = 10_000
 
 
@@ -31,19 +39,32 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
         return None
     kind = info.values.get("@type", "neuroglancer_multiscale_volume")
     if kind != "neuroglancer_multiscale_volume":
-        raise info.wrong("@type", "a volume (neuroglancer_multiscale_volume)", "Give the url of the image, not of annotations, meshes or skeletons")
+        raise info.wrong(
+            "@type",
+            "a volume (neuroglancer_multiscale_volume)",
+            "Give the url of the image, not of annotations, meshes or skeletons",
+        )
     if array is not None:
-        raise SourceError(f"source.array is {array!r}, and {folder.url} is precomputed", "levels chosen by source.mip", "Take source.array away")
+        raise SourceError(
+            f"source.array is {array!r}, and {folder.url} is precomputed",
+            "levels chosen by source.mip",
+            "Take source.array away",
+        )
     if info.text("type", "image or segmentation") not in ("image", "segmentation"):
         raise info.wrong("type", "image or segmentation")
     dtype = info.text("data_type").lower()
     if dtype not in _DTYPES:
         raise info.wrong("data_type", f"one of {', '.join(_DTYPES)}")
     if info.integer("num_channels", low=1) != 1:
-        raise info.wrong("num_channels", "1: one grey volume, no colour image", "Store one channel as a volume of its own")
+        raise info.wrong(
+            "num_channels", "1: one grey volume, no colour image", "Store one channel as a volume of its own"
+        )
     scales = info.children("scales")
     if mip >= len(scales):
-        raise SourceError(f"{folder.url} has {len(scales)} level{'s' * (len(scales) > 1)}, source.mip is {mip}", f"0 to {len(scales) - 1}")
+        raise SourceError(
+            f"{folder.url} has {len(scales)} level{'s' * (len(scales) > 1)}, source.mip is {mip}",
+            f"0 to {len(scales) - 1}",
+        )
     return _level(folder, scales[mip], mip, info, dtype)
 
 
@@ -60,7 +81,13 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
     z, y, x = reversed(scale.numbers("resolution", 3, positive=True))
     sharding = _sharding(scale)
     place = f"{folder.url} scale {mip} ({key})"
-    stored: dict[str, Any] = {"key": key, "size": size, "voxel_offset": offset, "chunk_size": chunk, "encoding": encoding}
+    stored: dict[str, Any] = {
+        "key": key,
+        "size": size,
+        "voxel_offset": offset,
+        "chunk_size": chunk,
+        "encoding": encoding,
+    }
     if sharding is not None:
         stored["sharding"] = sharding
     if encoding == "compressed_segmentation":
@@ -149,4 +176,8 @@ def _refuse_suffixes(folder: Folder, level: Level, key: str, box: Box) -> None:
     for suffix in SUFFIXES:
         if folder.data(f"{key}/{name}{suffix}") is not None:
             saw = f"{level.place} has its chunks under names ending in {suffix}, as cloud-volume writes local files"
-            raise SourceError(saw, "names without a suffix, or such a volume by its local path", "Copy it with igneous or cloud-files, which write plain names")
+            raise SourceError(
+                saw,
+                "names without a suffix, or such a volume by its local path",
+                "Copy it with igneous or cloud-files, which write plain names",
+            )

@@ -28,8 +28,23 @@ def linear_table(low: int, high: int) -> NDArray[np.uint8]:
 class VolumeSource:
     """A `Source` over one opened level. `fill` is the grey value of absent chunks, None: they are an error that names `key`."""
 
-    def __init__(self, info: VolumeInfo, level: Level, array: VoxelArray, to_uint8: ToUint8, fill: int | None, key: str = "source.missing_chunks") -> None:
-        self._info, self._level, self._array, self._to_uint8, self._fill, self._key = info, level, array, to_uint8, fill, key
+    def __init__(
+        self,
+        info: VolumeInfo,
+        level: Level,
+        array: VoxelArray,
+        to_uint8: ToUint8,
+        fill: int | None,
+        key: str = "source.missing_chunks",
+    ) -> None:
+        self._info, self._level, self._array, self._to_uint8, self._fill, self._key = (
+            info,
+            level,
+            array,
+            to_uint8,
+            fill,
+            key,
+        )
 
     @property
     def info(self) -> VolumeInfo:
@@ -48,7 +63,9 @@ class VolumeSource:
         except MissingChunkError as error:
             if self._fill is None:
                 self._check_hole(box, error)
-                raise MissingChunkError(f"{error}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}") from error
+                raise MissingChunkError(
+                    f"{error}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}"
+                ) from error
         return self._read_around_holes(box, self._fill)
 
     def _read_around_holes(self, box: Box, fill: int) -> Uint8Array:

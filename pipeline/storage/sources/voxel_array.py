@@ -51,7 +51,11 @@ class Level:
 
     def __post_init__(self) -> None:
         if math.prod(self.stored_chunk) * item_bytes(self.dtype) > LARGEST_CHUNK:
-            raise SourceError(f"{self.place} has chunks of {list(self.stored_chunk)} voxels", "at most 1 GiB each", "Rechunk it, e.g. to [8, 256, 256]")
+            raise SourceError(
+                f"{self.place} has chunks of {list(self.stored_chunk)} voxels",
+                "at most 1 GiB each",
+                "Rechunk it, e.g. to [8, 256, 256]",
+            )
 
 
 class VoxelArray(Protocol):
@@ -82,9 +86,16 @@ def open_array(level: Level) -> TensorArray:
         fault = kv.classify(error, level.url)
         if isinstance(fault, (TransientError, SourceError)):
             raise fault from error
-        raise SourceError(f"{level.place} cannot be read: {first_line(error)}", "metadata that tensorstore reads", "Write the volume again") from error
+        raise SourceError(
+            f"{level.place} cannot be read: {first_line(error)}",
+            "metadata that tensorstore reads",
+            "Write the volume again",
+        ) from error
     if seen != level.bounds or dtype != level.dtype:
-        raise SourceError(f"{level.place} changed while it was opened: {seen} of {dtype}, before {level.bounds} of {level.dtype}", "a volume at rest")
+        raise SourceError(
+            f"{level.place} changed while it was opened: {seen} of {dtype}, before {level.bounds} of {level.dtype}",
+            "a volume at rest",
+        )
     return TensorArray(level, array)
 
 

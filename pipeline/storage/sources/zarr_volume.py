@@ -52,16 +52,28 @@ def _find(folder: Folder, version: int, mip: int, array: str | None) -> Level | 
         _only_level(mip, folder.url)
         return _level(folder, root, None)
     if levels is None:
-        raise SourceError(f"{folder.url} is a Zarr group without multiscales", "an array or an OME-Zarr image", "Name an array inside it by source.array")
+        raise SourceError(
+            f"{folder.url} is a Zarr group without multiscales",
+            "an array or an OME-Zarr image",
+            "Name an array inside it by source.array",
+        )
     chosen = ome_multiscales.pick(levels, mip, folder.url)
-    return _level(folder, _inner(folder, version, chosen.path, f"the multiscales of {folder.url} name {chosen.path}"), chosen)
+    return _level(
+        folder, _inner(folder, version, chosen.path, f"the multiscales of {folder.url} name {chosen.path}"), chosen
+    )
 
 
 def _named(folder: Folder, root: _Node, levels: list[OmeLevel] | None, mip: int, array: str) -> Level:
     if root.array is not None:
-        raise SourceError(f"source.array is {array!r}, and {folder.url} is an array itself", "one of the two", "Take source.array away")
+        raise SourceError(
+            f"source.array is {array!r}, and {folder.url} is an array itself",
+            "one of the two",
+            "Take source.array away",
+        )
     if levels is not None and mip:
-        raise SourceError(f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away")
+        raise SourceError(
+            f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away"
+        )
     _only_level(mip, f"{folder.url}/{array}")
     path = inner_path(array, SourceError(f"source.array is {array!r}", "a path inside the group"))
     node = _inner(folder, root.version, path, f"source.array is {array!r}")
@@ -76,9 +88,17 @@ def _only_level(mip: int, place: str) -> None:
 def _inner(folder: Folder, version: int, path: str, saw: str) -> _Node:
     node = _node(folder, path, version)
     if node is None:
-        raise SourceError(f"{saw}, and no Zarr v{version} array is there", "an array", "Check the name; if the copy is unfinished, finish it")
+        raise SourceError(
+            f"{saw}, and no Zarr v{version} array is there",
+            "an array",
+            "Check the name; if the copy is unfinished, finish it",
+        )
     if node.array is None:
-        raise SourceError(f"{saw}, and that is a group", "an array", "Append it to source.url, or name an array inside it by source.array")
+        raise SourceError(
+            f"{saw}, and that is a group",
+            "an array",
+            "Append it to source.url, or name an array inside it by source.array",
+        )
     return node
 
 
@@ -94,7 +114,9 @@ def _node(folder: Folder, path: str, version: int) -> _Node | None:
         kind = found.text("node_type", "array or group")
         if kind not in ("array", "group"):
             raise found.wrong("node_type", "array or group")
-        return _Node(3, path, found if kind == "array" else None, found.child("attributes") if "attributes" in found else nothing)
+        return _Node(
+            3, path, found if kind == "array" else None, found.child("attributes") if "attributes" in found else nothing
+        )
     found = folder.metadata(f"{base}.zarray")
     attributes = folder.metadata(f"{base}.zattrs")
     if found is None and attributes is None and folder.metadata(f"{base}.zgroup") is None:
@@ -113,11 +135,17 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None) -> Level:
     if ome is not None:
         known = [n for n in names or () if n]
         if known and tuple(n.lower() for n in known) != ome.names:
-            raise SourceError(f"{found.place} names its axes {known}, the multiscales say {list(ome.names)}", "the same names", "Mend one of the two")
+            raise SourceError(
+                f"{found.place} names its axes {known}, the multiscales say {list(ome.names)}",
+                "the same names",
+                "Mend one of the two",
+            )
         names = ome.names
     zyx = find_zyx(names, shape, found.place)
     start = ZYX(0, 0, 0)
-    identity = {k: v for k, v in found.values.items() if k not in ("attributes", "consolidated_metadata", "dimension_names")}
+    identity = {
+        k: v for k, v in found.values.items() if k not in ("attributes", "consolidated_metadata", "dimension_names")
+    }
     return Level(
         url=folder.url,
         place=f"{folder.url}/{node.path}".rstrip("/"),
@@ -166,7 +194,9 @@ def _stored_v2(found: Metadata, rank: int) -> _Stored:
 
 def _stored_v3(found: Metadata, rank: int) -> _Stored:
     if not isinstance(found.values.get("data_type"), str):
-        raise found.wrong("data_type", "a plain number type", "Store the field that holds the image as an array of its own")
+        raise found.wrong(
+            "data_type", "a plain number type", "Store the field that holds the image as an array of its own"
+        )
     name = _number_type(found, "data_type")
     if found.values.get("storage_transformers"):
         raise found.wrong("storage_transformers", "none", _REENCODE)

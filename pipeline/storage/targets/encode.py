@@ -41,7 +41,9 @@ class StoredArray:
 
 def _check_whole_shards(level: LevelSpec, box: Box) -> None:
     inside = Box(ZYX(0, 0, 0), level.shape).contains(box) and not box.empty
-    aligned = all(stop == end or stop % shard == 0 for stop, end, shard in zip(box.stop, level.shape, level.shard, strict=True))
+    aligned = all(
+        stop == end or stop % shard == 0 for stop, end, shard in zip(box.stop, level.shape, level.shard, strict=True)
+    )
     if not inside or not aligned or any(box.start % level.shard):
         raise ValueError(f"box {box} is not made of whole shards of {level.shard} in an array of {level.shape}")
 
@@ -77,9 +79,13 @@ def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
         fault = kv.classify(error, what)
         if isinstance(fault, (TransientError, UserError)):
             raise fault from error
-        raise TargetError(f"target {what} cannot be opened ({fault})", "the array that the plan describes", "Create the target first") from error
+        raise TargetError(
+            f"target {what} cannot be opened ({fault})", "the array that the plan describes", "Create the target first"
+        ) from error
     if view.shape != tuple(array.level.shape):
-        raise TargetError(f"target {what} holds an array of {view.shape}", f"{array.level.shape}", "Give another target url")
+        raise TargetError(
+            f"target {what} holds an array of {view.shape}", f"{array.level.shape}", "Give another target url"
+        )
     return view
 
 
@@ -110,11 +116,17 @@ def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Bo
     requests.READS.take(chunk_count(box, array.level.chunk))
     try:
         voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
-        holes = [] if array.shard_files is None else array.shard_files.lacks(store.url, _zero_chunks(array.level.chunk, box, voxels))
+        holes = (
+            []
+            if array.shard_files is None
+            else array.shard_files.lacks(store.url, _zero_chunks(array.level.chunk, box, voxels))
+        )
     except Exception as error:
         raise kv.classify(error, f"{store.url}/{array.folder} {box}") from error
     if holes:
-        raise MissingChunkError(f"{store.url}/{array.folder} {box}: {len(holes)} chunks are missing, the first is {holes[0]} of the grid")
+        raise MissingChunkError(
+            f"{store.url}/{array.folder} {box}: {len(holes)} chunks are missing, the first is {holes[0]} of the grid"
+        )
     return voxels
 
 

@@ -23,7 +23,12 @@ from pipeline.storage.volume import FIDELITY, LevelSpec, TargetSpec
 _CODECS: dict[str, list[dict[str, Any]]] = {
     "raw": [],
     "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
-    "blosc-zstd": [{"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "typesize": 1, "blocksize": 0}}],
+    "blosc-zstd": [
+        {
+            "name": "blosc",
+            "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "typesize": 1, "blocksize": 0},
+        }
+    ],
 }
 
 
@@ -47,7 +52,9 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
     return objects | {"zarr.json": _json(root)}
 
 
-def _group(name: str, levels: int, voxel_size_nm: tuple[float, float, float], corner_nm: tuple[float, float, float]) -> dict[str, Any]:
+def _group(
+    name: str, levels: int, voxel_size_nm: tuple[float, float, float], corner_nm: tuple[float, float, float]
+) -> dict[str, Any]:
     """NGFF places a voxel's centre at its translation: corner + half a voxel *of that level* (2x2 means keep the corner, not the centre)."""
     datasets = []
     for k in range(levels):
@@ -58,12 +65,19 @@ def _group(name: str, levels: int, voxel_size_nm: tuple[float, float, float], co
         datasets.append({"path": str(k), "coordinateTransformations": steps})
     axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
     multiscale = {"name": name, "axes": axes, "datasets": datasets, "type": "lateral 2x2 mean"}
-    return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"version": "0.5", "multiscales": [multiscale]}}}
+    return {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {"ome": {"version": "0.5", "multiscales": [multiscale]}},
+    }
 
 
 def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
     if any(level.shard % level.chunk):
-        raise TargetError(f"shard_shape {level.shard} is not a multiple of chunk_shape {level.chunk}", "whole chunks on every axis in each shard")
+        raise TargetError(
+            f"shard_shape {level.shard} is not a multiple of chunk_shape {level.chunk}",
+            "whole chunks on every axis in each shard",
+        )
     inner = [{"name": "bytes"}, *_CODECS[encoding]]
     index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": list(level.chunk), "codecs": inner, "index_codecs": index, "index_location": "end"}
@@ -79,7 +93,9 @@ def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
         "dimension_names": ["z", "y", "x"],
         "attributes": {},
     }
-    return StoredArray(level, folder, {"driver": "zarr3"}, {"driver": "zarr3", "metadata": meta}, _as_stored, partial(_key, folder))
+    return StoredArray(
+        level, folder, {"driver": "zarr3"}, {"driver": "zarr3", "metadata": meta}, _as_stored, partial(_key, folder)
+    )
 
 
 def _as_stored(array: ts.TensorStore) -> ts.TensorStore:

@@ -35,7 +35,12 @@ def is_empty(url: str) -> bool:
     if path.exists() and not path.is_dir():
         return False
     try:
-        return not any(name for folder, _, names in os.walk(path, onerror=_raise_unless_absent) for name in names if not name.endswith(".__lock"))
+        return not any(
+            name
+            for folder, _, names in os.walk(path, onerror=_raise_unless_absent)
+            for name in names
+            if not name.endswith(".__lock")
+        )
     except OSError as error:
         raise kv.classify(error, url) from error
 
@@ -71,7 +76,11 @@ class StoredTarget:
             for key, value in self.metadata().items():
                 self._store.put(key, value)
         except DataError as error:
-            raise TargetError(f"target {self._spec.url} cannot be written ({error})", "", "Check that the bucket or folder exists and takes files") from error
+            raise TargetError(
+                f"target {self._spec.url} cannot be written ({error})",
+                "",
+                "Check that the bucket or folder exists and takes files",
+            ) from error
 
     def encode(self, level: int, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
         return encode.encode(self._array(level), box, voxels)

@@ -37,7 +37,9 @@ class ShardFiles:
         with ts.Transaction() as transaction:
             files = shards.with_transaction(transaction)
             positions = (tile.start // self.level.chunk for tile in tiles(box, self.level.chunk))
-            for written in [files.write(self._name(position), chunks[self.chunk_key(position)]) for position in positions]:
+            for written in [
+                files.write(self._name(position), chunks[self.chunk_key(position)]) for position in positions
+            ]:
                 written.result()
         return stored_objects(context)
 
@@ -49,7 +51,9 @@ class ShardFiles:
         return [position for position, future in found if future.result().state != "value"]
 
     def _open(self, base: dict[str, Any], context: ts.Context) -> ts.KvStore:
-        return ts.KvStore.open({"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": self.sharding}, context=context).result()
+        return ts.KvStore.open(
+            {"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": self.sharding}, context=context
+        ).result()
 
     def _name(self, position: ZYX) -> bytes:
         """tensorstore's key of a chunk in shards: its number, 8 bytes, highest first."""

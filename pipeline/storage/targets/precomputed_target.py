@@ -33,7 +33,9 @@ _VOLUME = {"type": "image", "data_type": "uint8", "num_channels": 1}
 
 def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
     """The stored arrays by level. TargetError where the format has no such shards or images."""
-    found = {k: _array("", scale, level) for k, (scale, level) in enumerate(zip(_scales(spec), spec.levels, strict=True))}
+    found = {
+        k: _array("", scale, level) for k, (scale, level) in enumerate(zip(_scales(spec), spec.levels, strict=True))
+    }
     if spec.fidelity is not None:
         found[FIDELITY] = _array("fidelity/", _fidelity_scale(spec, spec.fidelity), spec.fidelity)
     return found
@@ -44,7 +46,9 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
     objects = {}
     if spec.fidelity is not None:
         objects["fidelity/info"] = _json(_info([_fidelity_scale(spec, spec.fidelity)]))
-    objects["provenance"] = _json({"description": "", "owners": [], "processing": [{"method": spec.provenance, "by": ""}], "sources": []})
+    objects["provenance"] = _json(
+        {"description": "", "owners": [], "processing": [{"method": spec.provenance, "by": ""}], "sources": []}
+    )
     return objects | {"info": _json(_info(_scales(spec)))}
 
 
@@ -62,7 +66,10 @@ def voxel_offset(corner_nm: tuple[float, float, float], voxel_size_nm: tuple[flo
 
 
 def _info(scales: list[dict[str, Any]]) -> dict[str, Any]:
-    stored = [{k: v for k, v in scale.items() if k != "chunk_size"} | {"chunk_sizes": [scale["chunk_size"]]} for scale in scales]
+    stored = [
+        {k: v for k, v in scale.items() if k != "chunk_size"} | {"chunk_sizes": [scale["chunk_size"]]}
+        for scale in scales
+    ]
     return {"@type": "neuroglancer_multiscale_volume", **_VOLUME, "scales": stored}
 
 
@@ -79,7 +86,9 @@ def _fidelity_scale(spec: TargetSpec, level: LevelSpec) -> dict[str, Any]:
     """Of the LR voxel size. Never jpeg: its values are measurements, not a picture."""
     z, y, x = spec.voxel_size_nm
     size = (z, y * spec.scale, x * spec.scale)
-    return _scale(level, size, voxel_offset(spec.corner_nm, size, 0), "raw" if spec.encoding == "jpeg" else spec.encoding)
+    return _scale(
+        level, size, voxel_offset(spec.corner_nm, size, 0), "raw" if spec.encoding == "jpeg" else spec.encoding
+    )
 
 
 def _scale(level: LevelSpec, voxel_size_nm: tuple[float, float, float], offset: ZYX, encoding: str) -> dict[str, Any]:
@@ -95,7 +104,11 @@ def _scale(level: LevelSpec, voxel_size_nm: tuple[float, float, float], offset: 
     }
     if encoding == "jpeg":
         if max(level.chunk.x, level.chunk.y * level.chunk.z) > _JPEG_EDGE:
-            raise TargetError(f"chunk_shape {level.chunk} is too large for jpeg", f"x, and z times y, up to {_JPEG_EDGE}", "Use smaller chunks")
+            raise TargetError(
+                f"chunk_shape {level.chunk} is too large for jpeg",
+                f"x, and z times y, up to {_JPEG_EDGE}",
+                "Use smaller chunks",
+            )
         scale["jpeg_quality"] = JPEG_QUALITY
     if level.shard != level.chunk:
         scale["sharding"] = _sharding(level)
