@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 
 from distributed import Client
@@ -58,6 +58,7 @@ def run(config: Config, dry_run: bool = False) -> int:
             print(f"each worker\n\n{job}")
         return 0
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
+    prepared = replace(prepared, job=replace(prepared.job, run=run_id))
     held = TargetLease(store, run_id)
     held.refuse_others()
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, run_id)

@@ -23,7 +23,7 @@ from pipeline.schedule.leases import (
     Leases,
 )
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, WRITTEN, Ledger
+from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Ledger
 from pipeline.worker.slab import Receipt
 
 
@@ -146,6 +146,7 @@ def test_how_late_is_late(ledger_of: object) -> None:
     assert leases.next(23.0, crew) is None  # the first lease has nobody before it: 3 * (1 + 1) * 4 s
     assert leases.next(25.0, crew) is stuck
     assert leases.next(26.0, crew) is None
+    crew = Crew(4, 4)
     assert leases.next(51.0, crew) is stuck
     assert stuck.starts == STARTS_MOST
     assert leases.next(1000.0, crew) is None
@@ -233,3 +234,25 @@ def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject)
             if lease.closed:
                 copies = [other for other in copies if other is not lease]
         assert sorted(closed) == list(range(plan.slabs))
+
+
+def test_skipped_tasks_do_not_teach_what_is_slow(ledger_of: object) -> None:
+    """After empty slabs, which end in milliseconds, the first real one is not late, however long it takes."""
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 24, 1)
+    while (lease := take(leases, 0.0, crew)).span.stop < 24:
+        leases.ended(lease, done(lease.span, 0.001, SKIPPED))
+    assert leases.next(1e6, crew) is None, "nothing was written yet, so nothing can be late"
+
+
+def test_a_lease_has_no_more_copies_than_there_are_workers(ledger_of: object) -> None:
+    """A third copy beside two that run would have no worker to go to."""
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 2, 1)
+    measured(leases, 1.0, crew)
+    slow = take(leases, 0.0, crew)
+    assert leases.next(1e3, crew) is slow, "a second copy, on the other worker"
+    assert leases.next(1e6, crew) is None
+    assert leases.next(2e6, Crew(3, 3)) is slow, "a third one when a third worker has come"
+    leases.ended(slow, done(slow.span, 1.0))
+    assert not leases.out

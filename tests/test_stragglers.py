@@ -14,7 +14,9 @@ from sleepy import job_of, sleep_and_put
 
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
-from pipeline.schedule.schedule import Outcome, drive
+from pipeline.schedule import leases
+from pipeline.schedule.leases import Crew
+from pipeline.schedule.schedule import Outcome, _Window, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, WRITTEN, Ledger
 
@@ -77,3 +79,36 @@ def test_the_first_answer_counts_and_the_other_is_dropped(
     assert outcome.written == 40
     assert recorded(tmp_path / "ledger") == Counter(range(40))
     assert set(left) <= {"lease"}, "nothing that lives for ever is named after a slab or lease"
+
+
+def test_a_slow_slab_after_empty_ones_is_waited_for(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, 39 slabs outside the mask, one real one that takes a hundred times what would make it late."""
+    monkeypatch.setenv("EMPTY", "39")
+    monkeypatch.setenv("TASK_S", "10")
+    monkeypatch.setattr(leases, "LATE_LEAST_S", 0.1)
+    job = job_of(str(tmp_path / "sr"), 40, 1)
+    with connect(ClusterConfig(workers=2), 1) as client:
+        outcome = drive(client, job, ledger, threading.Event(), work=sleep_and_put)
+    assert (outcome.skipped, outcome.written, outcome.started_again) == (39, 1, 0)
+
+
+def test_a_copy_that_no_other_worker_can_take_still_runs(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler counts two workers, of which one has gone since: the copy is submitted all the same."""
+    monkeypatch.setattr(_Window, "crew", lambda self: Crew(2, 2))
+    monkeypatch.setattr(leases, "LATE_LEAST_S", 0.1)
+    monkeypatch.setattr(leases, "LATE", 0.0)
+    monkeypatch.setenv("TASK_S", "1.5")
+    with connect(ClusterConfig(workers=1), 1) as client:
+        outcome = drive(
+            client,
+            job_of(str(tmp_path / "sr"), 4, 1),
+            Ledger(Store(f"file://{tmp_path / 'small'}"), "0" * 64, 4, "r"),
+            threading.Event(),
+            work=sleep_and_put,
+        )
+    assert outcome.started_again >= 1
+    assert outcome.written == 4

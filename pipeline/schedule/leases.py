@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.plan.plan import Plan
-from pipeline.storage.ledger import PENDING, QUARANTINED, Ledger
+from pipeline.storage.ledger import PENDING, QUARANTINED, WRITTEN, Ledger
 from pipeline.worker.slab import Receipt
 
 LEASE_S = 5.0
@@ -176,6 +176,7 @@ class Leases:
                 now - lease.started > max(LATE_LEAST_S, LATE * expected_s)
                 and lease.starts < STARTS_MOST
                 and not lease.alone
+                and lease.copies < crew.workers
             ):
                 lease.started = now
                 lease.starts += 1
@@ -201,7 +202,8 @@ class Leases:
         del self._out[lease]
 
     def _learn(self, receipts: Sequence[Receipt]) -> None:
+        """How many tasks make a lease follows from all of them; what is slow, from those written: others end at once."""
         if receipts:
             mean = sum(r.seconds for r in receipts) / len(receipts)
             self._mean_s = max(1e-6, mean if self._mean_s <= 0 else 0.7 * self._mean_s + 0.3 * mean)
-            self._recent_s.extend(r.seconds for r in receipts)
+            self._recent_s.extend(r.seconds for r in receipts if r.state == WRITTEN)

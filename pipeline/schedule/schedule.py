@@ -228,7 +228,8 @@ class _Window:
         job = self._job
         if job.rates != NO_LIMIT:
             job = dataclasses.replace(job, rates=job.rates.share(self._crew.workers))
-        where = {} if lease.starts == 1 else {"workers": self._elsewhere(lease), "allow_other_workers": True}
+        elsewhere = self._elsewhere(lease) if lease.starts > 1 else None
+        where = {"workers": elsewhere, "allow_other_workers": True} if elsewhere else {}
         future = self._client.submit(
             answer, asked(self._work, job, lease.span, lease.most_s), key=key, pure=False, **where
         )

@@ -56,6 +56,8 @@ class Job:
     emsr: str = __version__
     """The client's version: the worker's must be the same."""
     rates: Rates = NO_LIMIT
+    run: str = ""
+    """The run that wants it. A worker opens everything anew for another run: what was mended since is read again."""
 
 
 @dataclass(frozen=True)
@@ -330,33 +332,40 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}\n\n" + "".join(traceback.format_exception(error))
 
 
-_open_jobs: dict[str, OpenJob] = {}
+_open: OpenJob | None = None
 _open_lock = threading.Lock()
 
 
 def open_job(job: Job) -> OpenJob:
-    """The job with everything open; kept for the life of the process, for the last job only."""
+    """The job with everything open. It is kept for the life of the process, for the last job only.
+
+    A job is the same where everything in it is, but for the share of requests that this worker may make, which changes
+    with the number of workers. Its digest alone would not do: it holds neither the target's URL nor how often to retry.
+    """
+    global _open
     if job.emsr != __version__:
         raise ClusterError(
             f"the client has emsr {job.emsr}, a worker has {__version__}",
             "the same version in every process",
             "Install it there",
         )
+    job = replace(job, rates=NO_LIMIT)
     with _open_lock:
-        if job.digest not in _open_jobs:
-            _open_jobs.clear()
+        if _open is None or _open.job != job:
+            _open = None  # the memory of the last one, before this one takes more
             allocator.settle()
             source = open_source(job.source)
             if source.info.fingerprint != job.source_fingerprint:
                 raise EmsrError(
-                    f"the metadata of {source.info.url} changed while the run was going on; stop writing to the source and run again"
+                    f"the metadata of {source.info.url} changed while the run was going on; "
+                    "stop writing to the source and run again"
                 )
             mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
             opened = OpenJob(job, source, open_target(job.target), mask, Network(job.network))
             opened.network.refuse_too_large(job.plan)
             opened.base_bytes = _rss_bytes()
-            _open_jobs[job.digest] = opened
-        return _open_jobs[job.digest]
+            _open = opened
+        return _open
 
 
 def _rss_bytes() -> int:

@@ -75,7 +75,7 @@ def item_bytes(dtype: str) -> int:
 
 def open_array(level: Level) -> TensorArray:
     """SourceError where tensorstore refuses the metadata, TransientError for a passing fault."""
-    options = {"fill_missing_data_reads": False, "recheck_cached_data": False, "open": True, "create": False}
+    options = {"fill_missing_data_reads": False, "recheck_cached_data": "open", "open": True, "create": False}
     try:
         store = ts.open(level.spec | options, context=kv.context()).result()
         others = [axis for axis in range(store.rank) if axis not in level.zyx]
