@@ -22,7 +22,7 @@ from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig
 from pipeline.inference.network import describe
 from pipeline.plan.plan import Plan
 from pipeline.prepare.layout import choose
-from pipeline.schedule.schedule import Outcome, drive
+from pipeline.schedule.execute import Outcome, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import WRITTEN, Ledger
 from pipeline.storage.volume import TargetSpec

@@ -16,7 +16,7 @@ from distributed import Client
 from examples.make_phantom import phantom
 from pipeline.config import volume as configuration
 from pipeline.prepare.prepare import Prepared, claim, prepare, sidecar
-from pipeline.schedule.schedule import Outcome, drive
+from pipeline.schedule.execute import Outcome, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 

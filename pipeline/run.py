@@ -22,14 +22,14 @@ from pipeline.config.volume import Config
 from pipeline.prepare.dry_run import print_price
 from pipeline.prepare.prepare import Prepared, check_place, claim, prepare, sidecar
 from pipeline.schedule import report
+from pipeline.schedule.execute import Outcome, drive, rehearse
 from pipeline.schedule.progress import RunProgress, SurveyProgress
-from pipeline.schedule.schedule import Outcome, drive, rehearse
 from pipeline.sections import bad_sections
 from pipeline.sections import survey as section_survey
 from pipeline.sections.survey import Survey
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
-from pipeline.storage.target_lease import TargetLease
+from pipeline.storage.target_lock import TargetLease
 from pipeline.storage.volume import Source
 
 

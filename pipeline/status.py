@@ -13,7 +13,7 @@ from pipeline.config.volume import Config
 from pipeline.prepare import recorded
 from pipeline.prepare.prepare import sidecar
 from pipeline.storage.ledger import QUARANTINED
-from pipeline.storage.target_lease import holder, last_workers
+from pipeline.storage.target_lock import holder, last_workers
 
 SHOWN = 20
 

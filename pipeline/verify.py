@@ -17,7 +17,7 @@ from pipeline.config.volume import Config
 from pipeline.prepare.prepare import prepare, same_plan, sidecar
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, STATES, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lease import TargetLease
+from pipeline.storage.target_lock import TargetLease
 from pipeline.storage.targets.open import open_target
 from pipeline.worker.slab import checksum, object_keys
 

@@ -28,7 +28,7 @@ from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.prepare.prepare import prepare
 from pipeline.schedule.answers import Answers, answer, asked
-from pipeline.schedule.schedule import _Window
+from pipeline.schedule.execute import _Window
 from pipeline.worker.slab import LeaseResult, open_job, process_lease
 
 SHAPE = (6, 40, 32)

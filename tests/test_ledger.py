@@ -19,7 +19,7 @@ from pipeline.base.errors import LedgerError
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, QUARANTINED, SKIPPED, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lease import KEY, TargetLease, holder
+from pipeline.storage.target_lock import KEY, TargetLease, holder
 
 DIGEST = "d" * 64
 
@@ -155,7 +155,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
-    code = "import sys, time; from pipeline.storage.kv import Store; from pipeline.storage.target_lease import TargetLease; "
+    code = "import sys, time; from pipeline.storage.kv import Store; from pipeline.storage.target_lock import TargetLease; "
     code += "TargetLease(Store('file://' + sys.argv[1]), 'first').acquire(); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None

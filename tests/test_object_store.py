@@ -28,7 +28,7 @@ from pipeline.base.errors import TransientError
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lease import TargetLease, holder
+from pipeline.storage.target_lock import TargetLease, holder
 from pipeline.viewer.file_server import serving
 
 VOXELS = texture((4, 48, 40))

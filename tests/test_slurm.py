@@ -21,7 +21,7 @@ from pipeline.cluster import connect as cluster
 from pipeline.cluster import slurm
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
-from pipeline.schedule import schedule
+from pipeline.schedule import execute as schedule
 
 JOB = {"walltime": "01:00:00", "memory": "2GB", "cores": 2}
 CLUSTER = {"kind": "slurm", "host": "127.0.0.1", "workers": 1, "slurm": JOB}

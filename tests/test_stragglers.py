@@ -15,8 +15,8 @@ from sleepy import job_of, sleep_and_put
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
 from pipeline.schedule import leases
+from pipeline.schedule.execute import Outcome, _Window, drive
 from pipeline.schedule.leases import Crew
-from pipeline.schedule.schedule import Outcome, _Window, drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, WRITTEN, Ledger
 

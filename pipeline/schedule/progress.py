@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from pipeline.schedule.schedule import Outcome
+from pipeline.schedule.execute import Outcome
 
 LINE_S = 5.0
 

@@ -15,7 +15,7 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import Config
 from pipeline.plan.price import memory_bytes, stored_share
 from pipeline.prepare.prepare import Prepared
-from pipeline.schedule.schedule import Outcome
+from pipeline.schedule.execute import Outcome
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED, Ledger
 from pipeline.storage.sources.open import open_source

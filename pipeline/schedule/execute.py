@@ -23,7 +23,7 @@ from pipeline.schedule.answers import Answers, Work, answer, asked
 from pipeline.schedule.leases import Crew, Lease, Leases
 from pipeline.storage.ledger import PENDING, QUARANTINED, Entry, Ledger
 from pipeline.storage.requests import NO_LIMIT, NO_TROUBLES, Troubles
-from pipeline.storage.target_lease import TargetLease
+from pipeline.storage.target_lock import TargetLease
 from pipeline.worker import slab as worker
 from pipeline.worker.slab import Job, LeaseResult, Receipt, process_lease
 
