@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import TargetConfig
-from pipeline.plan.plan import Lattice, Plan
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan
 from pipeline.prepare import layout
 
 SECTIONS = 7062

@@ -32,8 +32,8 @@ from models.degrade import degrade
 from models.metadata import read_metadata
 from models.network import SuperResolver
 from pipeline.base.geometry import ZYX, Box
-from pipeline.inference.network import pad_laterally
-from pipeline.plan.plan import Lattice
+from pipeline.inference.tiles import pad_laterally
+from pipeline.plan.lattice import Lattice
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

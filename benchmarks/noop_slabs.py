@@ -19,17 +19,18 @@ from distributed import Client, Scheduler
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig
-from pipeline.inference.network import describe
+from pipeline.inference.describe import describe
 from pipeline.plan.plan import Plan
+from pipeline.plan.receipt import WRITTEN, Receipt
+from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare.layout import choose
-from pipeline.schedule.execute import Outcome, drive
+from pipeline.schedule.totals import RunTotals
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import WRITTEN, Ledger
-from pipeline.storage.volume import TargetSpec
-from pipeline.worker.slab import Job, LeaseResult, Receipt
+from pipeline.storage.ledger import Ledger
+from pipeline.worker.job import Job, LeaseResult
 
 
-def noop(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
+def noop(job: Job, start: int, stop: int, max_s: float) -> LeaseResult:
     return LeaseResult(tuple(Receipt(i, WRITTEN, seconds=1e-4) for i in range(start, stop)), 0, 0)
 
 
@@ -52,7 +53,7 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store(f"file://{folder}"), job.digest, job.plan.tasks, "bench")
 
-        def watch(outcome: Outcome) -> None:
+        def watch(outcome: RunTotals) -> None:
             if due and outcome.written >= due[0]:
                 marks[due.pop(0)] = usage(client)
 

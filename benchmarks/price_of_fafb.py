@@ -23,9 +23,9 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels
+from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare import layout
 from pipeline.storage.targets.open import open_target
-from pipeline.storage.volume import TargetSpec
 from pipeline.worker.pyramid import halve
 
 TARGETS = {

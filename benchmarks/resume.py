@@ -21,10 +21,13 @@ import zarr
 from dask_processes import environment
 
 from pipeline.config import volume as configuration
-from pipeline.prepare.prepare import claim, prepare, sidecar
+from pipeline.config.urls import sidecar
+from pipeline.plan.receipt import WRITTEN
+from pipeline.prepare.place import claim
+from pipeline.prepare.prepare import prepare
 from pipeline.storage import ledger as stored
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, WRITTEN, Ledger
+from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, Ledger
 
 
 class Finished(Ledger):
@@ -68,7 +71,7 @@ def run_again(folder: Path, slabs: int) -> dict[str, float]:
     path.write_text(yaml.safe_dump(body))
     prepared = prepare(configuration.load(path))
     store = Store(sidecar(prepared.job.target.url))
-    claim(prepared, store)
+    claim(prepared)
     Finished(store, prepared.job.digest, prepared.job.plan.tasks, "r").finish()
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -25,10 +25,10 @@ import fafb
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels
-from pipeline.schedule.leases import Crew, Lease, Leases
+from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
+from pipeline.schedule.leases import Capacity, Lease, Leases
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Ledger
-from pipeline.worker.slab import Receipt
+from pipeline.storage.ledger import Ledger
 
 ALLOWED_FAILURES = 3
 HOUR = 3600.0
@@ -156,8 +156,8 @@ class Simulation:
         heapq.heappush(self._events, (time, next(self._order), event))
 
     def _hand_out(self) -> None:
-        crew = Crew(self._alive, self._alive * self._world.threads)
-        while (lease := self._leases.next(self._now, crew)) is not None:
+        capacity = Capacity(self._alive, self._alive * self._world.threads)
+        while (lease := self._leases.next(self._now, capacity)) is not None:
             self._scheduler_free = max(self._now, self._scheduler_free) + self._world.lease_cost_s
             self.played.scheduler_s += self._world.lease_cost_s
             self.played.leases += 1
@@ -187,7 +187,7 @@ class Simulation:
                 self._begin(copy, worker)
 
     def _begin(self, copy: _Copy, worker: _Worker) -> None:
-        """What the worker will do with the lease: tasks until `most_s` is over, as process_lease does."""
+        """What the worker will do with the lease: tasks until `max_s` is over, as process_lease does."""
         world = self._world
         copy.worker, copy.began, copy.receipts = worker, self._now, []
         worker.running.add(copy)
@@ -195,7 +195,7 @@ class Simulation:
         crowded = self._crowded()
         seconds = 0.0
         for index in copy.lease.span:
-            if copy.receipts and seconds >= copy.lease.most_s:
+            if copy.receipts and seconds >= copy.lease.max_s:
                 break
             skipped = index < self._plan.slabs and self._skip(index)
             mean = world.skipped_s if skipped else world.task_s if index < self._plan.slabs else world.block_s

@@ -15,8 +15,11 @@ from distributed import Client
 
 from examples.make_phantom import phantom
 from pipeline.config import volume as configuration
-from pipeline.prepare.prepare import Prepared, claim, prepare, sidecar
-from pipeline.schedule.execute import Outcome, drive
+from pipeline.config.urls import sidecar
+from pipeline.prepare.place import claim
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.prepared import Prepared
+from pipeline.schedule.totals import RunTotals
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 
@@ -61,13 +64,13 @@ def ready(
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(body))
     prepared = prepare(configuration.load(path))
-    claim(prepared, Store(sidecar(prepared.job.target.url)))
+    claim(prepared)
     return prepared
 
 
 @dataclass(frozen=True)
 class Driven:
-    outcome: Outcome
+    outcome: RunTotals
     wall_s: float
 
 

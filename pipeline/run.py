@@ -17,20 +17,26 @@ from distributed import Client
 
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.cluster.connect import batch_job, connect, worker_count
-from pipeline.config import volume as configuration
+from pipeline.config import urls, volume
 from pipeline.config.volume import Config
+from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare.dry_run import print_price
-from pipeline.prepare.prepare import Prepared, check_place, claim, prepare, sidecar
+from pipeline.prepare.place import check_place, claim
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.prepared import Prepared
 from pipeline.schedule import report
-from pipeline.schedule.execute import Outcome, drive, rehearse
+from pipeline.schedule.check_workers import check_workers
+from pipeline.schedule.execute import execute
 from pipeline.schedule.progress import RunProgress, SurveyProgress
+from pipeline.schedule.run_state import RunState
+from pipeline.schedule.totals import RunTotals
 from pipeline.sections import bad_sections
-from pipeline.sections import survey as section_survey
-from pipeline.sections.survey import Survey
+from pipeline.sections.survey import Survey, delete_measurements, detect
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, Ledger
-from pipeline.storage.target_lock import TargetLease
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
+from pipeline.worker.lease import check_job, process_lease
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,91 +47,88 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("volume", help="path of volume.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the price and touch nothing")
     args = parser.parse_args(argv)
-    return guarded(lambda: run(configuration.load(args.volume), dry_run=args.dry_run))
+    return guarded(lambda: run(volume.load(args.volume), dry_run=args.dry_run))
 
 
 def run(config: Config, dry_run: bool = False) -> int:
     """Exit code 0 when the ledger closes without quarantine, 1 with quarantined slabs, 130 after Ctrl-C."""
-    prepared = prepare(config, lambda survey, source: _look(config, survey, source, keep=not dry_run))
-    store = Store(sidecar(prepared.job.target.url))
-    resumed = check_place(prepared, store)
+    prepared = prepare(config, lambda survey, source: _detect(config, survey, source, keep=not dry_run))
+    resumed = check_place(prepared)
     if dry_run:
-        job = batch_job(config.cluster, config.work.in_flight)
-        for line in bad_sections.told(prepared.spec["source"]["bad_sections"]):
-            print(line)
-        print_price(prepared.job, prepared.source, config.work.in_flight, worker_count(config.cluster))
-        if job is not None:
-            print(f"each worker\n\n{job}")
-        return 0
+        return _dry_run(prepared)
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
     prepared = replace(prepared, job=replace(prepared.job, run=run_id))
-    held = TargetLease(store, run_id)
-    held.refuse_others()
-    ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, run_id)
+    job = prepared.job
+    lock = TargetLock(prepared.store, run_id)
+    lock.refuse_others()
+    ledger = Ledger(prepared.store, job.digest, job.plan.tasks, run_id)
     if resumed:
         ledger.load()
         ledger.requeue(QUARANTINED)
         if not ledger.counts()["pending"]:
-            print(f"{prepared.job.target.url} is complete: {_sum(ledger)}")
+            print(f"{job.target.url} is complete: {_sum(ledger)}")
             return 0
-    with connect(
-        config.cluster, config.work.in_flight
-    ) as client:  # before anything is written: a mistake there leaves no trace
-        rehearse(client, prepared.job)
-        held.acquire()
+    with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace
+        check_workers(client, job, check_job)
+        lock.acquire()
         try:
-            claim(prepared, store)
+            claim(prepared)
             ledger.load()  # again: another run may have ended in between
-            return _execute(config, prepared, store, ledger, held, client)
+            return _execute(prepared, RunState(job, ledger, lock), client)
         finally:
-            held.release()
+            lock.release()
 
 
-def _look(config: Config, survey: Survey, source: Source, keep: bool) -> dict[int, str]:
+def _dry_run(prepared: Prepared) -> int:
+    config = prepared.config
+    job = batch_job(config.cluster, config.work.in_flight)
+    for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
+        print(line)
+    print_price(prepared, worker_count(config.cluster))
+    if job is not None:
+        print(f"each worker\n\n{job}")
+    return 0
+
+
+def _detect(config: Config, survey: Survey, source: Source, keep: bool) -> dict[int, str]:
     """The pass that looks for bad sections. A run that refuses them keeps nothing of it: they will be mended."""
-    store = Store(sidecar(config.target.url))
+    store = Store(urls.sidecar(config.target.url))
     with SurveyProgress(len(survey.sections)) as progress:
-        found = section_survey.look(survey, source, store, keep, progress.update)
-    if keep and found and config.source.bad_sections.rule == "refuse":
-        section_survey.forget(survey, store)
-    return found
+        bad = detect(survey, source, store, keep, progress.update)
+    if keep and bad and config.source.bad_sections.rule == "refuse":
+        delete_measurements(survey, store)
+    return bad
 
 
-def _execute(
-    config: Config, prepared: Prepared, store: Store, ledger: Ledger, held: TargetLease, client: Client
-) -> int:
-    job, began = prepared.job, time.time()
+def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
+    plan, ledger, lock = run.job.plan, run.ledger, run.lock
+    assert lock is not None
     again = ledger.requeue(QUARANTINED)
     before = ledger.counts()
     done = before["written"] + before["skipped"]
-    with RunProgress(ledger.tasks, done) as progress, _interruptible(progress) as stop:
-        progress.say(
-            "plan", slabs=job.plan.slabs, pyramid_blocks=job.plan.tasks - job.plan.slabs, done=done, retried=again
-        )
+    with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
+        progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
 
-        def seen(outcome: Outcome) -> None:
-            progress.update(outcome)
-            held.workers = {name: asdict(tally) for name, tally in outcome.workers.items()}
+        def show(totals: RunTotals) -> None:
+            progress.update(totals)
+            lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
 
-        outcome = drive(client, job, ledger, stop, held, seen)
-        sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
+        execute(client, run, process_lease, show)
+        sheet = report.write(prepared, run)
         if bad := prepared.spec["source"]["bad_sections"]:
-            progress.say(
-                "bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]}
-            )
+            shown = {z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
+            progress.say("bad_sections", count=len(bad), **shown)
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
-        progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)
-    return _verdict(ledger, outcome)
+        progress.say("report", report=f"{prepared.store.url}/report.json", contact_sheet=sheet)
+    return _verdict(run)
 
 
-def _verdict(ledger: Ledger, outcome: Outcome) -> int:
-    counts = ledger.counts()
-    if outcome.interrupted and counts["pending"]:
-        print(
-            f"emsr: stopped; {counts['pending']} of {ledger.tasks} tasks are left. Run the same command again to go on.",
-            file=sys.stderr,
-        )
+def _verdict(run: RunState) -> int:
+    ledger, counts = run.ledger, run.ledger.counts()
+    if run.interrupted and counts["pending"]:
+        left = f"{counts['pending']} of {ledger.tasks} tasks are left"
+        print(f"emsr: stopped; {left}. Run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
     if counts["quarantined"]:
         first = next(ledger.indices(QUARANTINED))
@@ -142,28 +145,27 @@ def _verdict(ledger: Ledger, outcome: Outcome) -> int:
 
 def _sum(ledger: Ledger) -> str:
     counts = ledger.counts()
-    return f"{ledger.tasks} planned = {counts['written']} written + {counts['skipped']} skipped + {counts['quarantined']} quarantined"
+    ended = " + ".join(f"{counts[state]} {state}" for state in ("written", "skipped", "quarantined"))
+    return f"{ledger.tasks} planned = {ended}"
 
 
 @contextmanager
-def _interruptible(progress: RunProgress) -> Iterator[threading.Event]:
+def _interruptible(run: RunState, progress: RunProgress) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) drains, the second ends at once; the target can be resumed after either."""
-    stop = threading.Event()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if run.stop.is_set():
             raise KeyboardInterrupt
-        stop.set()
-        progress.say(
-            "stopping", signal=signal.Signals(number).name, now="slabs in flight are finished; once more to end at once"
-        )
+        run.stop.set()
+        name = signal.Signals(number).name
+        progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -8,11 +8,11 @@ import sys
 import time
 
 from pipeline.base.command import guarded
+from pipeline.config import urls
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
+from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
-from pipeline.prepare.prepare import sidecar
-from pipeline.storage.ledger import QUARANTINED
 from pipeline.storage.target_lock import holder, last_workers
 
 SHOWN = 20
@@ -32,7 +32,7 @@ def status(config: Config) -> int:
     """Exit code 0 when every task is written or skipped, 1 while some are not."""
     found = recorded.read(config.target.url, "status")
     if found is None:
-        print(f"nothing was run for {config.target.url} yet (no {sidecar(config.target.url)}/plan.json)")
+        print(f"nothing was run for {config.target.url} yet (no {urls.sidecar(config.target.url)}/plan.json)")
         return 1
     ledger, plan, slabs, tasks = found.ledger, found.plan, found.slabs, found.ledger.tasks
     counts = ledger.counts()
@@ -48,13 +48,13 @@ def status(config: Config) -> int:
     print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
     for line in found.bad_sections:
         print(line)
-    if asked := _requests(found.store.get("report.json")):
-        print(f"requests     {asked}")
+    if requests := _requests(found.store.get("report.json")):
+        print(f"requests     {requests}")
     if running := holder(found.store):
         print(
             f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"
         )
-    if (seen := ledger.timings).tasks:
+    if (seen := ledger.times).tasks:
         print(
             f"timings      {seen.total / seen.tasks:.2f} s a task on the last {seen.tasks:,}, the slowest {seen.slowest:.2f} s (task {seen.slowest_task})"
         )

@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.progress import track
 
 from pipeline.base.command import guarded
-from pipeline.base.errors import LedgerError
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
-from pipeline.prepare.prepare import prepare, same_plan, sidecar
+from pipeline.plan.receipt import PENDING, STATES, WRITTEN, Receipt
+from pipeline.prepare.place import check_begun
+from pipeline.prepare.prepare import prepare
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import PENDING, STATES, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lock import TargetLease
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.targets.open import open_target
-from pipeline.worker.slab import checksum, object_keys
+from pipeline.storage.targets.task_objects import checksum, object_keys
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,13 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 def verify(config: Config, sample: int | None = None, requeue: bool = False) -> int:
     """Exit code 0 when everything checked is as written and the ledger is closed, 1 otherwise. Raises UserError."""
     prepared = prepare(config)
-    job, store = prepared.job, Store(sidecar(prepared.job.target.url))
-    stored = store.get("plan.json")
-    if stored is None:
-        raise LedgerError(
-            f"nothing was run for {job.target.url} yet", "a target with its ledger", "Run python -m pipeline.run first"
-        )
-    same_plan(prepared, stored, store.url)
+    job, store = prepared.job, prepared.store
+    check_begun(prepared)
     ledger = Ledger(store, job.digest, job.plan.tasks, run_id=time.strftime("%Y%m%dT%H%M%S-verify", time.gmtime()))
     ledger.load()
     written = {i: record for i, record in ledger.records().items() if record[0] == WRITTEN}
@@ -79,13 +75,13 @@ def verify(config: Config, sample: int | None = None, requeue: bool = False) -> 
 
 
 def _requeue(store: Store, ledger: Ledger, damaged: list[int]) -> None:
-    held = TargetLease(store, f"verify-{time.time():.0f}")
-    held.acquire()
+    lock = TargetLock(store, f"verify-{time.time():.0f}")
+    lock.acquire()
     try:
-        ledger.record(Entry(i, PENDING) for i in damaged)
+        ledger.record(Receipt(i, PENDING) for i in damaged)
         ledger.flush()
     finally:
-        held.release()
+        lock.release()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from pipeline.base.geometry import ZYX
 from pipeline.config import urls
 from pipeline.config import volume as volume_yaml
 from pipeline.config.volume import Config
+from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED
 from pipeline.storage.sources.open import open_source
 from pipeline.viewer.file_server import HOST, serving
 from pipeline.viewer.source import Native, Triple, read_native

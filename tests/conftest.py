@@ -110,16 +110,19 @@ def main_job(
 def run_here(yaml_path: Path) -> Any:
     """Every task of a volume.yaml in this process, without Dask: the job, after all receipts were written."""
     from pipeline.config import volume as config
-    from pipeline.prepare.prepare import claim, prepare, sidecar
-    from pipeline.sections import survey as section_survey
+    from pipeline.config.urls import sidecar
+    from pipeline.plan.receipt import WRITTEN
+    from pipeline.prepare.place import claim
+    from pipeline.prepare.prepare import prepare
+    from pipeline.sections.survey import detect
     from pipeline.storage.kv import Store
-    from pipeline.storage.ledger import WRITTEN, Ledger
-    from pipeline.worker.slab import process_lease
+    from pipeline.storage.ledger import Ledger
+    from pipeline.worker.lease import process_lease
 
     wanted = config.load(yaml_path)
     store = Store(sidecar(wanted.target.url))
-    prepared = prepare(wanted, lambda survey, source: section_survey.look(survey, source, store, keep=True))
-    claim(prepared, store)
+    prepared = prepare(wanted, lambda survey, source: detect(survey, source, store, keep=True))
+    claim(prepared)
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
     for stage in prepared.job.plan.stages():
         result = process_lease(prepared.job, stage.start, stage.stop)

@@ -19,9 +19,9 @@ from conftest import REPOSITORY, TESTS, texture, tree, volume_yaml, write_lr
 
 from pipeline.base.geometry import ZYX
 from pipeline.config.volume import SourceConfig
+from pipeline.plan.receipt import WRITTEN
 from pipeline.prepare import recorded
 from pipeline.schedule.leases import LEASE_S
-from pipeline.storage.ledger import WRITTEN
 from pipeline.storage.sources.open import open_source
 
 FLUSH_S = 0.5

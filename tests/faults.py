@@ -20,8 +20,8 @@ import psutil
 from conftest import REPOSITORY, TESTS, volume_yaml
 from fault_scene import FLUSH_S, Scene, undisturbed
 
+from pipeline.plan.receipt import PENDING, QUARANTINED
 from pipeline.prepare import recorded
-from pipeline.storage.ledger import PENDING, QUARANTINED
 
 FAKETIME = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
 

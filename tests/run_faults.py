@@ -24,13 +24,13 @@ import numpy as np
 import standin
 
 from pipeline.storage import ledger
-from pipeline.worker import slab as worker
+from pipeline.worker import lease, slab
 
 standin.install()
 ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
 # Dask's preloading imports a file again that is already there.
-_process_slab = getattr(worker.process_slab, "undisturbed", worker.process_slab)
-_super_resolve = getattr(worker.super_resolve, "undisturbed", worker.super_resolve)
+_process_slab = getattr(lease.process_slab, "undisturbed", lease.process_slab)
+_super_resolve = getattr(slab.super_resolve, "undisturbed", slab.super_resolve)
 
 
 def _log(event: str, index: int) -> None:
@@ -39,17 +39,17 @@ def _log(event: str, index: int) -> None:
             log.write(f"{event} {index} {os.getpid()} {time.monotonic():.3f}\n")
 
 
-def process_slab(job: Any, index: int, rings: Any = None) -> Any:
+def process_slab(job: Any, index: int, caches: Any = None) -> Any:
     _log("begin", index)
-    receipt = _process_slab(job, index, rings)
+    receipt = _process_slab(job, index, caches)
     _log("end", index)
     return receipt
 
 
-def super_resolve(network: Any, lr: Any, ids: Any, plan: Any, slab: Any, rings: Any = None) -> Any:
+def super_resolve(network: Any, lr: Any, sections: Any, slab: Any, caches: Any = None) -> Any:
     if os.environ.get("FAULT_TASK") == str(slab.index):
         {"fail": _fail, "hang": _hang, "exhaust": _exhaust}[os.environ["FAULT_KIND"]]()
-    return _super_resolve(network, lr, ids, plan, slab, rings)
+    return _super_resolve(network, lr, sections, slab, caches)
 
 
 def _fail() -> None:
@@ -74,7 +74,7 @@ def _exhaust() -> None:
 
 
 process_slab.undisturbed, super_resolve.undisturbed = _process_slab, _super_resolve  # type: ignore[attr-defined]
-worker.process_slab, worker.super_resolve = process_slab, super_resolve
+lease.process_slab, slab.super_resolve = process_slab, super_resolve
 if (
     "FAKETIME_TIMESTAMP_FILE" in os.environ
 ):  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps

@@ -11,12 +11,12 @@ import time
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig, SourceConfig
-from pipeline.inference.network import describe
+from pipeline.inference.describe import describe
 from pipeline.plan.plan import Plan
+from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
+from pipeline.plan.target_spec import TargetSpec
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import SKIPPED, WRITTEN
-from pipeline.storage.volume import TargetSpec
-from pipeline.worker.slab import Job, LeaseResult, Receipt
+from pipeline.worker.job import Job, LeaseResult
 
 
 def job_of(folder: str, columns: int, depth: int) -> Job:
@@ -28,12 +28,12 @@ def job_of(folder: str, columns: int, depth: int) -> Job:
     return Job("0" * 64, SourceConfig(url="file:///nowhere"), "", network, plan, target, 0, 600)
 
 
-def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
+def sleep_and_put(job: Job, start: int, stop: int, max_s: float) -> LeaseResult:
     """Like process_lease, but for what a task does."""
     store = Store(job.target.url)
     store.put(f"lease-{start}", b"")
     receipts: list[Receipt] = []
-    end = time.monotonic() + most_s
+    end = time.monotonic() + max_s
     for index in range(start, stop):
         if receipts and time.monotonic() >= end:
             break
@@ -59,6 +59,6 @@ def _first_try(job: Job, index: int) -> bool:
     return True
 
 
-def nothing(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
+def nothing(job: Job, start: int, stop: int, max_s: float) -> LeaseResult:
     """A lease of which no task was begun."""
     return LeaseResult((), 0, 0)

@@ -21,7 +21,8 @@ from pipeline import run, status, verify
 from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config import volume as config
-from pipeline.plan.plan import Lattice, Plan
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan
 from pipeline.sections import survey as section_survey
 from pipeline.storage.kv import Store
 from pipeline.storage.sources.open import open_source

@@ -27,9 +27,11 @@ from pipeline.cluster import steady_clock
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.prepare.prepare import prepare
-from pipeline.schedule.answers import Answers, answer, asked
-from pipeline.schedule.execute import _Window
-from pipeline.worker.slab import LeaseResult, open_job, process_lease
+from pipeline.schedule.in_flight import InFlight
+from pipeline.schedule.results import Answers, answer, asked
+from pipeline.worker.job import LeaseResult
+from pipeline.worker.lease import process_lease
+from pipeline.worker.open_job import open_job
 
 SHAPE = (6, 40, 32)
 SMALL: dict[str, Any] = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
@@ -194,7 +196,7 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
     """Its tasks are called as this run's might be, and go on after it: two runs of one target share no key."""
     with cluster.connect(ClusterConfig(workers=1), 1) as client:
         job = job_of("/nowhere", 1, 1)
-        prefixes = {_Window(client, job, process_lease)._prefix for _ in range(2)}
+        prefixes = {InFlight(client, job, process_lease)._prefix for _ in range(2)}
         assert len(prefixes) == 2
         assert {key_split(f"{prefix}-1") for prefix in prefixes} == {"lease"}
         heard = Answers(client, "lease-mine")

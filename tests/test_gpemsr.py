@@ -1,4 +1,4 @@
-"""The paper's network in the pipeline: law 1 with random weights, rings carried over slabs, weights refused or found."""
+"""The paper's network in the pipeline: law 1 with random weights, caches carried over slabs, weights refused or found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KEYS = {"network__name": "gpemsr", "network__preset": "small", "network__cell": 
 
 
 def test_law_1_with_the_real_network(small: Path, tmp_path: Path) -> None:
-    """Other slabs, workers with leases that carry rings, a box in the middle: the same bytes."""
+    """Other slabs, workers with leases that carry caches, a box in the middle: the same bytes."""
     write_lr(tmp_path / "lr.zarr", texture((4, 24, 24)))
     keys = KEYS | {"network__weights": str(small)}
     run_here(volume_yaml(tmp_path / "a.yaml", "lr.zarr", "a", **keys, work__slab_shape=[4, 32, 32]))

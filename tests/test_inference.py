@@ -15,12 +15,17 @@ import models
 from pipeline.base.errors import NetworkError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig
-from pipeline.inference.network import Network, Rings, back_projection_error, describe, pad_laterally, super_resolve
-from pipeline.plan.plan import Lattice, Plan, Slab
+from pipeline.inference.describe import describe
+from pipeline.inference.network import Network
+from pipeline.inference.tiles import SectionCaches, back_projection_error, pad_laterally, super_resolve
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan, Slab
 from pipeline.worker.pyramid import halve
 
 
-def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box, rings: Rings | None = None) -> np.ndarray:
+def compute(
+    network: Network, volume: np.ndarray, origin: ZYX, box: Box, caches: SectionCaches | None = None
+) -> np.ndarray:
     """SR of `box` as one slab of a volume whose first voxel is `origin`."""
     lattice = network.spec.lattice
     bounds = Box.at(origin, ZYX.of(volume.shape))
@@ -28,7 +33,7 @@ def compute(network: Network, volume: np.ndarray, origin: ZYX, box: Box, rings: 
     slab = Slab(0, box, lattice.padded(box).intersect(bounds), box)
     sections = [plan.section(z) for z in range(box.start.z - lattice.z_halo, box.stop.z + lattice.z_halo)]
     _, rows, cols = slab.read.slices(origin)
-    return super_resolve(network, volume[[z - origin.z for z in sections]][:, rows, cols], sections, plan, slab, rings)
+    return super_resolve(network, volume[[z - origin.z for z in sections]][:, rows, cols], sections, slab, caches)
 
 
 def whole_bicubic(volume: np.ndarray, scale: int) -> np.ndarray:
@@ -185,8 +190,8 @@ def test_carried_rings_change_no_byte_and_save_the_halo() -> None:
     network.module.encode_section = lambda section: calls.append(1) or encode(section)
     boxes = [Box.of((z, 0, 0), (z + 3, 32, 32)) for z in (0, 3, 6)]
     alone = [compute(network, volume, ZYX(0, 0, 0), box) for box in boxes]
-    plain, rings = len(calls), {}
+    plain, caches = len(calls), {}
     calls.clear()
-    carried = [compute(network, volume, ZYX(0, 0, 0), box, rings) for box in boxes]
+    carried = [compute(network, volume, ZYX(0, 0, 0), box, caches) for box in boxes]
     assert all((a == b).all() for a, b in zip(alone, carried, strict=True))
     assert (plain, len(calls)) == (4 * (5 + 7 + 5), 4 * 9)

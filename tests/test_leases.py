@@ -10,21 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box
-from pipeline.plan.plan import Lattice, Plan
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan
+from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
 from pipeline.schedule.leases import (
-    LATE_LEAST_S,
-    LEASE_MOST,
     LEASE_S,
+    MAX_LEASE_TASKS,
+    MAX_STARTS,
+    MIN_LATE_S,
     RAMP_FIRST,
     RAMP_PER_S,
-    STARTS_MOST,
-    Crew,
+    Capacity,
     Lease,
     Leases,
 )
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, SKIPPED, WRITTEN, Ledger
-from pipeline.worker.slab import Receipt
+from pipeline.storage.ledger import Ledger
 
 
 def plan_of(columns: int, depth: int) -> Plan:
@@ -47,126 +48,126 @@ def done(span: range, seconds: float, state: int = WRITTEN) -> list[Receipt]:
     return [Receipt(i, state, seconds=seconds) for i in span]
 
 
-def take(leases: Leases, now: float, crew: Crew) -> Lease:
-    lease = leases.next(now, crew)
+def take(leases: Leases, now: float, capacity: Capacity) -> Lease:
+    lease = leases.next(now, capacity)
     assert lease is not None
     return lease
 
 
-def measured(leases: Leases, seconds: float, crew: Crew) -> None:
+def measured(leases: Leases, seconds: float, capacity: Capacity) -> None:
     """One task is handed out and comes back: from now on there is a measurement."""
-    first = take(leases, 0.0, crew)
+    first = take(leases, 0.0, capacity)
     assert len(first.span) == 1, "one task until there is a measurement"
     leases.ended(first, done(first.span, seconds))
 
 
 @pytest.mark.parametrize(
     ("seconds", "threads", "tasks"),
-    [(1.0, 2, int(LEASE_S)), (0.001, 2, LEASE_MOST), (60.0, 2, 1), (10.0, 2000, 2), (10.0, 20_000, 20)],
+    [(1.0, 2, int(LEASE_S)), (0.001, 2, MAX_LEASE_TASKS), (60.0, 2, 1), (10.0, 2000, 2), (10.0, 20_000, 20)],
 )
 def test_a_lease_is_five_seconds_of_measured_tasks_and_longer_with_many_workers(
     ledger_of: object, seconds: float, threads: int, tasks: int
 ) -> None:
     """2,000 threads: 20 s; 20,000: 200 s, so that 100 leases end in a second."""
-    crew = Crew(threads, threads)
+    capacity = Capacity(threads, threads)
     leases = begun(ledger_of, 20_000, 128)
-    measured(leases, seconds, crew)
-    assert len(take(leases, 0.0, crew).span) == tasks
+    measured(leases, seconds, capacity)
+    assert len(take(leases, 0.0, capacity).span) == tasks
 
 
 def test_a_lease_ends_with_its_column(ledger_of: object) -> None:
-    crew = Crew(1, 1)
+    capacity = Capacity(1, 1)
     leases = begun(ledger_of, 400, 3)
-    measured(leases, 0.01, crew)
-    assert [take(leases, 0.0, crew).span for _ in range(2)] == [range(1, 3), range(3, 6)]
+    measured(leases, 0.01, capacity)
+    assert [take(leases, 0.0, capacity).span for _ in range(2)] == [range(1, 3), range(3, 6)]
 
 
 def test_near_the_end_leases_shrink_but_not_below_half_a_second(ledger_of: object) -> None:
-    crew = Crew(2, 2)
+    capacity = Capacity(2, 2)
     leases = begun(ledger_of, 1, 41)
-    measured(leases, 0.2, crew)
-    assert len(take(leases, 0.0, crew).span) == 40 // (2 * crew.slots)
+    measured(leases, 0.2, capacity)
+    assert len(take(leases, 0.0, capacity).span) == 40 // (2 * capacity.slots)
     leases = begun(ledger_of, 1, 41)
-    measured(leases, 0.05, crew)
-    assert len(take(leases, 0.0, crew).span) == 10
+    measured(leases, 0.05, capacity)
+    assert len(take(leases, 0.0, capacity).span) == 10
 
 
 def test_what_a_worker_gives_back_is_handed_out_next(ledger_of: object) -> None:
-    crew = Crew(1, 1)
+    capacity = Capacity(1, 1)
     leases = begun(ledger_of, 100, 40)
-    measured(leases, 0.1, crew)
-    lease = take(leases, 0.0, crew)
+    measured(leases, 0.1, capacity)
+    lease = take(leases, 0.0, capacity)
     assert lease.span == range(1, 40)
     assert len(leases.ended(lease, done(lease.span[:10], 1.0))) == 10
-    assert take(leases, 0.0, crew).span.start == 11
+    assert take(leases, 0.0, capacity).span.start == 11
 
 
 def test_a_run_begins_as_a_ramp(ledger_of: object) -> None:
-    crew = Crew(1024, 2048)
+    capacity = Capacity(1024, 2048)
     leases = begun(ledger_of, 10_000, 10)
 
     def handed_out(now: float) -> int:
         count = 0
-        while leases.next(now, crew) is not None:
+        while leases.next(now, capacity) is not None:
             count += 1
         return count
 
     assert handed_out(0.0) == RAMP_FIRST
     assert handed_out(10.0) == 10 * RAMP_PER_S
-    assert handed_out(1e4) == crew.slots - RAMP_FIRST - 10 * RAMP_PER_S
+    assert handed_out(1e4) == capacity.slots - RAMP_FIRST - 10 * RAMP_PER_S
     assert handed_out(2e4) == 0
 
 
 def test_a_late_lease_is_started_again_only_when_nothing_else_is_left(ledger_of: object) -> None:
-    crew = Crew(2, 4)
+    capacity = Capacity(2, 4)
     leases = begun(ledger_of, 4, 1)
-    stuck = take(leases, 0.0, crew)
-    others = [take(leases, 0.0, crew) for _ in range(2)]
+    stuck = take(leases, 0.0, capacity)
+    others = [take(leases, 0.0, capacity) for _ in range(2)]
     for lease in others:
         leases.ended(lease, done(lease.span, 1.0))
-    fresh = take(leases, 1000.0, crew)
+    fresh = take(leases, 1000.0, capacity)
     assert fresh is not stuck, "a pending task comes first, however late the lease is"
-    assert take(leases, 1000.0, crew) is stuck
-    assert leases.next(1000.0, crew) is None
+    assert take(leases, 1000.0, capacity) is stuck
+    assert leases.next(1000.0, capacity) is None
     leases.ended(fresh, done(fresh.span, 1.0))
     assert leases.ended(stuck, done(stuck.span, 1.0)), "the first answer counts"
     assert stuck.closed
     assert leases.out == 0
-    assert leases.next(2000.0, crew) is None
+    assert leases.next(2000.0, capacity) is None
 
 
 def test_how_late_is_late(ledger_of: object) -> None:
     """Three times what slow tasks would take: here 1 task of 4 s, one that waited before it, and one more for good measure: 36 s."""
-    crew = Crew(2, 2)
+    capacity = Capacity(2, 2)
     leases = begun(ledger_of, 3, 1)
-    stuck, other = take(leases, 0.0, crew), take(leases, 0.0, crew)
+    stuck, other = take(leases, 0.0, capacity), take(leases, 0.0, capacity)
     leases.ended(other, done(other.span, 4.0))
-    third = take(leases, 0.0, crew)
+    third = take(leases, 0.0, capacity)
     leases.ended(third, done(third.span, 4.0))
-    assert leases.next(23.0, crew) is None  # the first lease has nobody before it: 3 * (1 + 1) * 4 s
-    assert leases.next(25.0, crew) is stuck
-    assert leases.next(26.0, crew) is None
-    crew = Crew(4, 4)
-    assert leases.next(51.0, crew) is stuck
-    assert stuck.starts == STARTS_MOST
-    assert leases.next(1000.0, crew) is None
-    assert LATE_LEAST_S < 23
+    assert leases.next(23.0, capacity) is None  # the first lease has nobody before it: 3 * (1 + 1) * 4 s
+    assert leases.next(25.0, capacity) is stuck
+    assert leases.next(26.0, capacity) is None
+    capacity = Capacity(4, 4)
+    assert leases.next(51.0, capacity) is stuck
+    assert stuck.starts == MAX_STARTS
+    assert leases.next(1000.0, capacity) is None
+    assert MIN_LATE_S < 23
 
 
 def test_alone_on_one_worker_nothing_is_started_again(ledger_of: object) -> None:
     leases = begun(ledger_of, 2, 1)
-    measured(leases, 1.0, Crew(1, 2))
-    take(leases, 0.0, Crew(1, 2))
-    assert leases.next(1000.0, Crew(1, 2)) is None
-    assert leases.next(1000.0, Crew(2, 4)) is not None
+    measured(leases, 1.0, Capacity(1, 2))
+    take(leases, 0.0, Capacity(1, 2))
+    assert leases.next(1000.0, Capacity(1, 2)) is None
+    assert leases.next(1000.0, Capacity(2, 4)) is not None
 
 
 def test_a_quarantined_answer_waits_for_the_other_copy(ledger_of: object) -> None:
-    crew = Crew(2, 4)
+    capacity = Capacity(2, 4)
     leases = begun(ledger_of, 2, 1)
-    measured(leases, 1.0, crew)
-    lease = take(leases, 0.0, crew)
-    assert take(leases, 1000.0, crew) is lease
+    measured(leases, 1.0, capacity)
+    lease = take(leases, 0.0, capacity)
+    assert take(leases, 1000.0, capacity) is lease
     assert leases.ended(lease, done(lease.span, 1.0, QUARANTINED)) == ()
     assert not lease.closed
     assert leases.ended(lease, done(lease.span, 1.0))[0].state == WRITTEN
@@ -174,22 +175,22 @@ def test_a_quarantined_answer_waits_for_the_other_copy(ledger_of: object) -> Non
 
 
 def test_only_a_task_that_dies_alone_is_given_up(ledger_of: object) -> None:
-    crew = Crew(1, 4)
+    capacity = Capacity(1, 4)
     leases = begun(ledger_of, 2, 4)
-    measured(leases, 0.1, crew)
-    lease = take(leases, 0.0, crew)
+    measured(leases, 0.1, capacity)
+    lease = take(leases, 0.0, capacity)
     assert lease.span == range(1, 4)
     assert leases.died(lease) == ()
-    singles = [take(leases, 0.0, crew) for _ in range(3)]
+    singles = [take(leases, 0.0, capacity) for _ in range(3)]
     assert [s.span for s in singles] == [range(i, i + 1) for i in (1, 2, 3)]
-    beside = take(leases, 0.0, crew)
+    beside = take(leases, 0.0, capacity)
     assert leases.died(singles[0]) == ()
     for other in (*singles[1:], beside):
-        assert leases.next(0.0, crew) is None
+        assert leases.next(0.0, capacity) is None
         leases.ended(other, done(other.span, 0.1))
-    alone = take(leases, 0.0, crew)
+    alone = take(leases, 0.0, capacity)
     assert (alone.span, alone.alone) == (range(1, 2), True)
-    assert leases.next(0.0, crew) is None
+    assert leases.next(0.0, capacity) is None
     (given_up,) = leases.died(alone)
     assert (given_up.index, given_up.state) == (1, QUARANTINED)
     assert "LR box" in given_up.error
@@ -201,7 +202,7 @@ def test_only_a_task_that_dies_alone_is_given_up(ledger_of: object) -> None:
 def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject) -> None:
     """Any order of answers, whole and in part, of deaths, copies and quarantines."""
     plan = plan_of(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)))
-    crew = Crew(3, data.draw(st.integers(3, 6)))
+    capacity = Capacity(3, data.draw(st.integers(3, 6)))
     with tempfile.TemporaryDirectory() as folder:
         leases = Leases(
             plan, Ledger(Store(f"file://{folder}"), "d" * 64, plan.slabs, "r"), range(plan.slabs), began=0.0
@@ -211,9 +212,9 @@ def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject)
         now = 0.0
         for _ in range(1000):
             now += data.draw(st.sampled_from([0.1, 2.0, 100.0]))
-            while (lease := leases.next(now, crew)) is not None:
+            while (lease := leases.next(now, capacity)) is not None:
                 copies.append(lease)
-            assert len(copies) <= crew.slots
+            assert len(copies) <= capacity.slots
             assert not any(lease.alone for lease in copies) or len(copies) == 1
             if not leases.out:
                 break
@@ -238,21 +239,21 @@ def test_every_task_is_closed_exactly_once_whatever_happens(data: st.DataObject)
 
 def test_skipped_tasks_do_not_teach_what_is_slow(ledger_of: object) -> None:
     """After empty slabs, which end in milliseconds, the first real one is not late, however long it takes."""
-    crew = Crew(2, 2)
+    capacity = Capacity(2, 2)
     leases = begun(ledger_of, 24, 1)
-    while (lease := take(leases, 0.0, crew)).span.stop < 24:
+    while (lease := take(leases, 0.0, capacity)).span.stop < 24:
         leases.ended(lease, done(lease.span, 0.001, SKIPPED))
-    assert leases.next(1e6, crew) is None, "nothing was written yet, so nothing can be late"
+    assert leases.next(1e6, capacity) is None, "nothing was written yet, so nothing can be late"
 
 
 def test_a_lease_has_no_more_copies_than_there_are_workers(ledger_of: object) -> None:
     """A third copy beside two that run would have no worker to go to."""
-    crew = Crew(2, 2)
+    capacity = Capacity(2, 2)
     leases = begun(ledger_of, 2, 1)
-    measured(leases, 1.0, crew)
-    slow = take(leases, 0.0, crew)
-    assert leases.next(1e3, crew) is slow, "a second copy, on the other worker"
-    assert leases.next(1e6, crew) is None
-    assert leases.next(2e6, Crew(3, 3)) is slow, "a third one when a third worker has come"
+    measured(leases, 1.0, capacity)
+    slow = take(leases, 0.0, capacity)
+    assert leases.next(1e3, capacity) is slow, "a second copy, on the other worker"
+    assert leases.next(1e6, capacity) is None
+    assert leases.next(2e6, Capacity(3, 3)) is slow, "a third one when a third worker has come"
     leases.ended(slow, done(slow.span, 1.0))
     assert not leases.out

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pipeline.base.errors import LedgerError
+from pipeline.plan.receipt import PENDING, QUARANTINED, SKIPPED, WRITTEN, Receipt
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import PENDING, QUARANTINED, SKIPPED, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lock import KEY, TargetLease, holder
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.target_lock import KEY, TargetLock, holder
 
 DIGEST = "d" * 64
 
@@ -32,7 +33,7 @@ def opened(folder: Path | str, tasks: int, run: str = "r") -> Ledger:
 
 def test_what_is_flushed_is_there_for_the_next_run(tmp_path: Path) -> None:
     book = opened(tmp_path, 10)
-    book.record([Entry(3, WRITTEN, 7, 100, 0.5), Entry(4, SKIPPED), Entry(9, QUARANTINED, error="why\nmore")])
+    book.record([Receipt(3, WRITTEN, 7, 100, 0.5), Receipt(4, SKIPPED), Receipt(9, QUARANTINED, error="why\nmore")])
     book.flush()
     again = opened(tmp_path, 10, "s")
     assert again.counts() == {"pending": 7, "written": 1, "skipped": 1, "quarantined": 1}
@@ -48,10 +49,10 @@ def test_newest_record_wins_also_after_snapshots(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ledger_module, "SNAPSHOT_EVERY", 2)
     for run in range(5):
         book = opened(tmp_path, 6, f"r{run}")
-        book.record([Entry(run, QUARANTINED, error="x")])
+        book.record([Receipt(run, QUARANTINED, error="x")])
         book.flush()
         if run:
-            book.record([Entry(run - 1, WRITTEN)])
+            book.record([Receipt(run - 1, WRITTEN)])
             book.flush()
     assert opened(tmp_path, 6).counts() == {"pending": 1, "written": 4, "skipped": 0, "quarantined": 1}
     assert any("snapshot" in f.name for f in tmp_path.rglob("*"))
@@ -64,7 +65,7 @@ def test_a_damaged_segment_loses_its_records_and_nothing_else(cut: int, flip: bo
     with tempfile.TemporaryDirectory() as folder:
         book = opened(folder, 20)
         for i in range(10):
-            book.record([Entry(i, WRITTEN)])
+            book.record([Receipt(i, WRITTEN)])
             if i in (4, 9):
                 book.flush()
         segment = next(f for f in Path(folder).rglob("segment-*02-*"))
@@ -94,7 +95,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 29), state=st.sampled_from([WRITTEN, SKIPPED, QUARANTINED, PENDING]))
     def record(self, index: int, state: int) -> None:
-        self.book.record([Entry(index, state)])
+        self.book.record([Receipt(index, state)])
         self.queued[index] = state
 
     @rule()
@@ -126,12 +127,13 @@ TestLedgerMachine = LedgerMachine.TestCase
 _WRITER = """
 import sys
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import WRITTEN, Entry, Ledger
+from pipeline.storage.ledger import Ledger
+from pipeline.plan.receipt import WRITTEN, Receipt
 book = Ledger(Store("file://" + sys.argv[1]), "d" * 64, 1_000_000, sys.argv[2])
 book.load()
 i = book.counts()["written"]
 while True:
-    book.record(Entry(i + k, WRITTEN, i + k) for k in range(50))
+    book.record(Receipt(i + k, WRITTEN, i + k) for k in range(50))
     book.flush()
     i += 50
     print(i, flush=True)
@@ -155,23 +157,25 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
-    code = "import sys, time; from pipeline.storage.kv import Store; from pipeline.storage.target_lock import TargetLease; "
-    code += "TargetLease(Store('file://' + sys.argv[1]), 'first').acquire(); print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from pipeline.storage.kv import Store; from pipeline.storage.target_lock import TargetLock; "
+    )
+    code += "TargetLock(Store('file://' + sys.argv[1]), 'first').acquire(); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with pytest.raises(LedgerError, match="another run \\(first, process"):
-            TargetLease(store, "second").acquire()
+            TargetLock(store, "second").acquire()
         seen = holder(store)
         assert seen is not None
         assert seen["pid"] == first.pid
         first.kill()
         first.wait()
-    second = TargetLease(store, "second")
+    second = TargetLock(store, "second")
     second.acquire()
     second.release()
     assert holder(store) is None
-    TargetLease(store, "third").acquire()
+    TargetLock(store, "third").acquire()
 
 
 def test_a_silent_lease_of_another_machine_runs_out(tmp_path: Path) -> None:
@@ -186,10 +190,10 @@ def test_a_silent_lease_of_another_machine_runs_out(tmp_path: Path) -> None:
     }
     store.put(KEY, json.dumps(lease).encode())
     with pytest.raises(LedgerError, match="far"):
-        TargetLease(store, "near").acquire()
+        TargetLock(store, "near").acquire()
     for renewed in (
         time.time() - 61,
         time.time() + 3600,
     ):  # the second was written by a clock that has been set back since
         store.put(KEY, json.dumps(lease | {"renewed": renewed}).encode())
-        TargetLease(store, "near").acquire()
+        TargetLock(store, "near").acquire()

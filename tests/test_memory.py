@@ -18,19 +18,24 @@ from models.network import SuperResolver
 from pipeline import run
 from pipeline.base.errors import DataError, TooLargeError
 from pipeline.base.geometry import ZYX, Box
-from pipeline.inference.network import NetworkSpec, footprint
-from pipeline.plan.plan import Lattice, LevelSpec, Plan
+from pipeline.inference.footprint import footprint
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint, memory_bytes
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.process import device
 
 _PEAK = """
 import sys
 import numpy as np
 from pipeline.process import allocator
-from pipeline.inference.network import Network, NetworkSpec, footprint
-from pipeline.plan.plan import Lattice
+from pipeline.inference.network import Network
+from pipeline.inference.footprint import footprint
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.lattice import Lattice
 name, scale, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-allocator.settle()
+allocator.configure_malloc()
 network = Network(NetworkSpec("gpemsr", scale, name, "", "float32", Lattice(tile - 16, 8, 5, "mirror")))
 sections = np.random.default_rng(0).integers(0, 256, (6, tile, tile), dtype=np.uint8)
 out, keep = np.zeros((2, scale * tile, scale * tile), np.uint8), (slice(None), slice(None))
@@ -72,12 +77,12 @@ def a_plan(lattice: Lattice) -> Plan:
     return Plan(box, box, ZYX(4, 64, 64), 8, lattice, (level,), None)
 
 
-def test_the_promise_counts_one_tile_and_the_rings_of_every_slab_in_flight() -> None:
+def test_the_promise_counts_one_tile_and_the_caches_of_every_slab_in_flight() -> None:
     plan = a_plan(Lattice(32, 8, 5, "mirror"))  # four tiles a slab
-    held = Footprint(tile=10**9, ring=10**6)
-    assert held.rings(plan) == 4 * 10**6
+    held = Footprint(tile_bytes=10**9, cache_bytes=10**6)
+    assert held.slab_cache_bytes(plan) == 4 * 10**6
     for in_flight in (2, 3, 5):
-        more = memory_bytes(plan, in_flight, 0, 1.0, held) - memory_bytes(plan, in_flight, 0, 1.0)
+        more = memory_bytes(plan, in_flight, 0, 1.0, held) - memory_bytes(plan, in_flight, 0, 1.0, Footprint())
         assert more == pytest.approx(10**9 + in_flight * 4 * 10**6, abs=plan.levels[0].shape.product * 4)
 
 
@@ -86,7 +91,7 @@ def test_lower_precision_needs_half() -> None:
         footprint(NetworkSpec("gpemsr", 8, "paper", "", precision, Lattice(64, 8, 5, "mirror")))
         for precision in ("float32", "bfloat16")
     )
-    assert half.tile - memory.WARM_BYTES == pytest.approx((whole.tile - memory.WARM_BYTES) / 2, rel=0.01)
+    assert half.tile_bytes - memory.WARM_BYTES == pytest.approx((whole.tile_bytes - memory.WARM_BYTES) / 2, rel=0.01)
 
 
 KEYS = {"network__name": "gpemsr", "network__preset": "small", "target__mips": 1}
@@ -121,16 +126,17 @@ _SHORT = """
 import resource, sys
 from pipeline.config import volume as config
 from pipeline.process import device
-from pipeline.worker import slab as worker
+from pipeline.worker.lease import process_lease
+from pipeline.open_job import open_job
 from pipeline.prepare.prepare import prepare
-from pipeline.storage.ledger import WRITTEN
+from pipeline.plan.receipt import WRITTEN
 job = prepare(config.load(sys.argv[1])).job
-assert worker.process_lease(job, 0, 1).receipts[0].state == WRITTEN
-opened = worker.open_job(job)
+assert process_lease(job, 0, 1).receipts[0].state == WRITTEN
+opened = open_job(job)
 vms = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:"))
 for more in range(400, 100, -50):
     resource.setrlimit(resource.RLIMIT_AS, (vms + (more << 20), -1))
-    if error := worker.process_lease(job, 1, 2).receipts[0].error:
+    if error := process_lease(job, 1, 2).receipts[0].error:
         print(error)
         break
 """

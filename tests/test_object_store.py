@@ -25,10 +25,11 @@ from test_inference import whole_bicubic
 
 from pipeline import status, verify, view
 from pipeline.base.errors import TransientError
+from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, WRITTEN, Entry, Ledger
-from pipeline.storage.target_lock import TargetLease, holder
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.target_lock import TargetLock, holder
 from pipeline.viewer.file_server import serving
 
 VOXELS = texture((4, 48, 40))
@@ -103,7 +104,7 @@ def test_records_wait_for_a_store_that_is_away(
     book = Ledger(store, "d" * 64, 4, "r")
     gateway.share, gateway.silence_s = 1.0, 0.0
     try:
-        book.record([Entry(2, WRITTEN, 7, 100), Entry(3, QUARANTINED, error="why")])
+        book.record([Receipt(2, WRITTEN, 7, 100), Receipt(3, QUARANTINED, error="why")])
         book.tick()
         assert book.counts()["written"] == 1
         monkeypatch.setattr(ledger_module, "PATIENCE_S", -1.0)
@@ -124,7 +125,7 @@ def test_a_lease_whose_answer_was_lost_is_held(
     """The conditional write was carried out, its answer cut off: the retry finds the object changed, by ourselves."""
     boto3.client("s3").create_bucket(Bucket="lost")
     store = Store("s3://lost/sr.emsr")
-    held = TargetLease(store, "ours")
+    held = TargetLock(store, "ours")
     held.refuse_others()
     answers = iter([("", True), ("cut", True)])  # the lease is read, then written
     monkeypatch.setattr(gateway, "fault", lambda: next(answers, ("", True)))
@@ -172,14 +173,14 @@ def test_the_main_job_on_gcs(
 LEASE = """
 from pipeline.storage.kv import Store
 store = Store("gs://brain/lease")
-assert store.get_with_generation("lease.json")[0] is None
-free = store.get_with_generation("lease.json")[1]
-assert store.put_if("lease.json", b"a", free), "the first one takes it"
-assert not store.put_if("lease.json", b"b", free), "the second one is too late"
-value, generation = store.get_with_generation("lease.json")
+assert store.get_with_generation("lock.json")[0] is None
+free = store.get_with_generation("lock.json")[1]
+assert store.put_if("lock.json", b"a", free), "the first one takes it"
+assert not store.put_if("lock.json", b"b", free), "the second one is too late"
+value, generation = store.get_with_generation("lock.json")
 assert value == b"a"
-assert store.put_if("lease.json", b"c", generation)
-assert store.get("lease.json") == b"c"
+assert store.put_if("lock.json", b"c", generation)
+assert store.get("lock.json") == b"c"
 """
 
 

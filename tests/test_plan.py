@@ -14,7 +14,8 @@ from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import TargetConfig
 from pipeline.plan import price
-from pipeline.plan.plan import Lattice, Plan
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan
 from pipeline.prepare import layout
 
 
@@ -134,9 +135,11 @@ began = time.perf_counter()
 from pipeline.prepare import layout
 from pipeline.config.volume import TargetConfig
 from pipeline.base.geometry import ZYX, Box
-from pipeline.plan.plan import Lattice, Plan
+from pipeline.plan.plan import Plan
+from pipeline.plan.lattice import Lattice
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import PENDING, Ledger
+from pipeline.storage.ledger import Ledger
+from pipeline.plan.receipt import PENDING
 box = Box.of((0, 0, 0), (8000, 51200, 51200))
 shapes = layout.choose(box.shape, 8, TargetConfig(url="x"), None)
 plan = Plan(box, box, shapes.slab_shape, 8, Lattice(64, 8, 5, "mirror"), shapes.levels, shapes.fidelity)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage.precomputed_sharding import (
     MAX_PRESHIFT_BITS,
     bits_for,
@@ -23,7 +24,6 @@ from pipeline.storage.precomputed_sharding import (
     shard_shapes,
 )
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
-from pipeline.storage.volume import LevelSpec
 
 grids = st.builds(ZYX, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 

@@ -18,14 +18,15 @@ from werkzeug.serving import make_server
 
 from pipeline import status
 from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.plan.requests import RequestRates
 from pipeline.storage import requests
 from pipeline.storage.kv import Store
-from pipeline.storage.requests import Pace, Rates
+from pipeline.storage.requests import Pace
 
 
 def test_a_share_is_the_bound_over_the_workers() -> None:
-    assert Rates(5000, None).share(1000) == Rates(5.0, None)
-    assert Rates(10, 4).share(0) == Rates(10, 4)
+    assert RequestRates(5000, None).share(1000) == RequestRates(5.0, None)
+    assert RequestRates(10, 4).share(0) == RequestRates(10, 4)
 
 
 def test_requests_wait_for_their_turn() -> None:
@@ -53,14 +54,14 @@ def test_threads_share_one_pace() -> None:
 
 def test_puts_are_paced(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
-    requests.limit(Rates(write=50))
+    requests.limit(RequestRates(write=50))
     try:
         began = time.monotonic()
         for _ in range(2):
             store.put_all({str(i): b"x" for i in range(50)})
         assert time.monotonic() - began >= 0.9
     finally:
-        requests.limit(Rates())
+        requests.limit(RequestRates())
 
 
 def test_chunks_of_a_box() -> None:

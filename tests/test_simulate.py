@@ -20,7 +20,6 @@ from simulate import World, simulate
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
 from pipeline.plan.plan import Plan
-from pipeline.schedule.execute import drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, Ledger
 

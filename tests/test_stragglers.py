@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +13,15 @@ from sleepy import job_of, sleep_and_put
 
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
+from pipeline.plan.receipt import WRITTEN
 from pipeline.schedule import leases
-from pipeline.schedule.execute import Outcome, _Window, drive
-from pipeline.schedule.leases import Crew
+from pipeline.schedule.execute import execute
+from pipeline.schedule.in_flight import InFlight
+from pipeline.schedule.leases import Capacity
+from pipeline.schedule.run_state import RunState
+from pipeline.schedule.totals import RunTotals
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import RECORD, WRITTEN, Ledger
+from pipeline.storage.ledger import RECORD, Ledger
 
 
 def recorded(folder: Path) -> Counter[int]:
@@ -41,23 +44,23 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def test_a_stopped_worker_does_not_hold_up_the_end(tmp_path: Path, ledger: Ledger) -> None:
     """The process is stopped half-way, with leases running and waiting; Dask itself would take it for dead after five minutes."""
-    job = job_of(str(tmp_path / "sr"), 20, 2)
+    run = RunState(job_of(str(tmp_path / "sr"), 20, 2), ledger)
     with connect(ClusterConfig(workers=2), 2) as client:
         victim = next(iter(client.run(os.getpid).values()))
         stopped: list[int] = []
 
-        def stop_half_way(outcome: Outcome) -> None:
-            if outcome.written >= 20 and not stopped:
-                stopped.append(outcome.written)
+        def stop_half_way(totals: RunTotals) -> None:
+            if totals.written >= 20 and not stopped:
+                stopped.append(totals.written)
                 os.kill(victim, signal.SIGSTOP)
 
         try:
-            outcome = drive(client, job, ledger, threading.Event(), progress=stop_half_way, work=sleep_and_put)
+            execute(client, run, sleep_and_put, stop_half_way)
         finally:
             os.kill(victim, signal.SIGCONT)
     assert stopped[0] < 40
-    assert outcome.started_again >= 1
-    assert outcome.written == 40
+    assert run.totals.started_again >= 1
+    assert run.totals.written == 40
     assert recorded(tmp_path / "ledger") == Counter(range(40))
     assert put(tmp_path / "sr") == {f"task-{i}": str(i) for i in range(40)}
 
@@ -68,15 +71,15 @@ def test_the_first_answer_counts_and_the_other_is_dropped(
     """One task hangs on the worker that tries it first, in the middle of the run; every worker answers all the time."""
     monkeypatch.setenv("HANGS", "17")
     (tmp_path / "sr").mkdir()
-    job = job_of(str(tmp_path / "sr"), 20, 2)
+    run = RunState(job_of(str(tmp_path / "sr"), 20, 2), ledger)
     with connect(ClusterConfig(workers=2), 1) as client:
-        outcome = drive(client, job, ledger, threading.Event(), work=sleep_and_put)
+        execute(client, run, sleep_and_put)
         left = client.run_on_scheduler(
             lambda dask_scheduler: {prefix: len(found.groups) for prefix, found in dask_scheduler.task_prefixes.items()}
         )
     assert (tmp_path / "sr" / "tried-17").exists()
-    assert outcome.started_again >= 1, "what waits behind it on that worker is started again too"
-    assert outcome.written == 40
+    assert run.totals.started_again >= 1, "what waits behind it on that worker is started again too"
+    assert run.totals.written == 40
     assert recorded(tmp_path / "ledger") == Counter(range(40))
     assert set(left) <= {"lease"}, "nothing that lives for ever is named after a slab or lease"
 
@@ -87,28 +90,22 @@ def test_a_slow_slab_after_empty_ones_is_waited_for(
     """Two workers, 39 slabs outside the mask, one real one that takes a hundred times what would make it late."""
     monkeypatch.setenv("EMPTY", "39")
     monkeypatch.setenv("TASK_S", "10")
-    monkeypatch.setattr(leases, "LATE_LEAST_S", 0.1)
-    job = job_of(str(tmp_path / "sr"), 40, 1)
+    monkeypatch.setattr(leases, "MIN_LATE_S", 0.1)
+    run = RunState(job_of(str(tmp_path / "sr"), 40, 1), ledger)
     with connect(ClusterConfig(workers=2), 1) as client:
-        outcome = drive(client, job, ledger, threading.Event(), work=sleep_and_put)
-    assert (outcome.skipped, outcome.written, outcome.started_again) == (39, 1, 0)
+        execute(client, run, sleep_and_put)
+    assert (run.totals.skipped, run.totals.written, run.totals.started_again) == (39, 1, 0)
 
 
-def test_a_copy_that_no_other_worker_can_take_still_runs(
-    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_no_other_worker_can_take_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheduler counts two workers, of which one has gone since: the copy is submitted all the same."""
-    monkeypatch.setattr(_Window, "crew", lambda self: Crew(2, 2))
-    monkeypatch.setattr(leases, "LATE_LEAST_S", 0.1)
-    monkeypatch.setattr(leases, "LATE", 0.0)
+    monkeypatch.setattr(InFlight, "capacity", lambda self: Capacity(2, 2))
+    monkeypatch.setattr(leases, "MIN_LATE_S", 0.1)
+    monkeypatch.setattr(leases, "LATE_FACTOR", 0.0)
     monkeypatch.setenv("TASK_S", "1.5")
+    ledger = Ledger(Store(f"file://{tmp_path / 'ledger'}"), "0" * 64, 4, "r")
+    run = RunState(job_of(str(tmp_path / "sr"), 4, 1), ledger)
     with connect(ClusterConfig(workers=1), 1) as client:
-        outcome = drive(
-            client,
-            job_of(str(tmp_path / "sr"), 4, 1),
-            Ledger(Store(f"file://{tmp_path / 'small'}"), "0" * 64, 4, "r"),
-            threading.Event(),
-            work=sleep_and_put,
-        )
-    assert outcome.started_again >= 1
-    assert outcome.written == 4
+        execute(client, run, sleep_and_put)
+    assert run.totals.started_again >= 1
+    assert run.totals.written == 4

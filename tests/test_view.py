@@ -33,9 +33,12 @@ from skimage.registration import phase_cross_correlation
 
 from pipeline import status
 from pipeline.config import volume as config
-from pipeline.prepare.prepare import claim, prepare, sidecar
+from pipeline.config.urls import sidecar
+from pipeline.plan.receipt import QUARANTINED, Receipt
+from pipeline.prepare.place import claim
+from pipeline.prepare.prepare import prepare
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, Entry, Ledger
+from pipeline.storage.ledger import Ledger
 from pipeline.view import browser_url, main
 from pipeline.viewer.file_server import serving
 
@@ -179,9 +182,11 @@ def give_up(volume: Path, tasks: list[int]) -> None:
     """A claimed target whose ledger holds these tasks as quarantined."""
     prepared = prepare(config.load(volume))
     store = Store(sidecar(prepared.job.target.url))
-    claim(prepared, store)
+    claim(prepared)
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "r")
-    ledger.record(Entry(i, QUARANTINED, error=f"its chunk {i} is missing\n\nTraceback", worker="host:1") for i in tasks)
+    ledger.record(
+        Receipt(i, QUARANTINED, error=f"its chunk {i} is missing\n\nTraceback", worker="host:1") for i in tasks
+    )
     ledger.flush()
 
 

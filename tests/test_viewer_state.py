@@ -9,9 +9,8 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.base.geometry import ZYX
-from pipeline.plan.plan import LevelSpec
+from pipeline.plan.target_spec import LevelSpec, TargetSpec
 from pipeline.storage.targets.open import StoredTarget
-from pipeline.storage.volume import TargetSpec
 from pipeline.viewer.source import Native, read_native
 from pipeline.viewer.state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
 

@@ -16,7 +16,7 @@ def sleeper() -> None:
 
 def test_a_stall_is_told_with_its_place() -> None:
     began = time.monotonic()
-    stack = watchdog.watch(sleeper, 0.3)
+    stack = watchdog.run_watched(sleeper, 0.3)
     assert "in sleeper" in stack
     assert "time.sleep(30)" in stack
     assert time.monotonic() - began < 10
@@ -26,9 +26,9 @@ def test_beats_keep_a_long_task_alive() -> None:
     def steps() -> None:
         for _ in range(15):
             time.sleep(0.1)
-            watchdog.beat()
+            watchdog.heartbeat()
 
-    assert watchdog.watch(steps, 1.0) == ""
+    assert watchdog.run_watched(steps, 1.0) == ""
 
 
 def test_what_the_work_raises_is_raised() -> None:
@@ -36,7 +36,7 @@ def test_what_the_work_raises_is_raised() -> None:
         raise ArithmeticError("ours")
 
     with pytest.raises(ArithmeticError, match="ours"):
-        watchdog.watch(fails, 60)
+        watchdog.run_watched(fails, 60)
 
 
 def test_waiting_for_a_lock_is_the_holders_stall() -> None:
@@ -45,13 +45,13 @@ def test_waiting_for_a_lock_is_the_holders_stall() -> None:
     released.start()
 
     def waits() -> None:
-        with watchdog.turn(lock):
+        with watchdog.holding(lock):
             pass
 
-    assert watchdog.watch(waits, 0.3) == ""
+    assert watchdog.run_watched(waits, 0.3) == ""
 
     def holds() -> None:
-        with watchdog.turn(lock):
+        with watchdog.holding(lock):
             time.sleep(30)
 
-    assert "in holds" in watchdog.watch(holds, 0.3)
+    assert "in holds" in watchdog.run_watched(holds, 0.3)

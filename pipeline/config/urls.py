@@ -57,3 +57,8 @@ def local_path(url: str) -> Path | None:
     """The path of a file:// URL (a format prefix is allowed), None for other schemes."""
     _, rest = split_format(url)
     return Path(unquote(urlsplit(rest).path)) if rest.startswith("file://") else None
+
+
+def sidecar(target_url: str) -> str:
+    """The folder of a target's plan, ledger, lock and reports. It lies beside the target, which holds the volume alone."""
+    return split_format(target_url)[1] + ".emsr"

@@ -1,71 +1,43 @@
-"""Task number <-> boxes by formula. Nothing here opens a file or holds a list of slabs.
+"""Which task is which box, by formula: task number -> what is read, what is written. Nothing here opens a file.
 
-One column of slabs along z (the order in which numbers run, so that a lease of consecutive numbers shares its z-halo):
+Along z, the direction in which numbers run, so that a lease of consecutive numbers shares its halo (h, read only):
 
-    z ->   |hh|----slab 0----|hh|
-                          |hh|----slab 1----|hh|         h: halo, read only; the write boxes touch and never overlap
+    z ->    |hhh|----- slab 0 ----|hhh|                       read box of slab 0
+                              |hhh|----- slab 1 ----|hhh|     read box of slab 1
+                |===== slab 0 ====|===== slab 1 ====|         write boxes touch and never overlap
+
+Along y or x:
+
+              |--- cell --|--- cell --|--- cell --|           the lattice
+                  |--------- slab ---------|                  LR voxels that the slab owns
+          |hhh|----------- whole cells -----------|hhh|       read box: cut at the volume's faces
+                  |===== scale x slab =====|                  write box: SR voxels, whole shards
+
+Read boxes are in the source's coordinates. Write boxes are in the target's, whose voxel (0, 0, 0) is the region's
+corner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 
 from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.target_spec import LevelSpec
 
 BLOCK_SIDE = 2048
-"""Rows and columns of a second-pass block, about."""
+"""About how many rows and columns a block of the second pass has."""
 STRIP_ROWS = 512
-"""Rows of the finer level that a block reads at a time, about."""
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """The fixed grid of network inputs: laterally `cell` + `halo` on each side, anchored at global voxel (0, 0) of the
-    source's grid, and `window` sections in z. All LR voxels. Part of the model's definition: it changes the bytes.
-    """
-
-    cell: int
-    halo: int
-    window: int
-    padding: str
-    """`mirror` (about the volume's face) or `edge`: what lateral voxels are invented where a tile leaves the volume."""
-
-    @property
-    def z_halo(self) -> int:
-        return self.window // 2
-
-    @property
-    def tile(self) -> int:
-        return self.cell + 2 * self.halo
-
-    def padded(self, box: Box) -> Box:
-        """All voxels that the tiles owning `box` see, padding included (it may leave the volume)."""
-        cells = ZYX(1, self.cell, self.cell)
-        start, stop = (box.start // cells) * cells, box.stop.ceil_div(cells) * cells
-        return Box(start, stop).grow(ZYX(self.z_halo, self.halo, self.halo))
-
-    def cells(self, box: Box) -> Iterator[Box]:
-        """The parts of `box` by owning cell, in y, x order; each keeps the whole z range of `box`."""
-        first = Box(ZYX(0, box.start.y, box.start.x), ZYX(1, box.stop.y, box.stop.x))
-        for cell in tiles(first, ZYX(1, self.cell, self.cell)):
-            yield Box(ZYX(box.start.z, cell.start.y, cell.start.x), ZYX(box.stop.z, cell.stop.y, cell.stop.x))
-
-
-@dataclass(frozen=True)
-class LevelSpec:
-    """One stored array: shape, chunk and shard in voxels (shard == chunk: not sharded). Coordinates start at (0, 0, 0)."""
-
-    shape: ZYX
-    chunk: ZYX
-    shard: ZYX
+"""About how many rows of the finer level a block reads at a time."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """One unit of work. `lr` are the source voxels it owns (volume coordinates), `read` what it needs of the real volume,
-    `write` its SR voxels in the target's mip 0 array (which starts at the region's corner).
+    """One unit of work.
+
+    `lr` are the source's voxels that it owns, `read` all those that it needs, both in the source's coordinates. `write`
+    are its SR voxels in the array of mip 0, which starts at the region's corner.
     """
 
     index: int
@@ -86,10 +58,13 @@ class PyramidBlock:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers 0 .. slabs-1 are slabs, the rest are blocks of the levels that slabs do not write.
+    """The arithmetic of a run. Tasks 0 .. slabs-1 are slabs; the others are blocks of the levels that slabs do not
+    write.
 
-    `lossy`: the encoding changes voxels. Then every level is averaged from the stored one before it, not from the slab in
-    memory: how far a slab's own memory reaches must not show (law 1). `leave_empty`: a bad section's own output is 0.
+    `bounds` are the source's voxels, `region` those that are super-resolved, both in the source's coordinates;
+    `slab_shape` is in LR voxels. `lossy` means that the encoding changes voxels: then every level is averaged from the
+    stored level before it, never from a slab in memory, since the slab's shape must not show (law 1). `leave_empty`
+    means that the output of a bad section is 0.
     """
 
     bounds: Box
@@ -110,6 +85,7 @@ class Plan:
 
     @property
     def slabs(self) -> int:
+        """How many slabs there are."""
         return self.grid.product
 
     @property
@@ -134,6 +110,7 @@ class Plan:
 
     @property
     def tasks(self) -> int:
+        """How many tasks there are: slabs and blocks of the second pass."""
         return self.slabs + sum(self._blocks(k).product for k in self.second_pass)
 
     @property
@@ -142,7 +119,7 @@ class Plan:
         return range(self.in_memory, len(self.levels))
 
     def _block(self, level: int) -> ZYX:
-        """As many whole shards as fit BLOCK_SIDE: a block and the four times larger part it is made from stay small."""
+        """The shape of a block: as many whole shards as fit BLOCK_SIDE. It is made from four times as many voxels."""
         shard = self.levels[level].shard
         return ZYX(shard.z, *(n * max(1, BLOCK_SIDE // n) for n in (shard.y, shard.x)))
 
@@ -150,7 +127,9 @@ class Plan:
         return self.levels[level].shape.ceil_div(self._block(level))
 
     def stages(self) -> list[range]:
-        """Task numbers that may run at the same time: all slabs, then one second-pass level after another."""
+        """Numbers of the tasks that may run at the same time: all slabs, then one level of the second pass after
+        another.
+        """
         out, start = [range(self.slabs)], self.slabs
         for level in self.second_pass:
             count = self._blocks(level).product
@@ -187,6 +166,7 @@ class Plan:
         return slab.lr.shift(ZYX(0, 0, 0) - self.region.start)
 
     def pyramid_block(self, index: int) -> PyramidBlock:
+        """The block of this number. IndexError where the number is a slab's, or none."""
         for stage, level in zip(self.stages()[1:], self.second_pass, strict=True):
             if index in stage:
                 block, blocks = self._block(level), self._blocks(level)
@@ -199,7 +179,9 @@ class Plan:
         raise IndexError(f"task {index} of {self.tasks}")
 
     def box(self, index: int) -> Box:
-        """What this task makes, in SR voxels of mip 0 (the target's, from its corner); a coarser block's may reach over the volume's end."""
+        """What this task makes, as a box of mip 0 in the target's coordinates. A coarser block's may end beyond the
+        volume.
+        """
         if index < self.slabs:
             return self.slab(index).write
         block = self.pyramid_block(index)
@@ -214,20 +196,22 @@ class Plan:
         )
 
     def strips(self, block: PyramidBlock) -> list[Box]:
-        """`block.read` in strips of whole rows of chunks, each about STRIP_ROWS high and of an even number of rows."""
+        """The parts of `block.read` that are read one after another: whole rows of chunks, an even number of voxel
+        rows.
+        """
         finer = self.levels[block.level - 1]
         step = lcm(finer.chunk.y, 2)
         rows = step * max(1, STRIP_ROWS // step)
         return list(tiles(block.read, ZYX(finer.shard.z, rows, finer.shape.x)))
 
     def column_end(self, index: int) -> int:
-        """One past the last number of the z column that holds this task: where a lease must end."""
+        """One past the last number in this task's column along z, or in its level: a lease ends there at the latest."""
         if index < self.slabs:
             return (index // self.grid.z + 1) * self.grid.z
         return next(stage.stop for stage in self.stages() if index in stage)
 
     def empty_sections(self, slab: Slab) -> list[int]:
-        """Which of the slab's own sections, counted from its first, are left empty."""
+        """Which of the slab's sections are left empty, counted from its first."""
         return (
             [z - slab.lr.start.z for z in self.bad_sections if slab.lr.start.z <= z < slab.lr.stop.z]
             if self.leave_empty
@@ -235,8 +219,10 @@ class Plan:
         )
 
     def section(self, z: int) -> int:
-        """The source section that stands in for `z`: the end section beyond the volume, the nearest good one for a bad one
-        (of two as near, the lower).
+        """The section that the network is shown for `z`.
+
+        Beyond the volume's ends that is the end section; for a bad section it is the nearest good one, of two the
+        lower. ValueError where every section is bad.
         """
         z = min(max(z, self.bounds.start.z), self.bounds.stop.z - 1)
         if z not in self.bad_sections:

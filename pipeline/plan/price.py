@@ -1,4 +1,4 @@
-"""What a plan costs, by formula alone: voxels read with halo, bytes of memory, voxels written."""
+"""What a plan costs, by formula: voxels read with halo, bytes of memory, voxels written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pipeline.plan.plan import Plan, Slab
 
 @dataclass(frozen=True)
 class Input:
-    """Source voxels in all: owned, requested with halo, decoded because chunks are read whole (without a cache's help)."""
+    """Source voxels of all slabs together.
+
+    `owned` are those that are super-resolved, `requested` those with their halos, `decoded` those of all chunks touched,
+    since a chunk is decoded whole; no cache is counted.
+    """
 
     owned: int
     requested: int
@@ -19,19 +23,18 @@ class Input:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes beyond its weights that a network holds: for the `tile` that it computes, one at a time, and in the `ring` of encoded
-    sections that every tile of a slab hands on to the next slab in z.
+    """Bytes that a network holds beyond its weights.
+
+    `tile_bytes` are for the tile that it computes, one at a time. `cache_bytes` are for the encoded sections of one tile,
+    which every slab leaves for the next slab in z.
     """
 
-    tile: int = 0
-    ring: int = 0
+    tile_bytes: int = 0
+    cache_bytes: int = 0
 
-    def rings(self, plan: Plan) -> int:
-        """Of all tiles of a slab: what a lease carries."""
-        return self.ring * sum(1 for _ in plan.lattice.cells(_middle(plan).lr))
-
-
-NOTHING = Footprint()
+    def slab_cache_bytes(self, plan: Plan) -> int:
+        """The encoded sections of all tiles of a slab, which a lease carries from slab to slab."""
+        return self.cache_bytes * sum(1 for _ in plan.lattice.cells(_middle(plan).lr))
 
 
 def input_voxels(plan: Plan, chunk: ZYX) -> Input:
@@ -53,20 +56,22 @@ def _along(plan: Plan, axis: str) -> list[Slab]:
     return [plan.slab(plan.slab_at(plan.region.start + shift * i)) for i in range(count)]
 
 
-def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: Footprint = NOTHING) -> int:
-    """Peak resident bytes promised for one worker: `base` (the process with the job open), the slabs in flight, and what
-    `network` holds in the worker's own memory: rings for each of them.
+def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: Footprint) -> int:
+    """Peak resident bytes promised for one worker.
 
-    Of these one computes (LR and SR voxels), one encodes (SR voxels, mip 0's objects so far, and the largest of them twice more:
-    in the store's buffers and while it is copied out), and others put (objects of all levels, and the copy that is being sent).
-    `share` is stored over raw bytes. Tasks of the second pass, later, may need more.
-    The constants are what warm libraries keep and the bounded cache of source chunks.
+    They are `base` (the process with the job open), the slabs in flight, and `network`, what the network holds in the
+    worker's own memory. `share` is stored over raw bytes.
+
+    Of the slabs in flight one computes (LR and SR voxels), one encodes (SR voxels, the objects of mip 0 so far, and the
+    largest of these twice more: in the store's buffers and while it is copied out), and others put (the objects of all
+    levels, and the copy that is being sent). Tasks of the second pass, later, may need more. The constants are what
+    libraries keep once they have run, and the bounded cache of source chunks.
     """
     slab = _middle(plan)
     sr, lr = slab.write.size, slab.read.shape.product
     first, held = int(sr * share), int(_slab_output(plan, slab) * share)
     largest = min(first, int(plan.levels[0].shard.product * share))
-    computing = lr + sr + network.tile
+    computing = lr + sr + network.tile_bytes
     waiting = lr + sr
     encoding = lr + sr + first + 2 * largest
     putting = 2 * held
@@ -76,7 +81,7 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
         slabs = encoding + max(computing, putting)
     else:
         slabs = computing + encoding + putting + (in_flight - 3) * max(waiting, putting)
-    slabs = max(slabs + in_flight * network.rings(plan), in_flight * 2 * _second_pass_read(plan))
+    slabs = max(slabs + in_flight * network.slab_cache_bytes(plan), in_flight * 2 * _second_pass_read(plan))
     return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
 
 
@@ -85,7 +90,9 @@ READ_CACHE_BYTES = 64 << 20
 
 
 def stored_share(plan: Plan, stored: int, voxels: int) -> float:
-    """Stored over raw bytes, from `stored` bytes of all levels for `voxels` SR voxels of mip 0; 1 where there are none yet."""
+    """Stored over raw bytes, from `stored` bytes of all levels for `voxels` SR voxels of mip 0; 1 where there are none
+    yet.
+    """
     return stored / (voxels / plan.levels[0].shape.product * output_voxels(plan)) if voxels else 1.0
 
 

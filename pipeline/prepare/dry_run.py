@@ -10,25 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import DataError
-from pipeline.inference.network import footprint
+from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
-from pipeline.storage.volume import FIDELITY, VolumeInfo
-from pipeline.worker.slab import Job, Sample, try_slab
+from pipeline.plan.target_spec import FIDELITY
+from pipeline.prepare.prepared import Prepared
+from pipeline.worker.job import Job, SlabCost
+from pipeline.worker.measure import measure_slab
 
 
-def calibrate(job: Job) -> Sample:
-    """One slab of the volume's middle, read, computed and encoded, not written, in a fresh process like a worker's."""
+def measured_cost(job: Job) -> SlabCost:
+    """What the slab in the volume's middle costs. It is tried in a fresh process like a worker's."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(try_slab, job).result()
+        return pool.submit(measure_slab, job).result()
 
 
-def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say: Callable[[str], None] = print) -> None:
-    """The price as a table on the terminal."""
-    plan = job.plan
+def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = print) -> None:
+    """The price as a table on the terminal, for so many workers."""
+    job, source, plan = prepared.job, prepared.source, prepared.job.plan
+    in_flight = prepared.config.work.in_flight
     try:
-        sample: Sample | None = calibrate(job)
+        cost: SlabCost | None = measured_cost(job)
     except DataError as error:
-        sample = None
+        cost = None
         say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     say(
@@ -46,9 +49,9 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
     for k, level in enumerate([*plan.levels, *([plan.fidelity] if plan.fidelity else [])]):
         share = (
             None
-            if sample is None
-            else sample.stored_share.get(
-                k if k < len(plan.levels) else FIDELITY, sample.stored_share[max(sample.stored_share)]
+            if cost is None
+            else cost.stored_share.get(
+                k if k < len(plan.levels) else FIDELITY, cost.stored_share[max(cost.stored_share)]
             )
         )
         raw = level.shape.product
@@ -56,28 +59,26 @@ def print_price(job: Job, source: VolumeInfo, in_flight: int, workers: int, say:
         total_stored += int(raw * (share or 1))
         name = str(k) if k < len(plan.levels) else "fidelity"
         table.add_row(name, str(level.shape), str(level.shard), _size(raw), _size(int(raw * share)) if share else "?")
-    table.add_row("all", "", "", _size(total_raw), _size(total_stored) if sample else "?")
+    table.add_row("all", "", "", _size(total_raw), _size(total_stored) if cost else "?")
     Console(width=110).print(table)
-    if sample is not None:
-        busy = max(sample.network_s, sample.write_s, sample.read_s)
+    if cost is not None:
+        busy = max(cost.network_s, cost.write_s, cost.read_s)
         hours = plan.slabs * busy / 3600
-        memory = memory_bytes(plan, in_flight, sample.base_bytes, sample.stored_share[0], sample.network)
+        memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], cost.network)
         held = footprint(job.network)
-        rings = in_flight * held.rings(plan)
-        network = f"network's tile {_size(held.tile)}, encoded sections {_size(rings)}"
-        if sample.gpu_weights is None:
+        cached = in_flight * held.slab_cache_bytes(plan)
+        network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
+        if cost.gpu_weights is None:
             say(
-                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)}, {network})"
+                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)}, {network})"
             )
         else:
+            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)})")
             say(
-                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(sample.base_bytes)})"
-            )
-            say(
-                f"GPU      {_size(sample.gpu_weights + held.tile + rings)} per worker (weights {_size(sample.gpu_weights)}, {network})"
+                f"GPU      {_size(cost.gpu_weights + held.tile_bytes + cached)} per worker (weights {_size(cost.gpu_weights)}, {network})"
             )
         say(
-            f"one slab {sample.read_s:.2f} s read, {sample.network_s:.2f} s network, {sample.write_s:.2f} s encode (tried on this machine)"
+            f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode (tried on this machine)"
         )
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
 

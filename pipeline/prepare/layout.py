@@ -13,7 +13,8 @@ from math import lcm
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
 from pipeline.config.volume import TargetConfig
-from pipeline.plan.plan import BLOCK_SIDE, LevelSpec
+from pipeline.plan.plan import BLOCK_SIDE
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage.precomputed_sharding import shard_shapes
 
 CHUNK = ZYX(8, 256, 256)

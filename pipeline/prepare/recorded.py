@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.base.errors import LedgerError
 from pipeline.base.geometry import ZYX, Box
-from pipeline.plan.plan import Lattice, LevelSpec, Plan
-from pipeline.prepare.prepare import sidecar
+from pipeline.config import urls
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.plan import Plan
+from pipeline.plan.target_spec import LevelSpec
+from pipeline.prepare.place import PLAN, damaged_plan_errors
 from pipeline.sections import bad_sections
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
@@ -17,40 +19,39 @@ from pipeline.storage.ledger import Ledger
 
 @dataclass(frozen=True)
 class Recorded:
+    """`bad_sections` has a line for each. `plan` is good for which task is which box, not for what it reads."""
+
     digest: str
     slabs: int
     plan: Plan
     bad_sections: list[str]
-    """What there is to say of them."""
     ledger: Ledger
     store: Store
 
 
 def read(target_url: str, reader: str) -> Recorded | None:
-    """None where nothing was run for this target yet. LedgerError where its plan is damaged. `reader` would sign what is written."""
-    store = Store(sidecar(target_url))
-    stored = store.get("plan.json")
+    """What lies beside this target; None where nothing was run for it yet. `reader` would sign what is written.
+
+    Raises LedgerError where its plan is damaged.
+    """
+    store = Store(urls.sidecar(target_url))
+    stored = store.get(PLAN)
     if stored is None:
         return None
-    try:
+    with damaged_plan_errors(store.url):
         body = json.loads(stored)
         ledger = Ledger(store, str(body["digest"]), int(body["tasks"]), reader)
-        told = bad_sections.told(body["spec"]["source"]["bad_sections"])
-        found = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), told, ledger, store)
-    except (ValueError, KeyError, TypeError):
-        raise LedgerError(
-            f"{store.url}/plan.json is damaged",
-            "the plan of an earlier run",
-            "Restore it, or choose another target.url",
-        ) from None
+        bad = bad_sections.describe(body["spec"]["source"]["bad_sections"])
+        recorded = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), bad, ledger, store)
     ledger.load()
-    return found
+    return recorded
 
 
 def planned(spec: dict[str, Any]) -> Plan:
-    """The plan with this specification, good for which task is which box. The volume's bounds and bad sections are left out: read boxes differ.
+    """The plan with this specification.
 
-    Raises KeyError, TypeError or ValueError where it is no specification.
+    It tells which task is which box. The volume's bounds and bad sections are left out: read boxes differ. Raises KeyError,
+    TypeError or ValueError where `spec` is no specification.
     """
     region = Box.of(spec["source"]["region"]["start"], spec["source"]["region"]["stop"])
     levels = tuple(

@@ -1,4 +1,4 @@
-"""glibc's malloc, told how slabs allocate: chunk buffers are reused, and what a slab freed goes back to the system."""
+"""glibc's malloc, configured for slabs: chunk buffers are reused, and what a slab freed goes back to the system."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
 """
 
 TRIM_BYTES = 4 << 20
-"""More than this at the top of a heap is given back at once, anything below it by `give_back`. A larger one saves little time and holds memory."""
+"""Free memory at the top of a heap beyond this goes back to the system at once, everything else by `trim`. A larger
+threshold saves little time and holds memory.
+"""
 
 
-def settle() -> None:
+def configure_malloc() -> None:
     """Set both thresholds for this process. Does nothing where the C library is not glibc."""
     mallopt = _glibc("mallopt")
     if mallopt is not None:
@@ -26,7 +28,7 @@ def settle() -> None:
         mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Return freed pages of every thread's heap to the system: a few ms.
 
     Without it each thread keeps as much as its largest slab ever needed (tensorstore copies an object that it writes into pieces of

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED")
-"""What the texts of RuntimeErrors contain that mean it: torch's allocator on a CPU; cuBLAS and cuDNN."""
+"""Parts of the texts of RuntimeErrors that mean it: of torch's allocator on a CPU, of cuBLAS and cuDNN."""
 
 
 def pick() -> torch.device:
@@ -42,15 +42,15 @@ def fix_rounding(device: torch.device) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-class Room(NamedTuple):
-    """Bytes that this process can still take on its device: `now`, and at `most`, with nobody else there."""
+class FreeMemory(NamedTuple):
+    """Bytes that this process can still take on its device: `now`, and `alone`, where no other process held any."""
 
     now: int
-    most: int
+    alone: int
 
 
-def room(device: torch.device) -> Room:
-    """On a CPU within what machine, container and `ulimit -v` leave."""
+def free_memory(device: torch.device) -> FreeMemory:
+    """On a CPU, what machine, container and `ulimit -v` leave."""
     import psutil
     import torch
     from distributed.system import memory_limit
@@ -58,13 +58,13 @@ def room(device: torch.device) -> Room:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        return Room(free + held - used, total - used)
+        return FreeMemory(free + held - used, total - used)
     size = psutil.Process().memory_info()
-    most = int(memory_limit()) - size.rss
+    alone = int(memory_limit()) - size.rss
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        most = min(most, limit - size.vms)
-    return Room(min(psutil.virtual_memory().available, most), most)
+        alone = min(alone, limit - size.vms)
+    return FreeMemory(min(psutil.virtual_memory().available, alone), alone)
 
 
 def out_of_memory(error: Exception) -> bool:

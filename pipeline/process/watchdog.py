@@ -1,4 +1,4 @@
-"""A task that makes no progress is given up: its thread is watched from another one, and a step that takes too long ends the process."""
+"""A watch over a thread that works: where a step takes too long, the task is given up and the process ends itself."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-LEAVE_S = 10.0
-"""So long after a stall the process ends: time for the lease's result to reach the client."""
+EXIT_S = 10.0
+"""A stalled process ends after so many seconds: time for the lease's result to reach the client."""
 LOOK_S = 0.5
 STALLED = 87
 """Exit code of a process that ended itself."""
 
 
 @dataclass
-class _Pulse:
+class _Progress:
     at: float = field(default_factory=time.monotonic)
-    """When the thread last made a step; infinite while it waits for another one."""
+    """When the thread last made a step; infinite while it waits for another thread."""
 
 
-_pulse: contextvars.ContextVar[_Pulse | None] = contextvars.ContextVar("pulse", default=None)
+_progress: contextvars.ContextVar[_Progress | None] = contextvars.ContextVar("progress", default=None)
 
 
-def beat() -> None:
-    """This thread has made a step. Outside `watch` nothing happens."""
-    pulse = _pulse.get()
-    if pulse is not None:
-        pulse.at = time.monotonic()
+def heartbeat() -> None:
+    """Say that this thread has made a step. Outside `run_watched` nothing happens."""
+    progress = _progress.get()
+    if progress is not None:
+        progress.at = time.monotonic()
 
 
 @contextmanager
-def turn(lock: threading.Lock) -> Iterator[None]:
-    """The lock, held: waiting for it is no stall of the waiting thread, but of whoever holds it."""
-    pulse = _pulse.get()
-    if pulse is not None:
-        pulse.at = math.inf
+def holding(lock: threading.Lock) -> Iterator[None]:
+    """Hold the lock. Waiting for it is no stall of the waiting thread; its holder is watched."""
+    progress = _progress.get()
+    if progress is not None:
+        progress.at = math.inf
     with lock:
-        beat()
+        heartbeat()
         yield
 
 
-def watch(work: Callable[[], None], stall_s: float) -> str:
-    """Run `work` in a thread; what it raises is raised. Empty, or where the thread stands when no step was made for `stall_s` seconds.
+def run_watched(work: Callable[[], None], stall_s: float) -> str:
+    """Run `work` in a thread and raise what it raises. Returns "" when it has ended.
 
-    The thread cannot be ended then, and may hold locks for ever: call `leave`.
+    Where it makes no step for `stall_s` seconds, the thread's stack is returned. The thread cannot be ended then and may
+    hold locks for ever: call `exit_soon`.
     """
-    pulse, raised = _Pulse(), []
+    progress, raised = _Progress(), []
 
     def body() -> None:
-        _pulse.set(pulse)
+        _progress.set(progress)
         try:
             work()
         except BaseException as error:
@@ -66,7 +67,7 @@ def watch(work: Callable[[], None], stall_s: float) -> str:
     thread.start()
     while thread.is_alive():
         thread.join(LOOK_S)
-        if thread.is_alive() and time.monotonic() - pulse.at > stall_s:
+        if thread.is_alive() and time.monotonic() - progress.at > stall_s:
             return _stack(thread.ident or 0)
     if raised:
         raise raised[0]
@@ -85,8 +86,8 @@ def _stack(ident: int) -> str:
     return "".join(traceback.format_stack(frame)) if frame is not None else "no stack"
 
 
-def leave() -> None:
-    """End this process in LEAVE_S seconds: what hangs in it cannot be helped. Dask's nanny starts another one."""
-    timer = threading.Timer(LEAVE_S, os._exit, (STALLED,))
+def exit_soon() -> None:
+    """End this process in EXIT_S seconds, with the thread that hangs in it. Dask's nanny starts another one."""
+    timer = threading.Timer(EXIT_S, os._exit, (STALLED,))
     timer.daemon = True
     timer.start()

@@ -1,6 +1,6 @@
-"""What is handed out next, how much of it, and what comes of it: decisions only. Time and crew are arguments.
+"""What is handed out next, how much of it, and what comes of it: decisions only. Time and capacity are arguments.
 
-`schedule` carries them out with Dask's futures, benchmarks/simulate.py with an event queue: the same code for both.
+`execute` carries them out with Dask's futures, benchmarks/simulate.py with an event queue: the same code for both.
 
     handed out, in this order:  what came back undone | pending tasks | a suspect, alone | a late lease once more
 """
@@ -12,50 +12,52 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.plan.plan import Plan
-from pipeline.storage.ledger import PENDING, QUARANTINED, WRITTEN, Ledger
-from pipeline.worker.slab import Receipt
+from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
+from pipeline.storage.ledger import Ledger
 
 LEASE_S = 5.0
-"""A lease is about this long: short enough to drain soon, long enough that the scheduler idles ..."""
+"""A lease takes about so many seconds: few enough to drain soon, many enough that the scheduler idles ..."""
 LEASES_PER_S = 100.0
-"""... or so long that no more than this many leases end in a second: each costs the scheduler 2 to 3 ms."""
-LEASE_LEAST_S = 0.5
-"""Near the end leases shrink so that all workers end together, but not below this."""
-LEASE_MOST = 64
+"""... or so many that no more than this many leases end in a second: each costs the scheduler 2 to 3 ms."""
+MIN_LEASE_S = 0.5
+"""Near the end leases shrink, so that all workers end together, but not below this."""
+MAX_LEASE_TASKS = 64
 RAMP_FIRST, RAMP_PER_S = 64, 32.0
-"""Leases in flight when a run begins, and how many more every second: opening the job and the first writes come as a ramp,
-for object stores refuse (429, 503) what rises faster than they add servers.
+"""Leases in flight when a run begins, and how many more every second. Opening the job and the first writes come as a ramp,
+since object stores refuse (429, 503) what rises faster than they add servers.
 """
-LATE = 3.0
+LATE_FACTOR = 3.0
 """A lease is late when it takes so many times what slow tasks (the ninth of ten) would have made of it ..."""
-LATE_LEAST_S = 5.0
+MIN_LATE_S = 5.0
 """... and at least this."""
-STARTS_MOST = 3
+MAX_STARTS = 3
+"""A lease is started so often at most."""
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who is there to work."""
+class Capacity:
+    """The workers that are there, and their threads in all."""
 
     workers: int
     threads: int
 
     @property
     def slots(self) -> int:
-        """Leases that keep everyone busy: one per thread, and one waiting per worker."""
+        """Leases that keep all threads busy: one for each, and one waiting per worker."""
         return max(2, self.threads + self.workers)
 
 
 @dataclass(eq=False)
 class Lease:
-    """Consecutive tasks of one z column, handed out together. One that is late is started again; the first answer closes it.
+    """Consecutive tasks of one z column, handed out together. One that is late is started again; the first result closes it.
 
-    `most_s`: a worker begins no further task after this many seconds, and gives the rest back. `ahead` are the tasks that may
-    have waited before it on the same worker. `started` is when the last copy was sent out. `alone`: nothing else runs beside it.
+    A worker begins no further task after `max_s` seconds, and gives the rest back. `ahead` is how many tasks may have waited
+    before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing else runs beside
+    it.
     """
 
     span: range
-    most_s: float
+    max_s: float
     ahead: int
     started: float
     alone: bool = False
@@ -65,65 +67,68 @@ class Lease:
 
 
 class Leases:
-    """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run did."""
+    """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run began."""
 
     def __init__(self, plan: Plan, ledger: Ledger, stage: range, began: float) -> None:
         self._plan, self._began = plan, began
         self._indices: Iterator[int] = ledger.indices(PENDING, stage)
         self._next: int | None = next(self._indices, None)
         self._left = ledger.count(PENDING, stage)
-        self._again: deque[range] = deque()
+        self._returned: deque[range] = deque()
         self._suspects: deque[int] = deque()
         self._out: dict[Lease, None] = {}
         self._copies = 0
         self._largest = 0
         self._mean_s = 0.0
         self._recent_s: deque[float] = deque(maxlen=512)
-        self._looked = began
+        self._searched_at = began
 
     @property
     def out(self) -> int:
-        """Leases that are not closed."""
+        """How many leases are not closed."""
         return len(self._out)
 
-    def next(self, now: float, crew: Crew) -> Lease | None:
-        """The lease to start now, or None. One whose `starts` is more than 1 is out already: its copy goes to another worker."""
-        if self._copies >= min(crew.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
+    def next(self, now: float, capacity: Capacity) -> Lease | None:
+        """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another worker."""
+        if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
             return None
-        most_s = max(LEASE_S, crew.threads / LEASES_PER_S)
-        span = self._cut(self._size(most_s, crew))
+        max_s = max(LEASE_S, capacity.threads / LEASES_PER_S)
+        span = self._cut(self._size(max_s, capacity))
         if span is not None:
-            return self._hand_out(Lease(span, most_s, self._largest, now))
+            return self._hand_out(Lease(span, max_s, self._largest, now))
         if self._suspects and not self._out:
             # What shared a worker with the guilty task is innocent: each is tried with nothing beside it.
             index = self._suspects.popleft()
-            return self._hand_out(Lease(range(index, index + 1), most_s, 0, now, alone=True))
-        return self._once_more(now, crew)
+            return self._hand_out(Lease(range(index, index + 1), max_s, 0, now, alone=True))
+        return self._late_lease(now, capacity)
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
-        """A copy came back with these: the receipts that count. The lease is closed then, and other copies are of no use.
+        """A copy has ended with these receipts; returns those that count. The lease is closed then, and other copies are useless.
 
-        No receipts: its worker died before they were fetched. Tasks without one are handed out again.
+        Tasks without a receipt are handed out again.
         """
-        self._come_back(lease)
+        self._count_back(lease)
         if lease.copies and (not receipts or any(r.state == QUARANTINED for r in receipts)):
             return ()  # perhaps its worker's fault: the other copy tells
         self._close(lease)
-        self._learn(receipts)
+        self._measure(receipts)
         if rest := lease.span[len(receipts) :]:
-            self._again.append(rest)
+            self._returned.append(rest)
             self._left += len(rest)
         return receipts
 
     def died(self, lease: Lease) -> Sequence[Receipt]:
-        """A copy's workers died again and again: its tasks one by one, then alone; only one that dies alone is given up."""
-        self._come_back(lease)
+        """The workers of a copy died again and again; returns the receipts that count.
+
+        Its tasks are handed out one by one, then each with nothing beside it. Only one that dies alone is quarantined.
+        """
+        self._count_back(lease)
         if lease.copies:
             return ()
         self._close(lease)
         start = lease.span.start
         if len(lease.span) > 1:
-            self._again.extend(range(i, i + 1) for i in lease.span)
+            self._returned.extend(range(i, i + 1) for i in lease.span)
             self._left += len(lease.span)
             return ()
         if not lease.alone:
@@ -140,10 +145,10 @@ class Leases:
 
     def _cut(self, most: int) -> range | None:
         """Up to `most` consecutive pending tasks of one column; those that came back first."""
-        if self._again:
-            span = self._again.popleft()
+        if self._returned:
+            span = self._returned.popleft()
             if len(span) > most:
-                self._again.appendleft(span[most:])
+                self._returned.appendleft(span[most:])
                 span = span[:most]
         elif self._next is None:
             return None
@@ -158,32 +163,32 @@ class Leases:
         self._left -= len(span)
         return span
 
-    def _size(self, most_s: float, crew: Crew) -> int:
-        """Tasks that take `most_s` by the measured mean, one until there is a measurement, fewer near the end."""
+    def _size(self, max_s: float, capacity: Capacity) -> int:
+        """Tasks that take `max_s` by the measured mean, one until there is a measurement, fewer near the end."""
         if self._mean_s <= 0:
             return 1
-        fair = max(self._left // (2 * crew.slots), int(LEASE_LEAST_S / self._mean_s))
-        return max(1, min(LEASE_MOST, int(most_s / self._mean_s), fair))
+        fair = max(self._left // (2 * capacity.slots), int(MIN_LEASE_S / self._mean_s))
+        return max(1, min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair))
 
-    def _once_more(self, now: float, crew: Crew) -> Lease | None:
-        """A lease that is late, now that nothing else is left. Tasks are whole shards, always the same bytes: two may write them."""
-        if crew.workers < 2 or not self._recent_s or now - self._looked < 1.0:
+    def _late_lease(self, now: float, capacity: Capacity) -> Lease | None:
+        """A lease that is late, now that nothing else is left. A task writes whole shards of the same bytes: two may do it."""
+        if capacity.workers < 2 or not self._recent_s or now - self._searched_at < 1.0:
             return None
         slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
         for lease in self._out:
-            expected_s = min((lease.ahead + len(lease.span)) * slow_s, 2 * lease.most_s) + slow_s
+            expected_s = min((lease.ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s
             if (
-                now - lease.started > max(LATE_LEAST_S, LATE * expected_s)
-                and lease.starts < STARTS_MOST
+                now - lease.started > max(MIN_LATE_S, LATE_FACTOR * expected_s)
+                and lease.starts < MAX_STARTS
                 and not lease.alone
-                and lease.copies < crew.workers
+                and lease.copies < capacity.workers
             ):
                 lease.started = now
                 lease.starts += 1
                 lease.copies += 1
                 self._copies += 1
                 return lease
-        self._looked = now
+        self._searched_at = now
         return None
 
     def _hand_out(self, lease: Lease) -> Lease:
@@ -192,7 +197,7 @@ class Leases:
         self._largest = len(lease.span)
         return lease
 
-    def _come_back(self, lease: Lease) -> None:
+    def _count_back(self, lease: Lease) -> None:
         lease.copies -= 1
         self._copies -= 1
 
@@ -201,7 +206,7 @@ class Leases:
         self._copies -= lease.copies
         del self._out[lease]
 
-    def _learn(self, receipts: Sequence[Receipt]) -> None:
+    def _measure(self, receipts: Sequence[Receipt]) -> None:
         """How many tasks make a lease follows from all of them; what is slow, from those written: others end at once."""
         if receipts:
             mean = sum(r.seconds for r in receipts) / len(receipts)

@@ -10,13 +10,13 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from pipeline.schedule.execute import Outcome
+from pipeline.schedule.totals import RunTotals
 
 LINE_S = 5.0
 
 
 class RunProgress:
-    """Context manager; `update` is called often and does little."""
+    """A context manager. `update` may be called as often as one likes: it prints a line every LINE_S seconds at most."""
 
     def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -43,15 +43,16 @@ class RunProgress:
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
 
-    def update(self, outcome: Outcome) -> None:
+    def update(self, totals: RunTotals) -> None:
+        """Show what the run has done so far."""
         now = time.monotonic()
-        closed = self._done + outcome.written + outcome.skipped + outcome.quarantined
-        rate = outcome.voxels / max(1e-9, now - self._began)
+        closed = self._done + totals.closed
+        rate = totals.voxels / max(1e-9, now - self._began)
         if self._live:
             counts = {
-                "quarantined": outcome.quarantined,
-                "refused by the store": outcome.troubles.refused,
-                "leases started again": outcome.started_again,
+                "quarantined": totals.quarantined,
+                "refused by the store": totals.requests.refused,
+                "leases started again": totals.started_again,
             }
             trouble = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             self._bar.update(self._task, completed=closed, rate=f"{rate / 1e6:.1f} MVx/s", trouble=trouble)
@@ -63,10 +64,10 @@ class RunProgress:
                 "progress",
                 closed=closed,
                 planned=self._total,
-                quarantined=outcome.quarantined,
-                refused=outcome.troubles.refused,
-                retried=outcome.troubles.retried,
-                started_again=outcome.started_again,
+                quarantined=totals.quarantined,
+                refused=totals.requests.refused,
+                retried=totals.requests.retried,
+                started_again=totals.started_again,
                 voxels_per_s=round(rate),
                 seconds_left=left and round(left),
             )
@@ -80,7 +81,7 @@ class RunProgress:
 
 
 class SurveyProgress:
-    """The same for the pass that looks for bad sections: context manager; `update` is told how many sections are looked at."""
+    """The same for the pass that looks for bad sections. `update` is given how many sections are measured."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -104,6 +105,7 @@ class SurveyProgress:
         self._bar.stop()
 
     def update(self, done: int) -> None:
+        """Show that so many sections are measured."""
         self._bar.update(self._task, completed=done)
         if not self._live and (done == self._total or time.monotonic() - self._said >= LINE_S):
             self._said = time.monotonic()

@@ -1,4 +1,4 @@
-"""What is left beside the target after a run: report.json and a contact sheet."""
+"""What a run leaves beside its target: report.json and a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,76 +12,71 @@ from typing import Any
 from pipeline import __version__
 from pipeline.base.errors import EmsrError
 from pipeline.base.geometry import ZYX, Box
-from pipeline.config.volume import Config
 from pipeline.plan.price import memory_bytes, stored_share
-from pipeline.prepare.prepare import Prepared
-from pipeline.schedule.execute import Outcome
-from pipeline.storage.kv import Store
-from pipeline.storage.ledger import QUARANTINED, Ledger
+from pipeline.plan.receipt import QUARANTINED
+from pipeline.plan.target_spec import FIDELITY
+from pipeline.prepare.prepared import Prepared
+from pipeline.schedule.run_state import RunState
 from pipeline.storage.sources.open import open_source
 from pipeline.storage.targets.open import open_target
-from pipeline.storage.volume import FIDELITY
 from pipeline.viewer.contact_sheet import contact_sheet
 
 SHEET_SIDE = 512
-FAILURES = 100
+MAX_FAILURES = 100
 _LIBRARIES = ("torch", "dask", "distributed", "tensorstore", "zarr", "numcodecs", "cloud-volume", "numpy")
 
 
-def write(
-    config: Config, prepared: Prepared, store: Store, ledger: Ledger, outcome: Outcome, run_id: str, began: float
-) -> str:
-    """Writes both; returns the sheet's URL, or why there is none."""
-    plan = prepared.job.plan
-    wall = time.time() - began
-    failures = [i for _, i in zip(range(FAILURES), ledger.indices(QUARANTINED), strict=False)]
-    share = stored_share(plan, outcome.bytes, outcome.voxels)
-    promise = memory_bytes(plan, config.work.in_flight, outcome.base_bytes, share, outcome.network)
+def write(prepared: Prepared, run: RunState) -> str:
+    """Write both; returns the contact sheet's URL, or why there is none."""
+    plan, totals, ledger, work = prepared.job.plan, run.totals, run.ledger, prepared.config.work
+    wall = time.time() - run.began
+    failures = [i for _, i in zip(range(MAX_FAILURES), ledger.indices(QUARANTINED), strict=False)]
+    share = stored_share(plan, totals.bytes, totals.voxels)
+    promise = memory_bytes(plan, work.in_flight, totals.base_bytes, share, totals.network)
     body: dict[str, Any] = {
-        "run": run_id,
+        "run": ledger.run_id,
         "emsr": __version__,
         "digest": prepared.job.digest,
         "spec": prepared.spec,
-        "work": config.work.model_dump(mode="json", exclude={"slab_shape", "budget"})
-        | {"slab_shape": list(plan.slab_shape)},
-        "cluster": {"kind": config.cluster.kind, "workers": config.cluster.workers},
+        "work": work.model_dump(mode="json", exclude={"slab_shape", "budget"}) | {"slab_shape": list(plan.slab_shape)},
+        "cluster": {"kind": prepared.config.cluster.kind, "workers": prepared.config.cluster.workers},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "began": began,
+        "began": run.began,
         "wall_s": wall,
         "ledger": {"planned": ledger.tasks} | ledger.counts(),
         "this_run": {
-            "written": outcome.written,
-            "skipped": outcome.skipped,
-            "quarantined": outcome.quarantined,
-            "interrupted": outcome.interrupted,
+            "written": totals.written,
+            "skipped": totals.skipped,
+            "quarantined": totals.quarantined,
+            "interrupted": run.interrupted,
         },
-        "started_again": outcome.started_again,
-        "requests": {"refused": outcome.troubles.refused, "retried": outcome.troubles.retried},
-        "seconds": outcome.seconds,
-        "voxels": outcome.voxels,
-        "voxels_per_s": outcome.voxels / wall if wall else 0.0,
-        "stored_bytes": outcome.bytes,
-        "memory": {"promised": promise if outcome.base_bytes else None, "peak": outcome.peak_bytes},
-        "workers": {name: dataclasses.asdict(tally) for name, tally in outcome.workers.items()},
+        "started_again": totals.started_again,
+        "requests": {"refused": totals.requests.refused, "retried": totals.requests.retried},
+        "seconds": totals.seconds,
+        "voxels": totals.voxels,
+        "voxels_per_s": totals.voxels / wall if wall else 0.0,
+        "stored_bytes": totals.bytes,
+        "memory": {"promised": promise if totals.base_bytes else None, "peak": totals.peak_bytes},
+        "workers": {name: dataclasses.asdict(did) for name, did in totals.workers.items()},
         "bad_sections": prepared.spec["source"]["bad_sections"],
         "failures": [
             {"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i).error}
             for i in failures
         ],
     }
-    store.put("report.json", json.dumps(body, indent=1).encode())
+    prepared.store.put("report.json", json.dumps(body, indent=1).encode())
     try:
-        store.put("contact-sheet.png", _sheet(config, prepared))
+        prepared.store.put("contact-sheet.png", _sheet(prepared))
     except EmsrError as error:
         return f"none ({error})"
-    return f"{store.url}/contact-sheet.png"
+    return f"{prepared.store.url}/contact-sheet.png"
 
 
-def _sheet(config: Config, prepared: Prepared) -> bytes:
+def _sheet(prepared: Prepared) -> bytes:
     """The middle of the first, middle and last quarter sections: LR beside SR."""
     plan = prepared.job.plan
-    source, target = open_source(config.source), open_target(prepared.job.target)
+    source, target = open_source(prepared.config.source), open_target(prepared.job.target)
     side = SHEET_SIDE // plan.scale
     shape = plan.region.shape
     size = ZYX(1, min(side, shape.y), min(side, shape.x))

@@ -23,39 +23,21 @@ import tenacity
 from numpy.typing import NDArray
 
 from pipeline.base.errors import LedgerError, TransientError
+from pipeline.plan.receipt import PENDING, QUARANTINED, STATES, WRITTEN, Receipt
 from pipeline.storage.kv import Store
-
-PENDING, WRITTEN, SKIPPED, QUARANTINED = range(4)
-STATES = ("pending", "written", "skipped", "quarantined")
 
 RECORD = np.dtype([("index", "<u8"), ("state", "u1"), ("checksum", "<u4"), ("bytes", "<u8"), ("seconds", "<f4")])
 _MAGIC = b"EMSRLED1"
 FLUSH_S = 5.0
 FLUSH_RECORDS = 4096
 PATIENCE_S = 300.0
-"""So long a run goes on while nothing can be published. Records wait, and a crash would lose them all."""
+"""A run goes on for so long while nothing can be published. Records wait; a crash would lose them all."""
 SNAPSHOT_EVERY = 64
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One task's end: `checksum` is the CRC-32 over its stored objects in key order, `bytes` their total size.
-
-    `error` and `worker` (HOST:PID) are kept for quarantined tasks only.
-    """
-
-    index: int
-    state: int
-    checksum: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    error: str = ""
-    worker: str = ""
-
-
-@dataclass(frozen=True)
 class Quarantine:
-    """Why a task was given up, by which worker process, when (Unix time)."""
+    """Why a task was quarantined, by which worker process (HOST:PID), and when (Unix time)."""
 
     error: str = ""
     worker: str = ""
@@ -63,12 +45,13 @@ class Quarantine:
 
     @property
     def first_line(self) -> str:
+        """The reason without its traceback."""
         return (self.error.splitlines() or ["no reason kept"])[0]
 
 
 @dataclass
-class Timings:
-    """Seconds that tasks took: those in the segments that were read since the newest snapshot."""
+class TaskTimes:
+    """Seconds that tasks took, of those recorded since the newest snapshot."""
 
     tasks: int = 0
     total: float = 0.0
@@ -92,26 +75,27 @@ class Ledger:
     def __init__(self, store: Store, digest: str, tasks: int, run_id: str) -> None:
         self._store = store
         self._prefix = f"ledger-{digest[:16]}/"
-        self._run = run_id
+        self.run_id = run_id
         self._state: NDArray[np.uint8] = np.zeros(tasks, np.uint8)
-        self._queued: list[Entry] = []
+        self._queued: list[Receipt] = []
         self._seq = 0
         self._since_snapshot = 0
         self._flushed = self._tried = time.monotonic()
         self._failing_since = 0.0
         self.bytes_written = 0
-        self.timings = Timings()
+        self.times = TaskTimes()
         self.damaged: list[str] = []
         """Keys of segments that could not be read: their tasks count as pending again."""
 
     @property
     def tasks(self) -> int:
+        """How many tasks there are."""
         return len(self._state)
 
     def load(self) -> None:
         """Newest readable snapshot, then the segments after it. What was known before is forgotten."""
         self._state[:] = PENDING
-        self.bytes_written, self._since_snapshot, self.timings = 0, 0, Timings()
+        self.bytes_written, self._since_snapshot, self.times = 0, 0, TaskTimes()
         self.damaged.clear()
         names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix)]
         segments = sorted(n for n in names if n.startswith("segment-"))
@@ -123,7 +107,7 @@ class Ledger:
                 break
         for records in self._segments([n for n in segments if _seq(n) > start]):
             self._apply(records)
-            self.timings.add(records)
+            self.times.add(records)
             self._since_snapshot += 1
 
     def _segments(self, names: Iterable[str]) -> Iterator[NDArray[np.void]]:
@@ -161,6 +145,7 @@ class Ledger:
         return {name: int(n) for name, n in zip(STATES, found, strict=True)}
 
     def state(self, index: int) -> int:
+        """The state of one task."""
         return int(self._state[index])
 
     def indices(self, state: int, within: range | None = None) -> Iterator[int]:
@@ -171,6 +156,7 @@ class Ledger:
             yield from (start + int(i) for i in np.flatnonzero(block == state))
 
     def count(self, state: int, within: range) -> int:
+        """How many of the tasks `within` are in this state."""
         return int(np.count_nonzero(self._state[within.start : within.stop] == state))
 
     def requeue(self, state: int = QUARANTINED) -> int:
@@ -179,11 +165,11 @@ class Ledger:
         self._state[chosen] = PENDING
         return int(np.count_nonzero(chosen))
 
-    def record(self, entries: Iterable[Entry]) -> None:
+    def record(self, receipts: Iterable[Receipt]) -> None:
         """Queue records of tasks whose objects are durable. They become durable with the next flush."""
-        for entry in entries:
-            self._state[entry.index] = entry.state
-            self._queued.append(entry)
+        for receipt in receipts:
+            self._state[receipt.index] = receipt.state
+            self._queued.append(receipt)
 
     def tick(self) -> None:
         """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records. A passing fault is waited out for PATIENCE_S seconds."""
@@ -219,24 +205,25 @@ class Ledger:
         self._flushed, self._failing_since = time.monotonic(), 0.0
 
     def _publish(self) -> None:
-        for entry in self._queued:
-            if entry.state == QUARANTINED:
+        for receipt in self._queued:
+            if receipt.state == QUARANTINED:
                 body = {
-                    "index": entry.index,
-                    "error": entry.error,
-                    "worker": entry.worker,
-                    "run": self._run,
+                    "index": receipt.index,
+                    "error": receipt.error,
+                    "worker": receipt.worker,
+                    "run": self.run_id,
                     "time": time.time(),
                 }
-                self._store.put(f"{self._prefix}quarantine/{entry.index}.json", json.dumps(body, indent=1).encode())
-        records = np.array([(e.index, e.state, e.checksum, e.bytes, e.seconds) for e in self._queued], RECORD)
+                key = f"{self._prefix}quarantine/{receipt.index}.json"
+                self._store.put(key, json.dumps(body, indent=1).encode())
+        records = np.array([(r.index, r.state, r.checksum, r.bytes, r.seconds) for r in self._queued], RECORD)
         self._seq += 1
-        self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self._run}", _pack_segment(records))
+        self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self.run_id}", _pack_segment(records))
         self.bytes_written += int(records["bytes"].sum())
         self._queued.clear()
         self._since_snapshot += 1
         if self._since_snapshot >= SNAPSHOT_EVERY:
-            self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self._run}", self._pack_snapshot())
+            self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
             self._since_snapshot = 0
 
     def why(self, index: int) -> Quarantine:

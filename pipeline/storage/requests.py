@@ -1,6 +1,6 @@
-"""Requests of this process to its stores: how fast they may be made, and how many were refused or tried again.
+"""Requests of this process to its stores: how fast they may be made, and how many were refused or repeated.
 
-One request is one object put, or one chunk of a box that is read (cached chunks and the indices of shards are not told apart).
+One request is one object put, or one chunk of a box that is read: a chunk that is cached counts too, the index of a shard does not.
 tensorstore's own limiters (experimental_s3_rate_limiter) let everything through after the first second in 0.1.86.
 """
 
@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 
 import tensorstore as ts
 
-
-@dataclass(frozen=True)
-class Rates:
-    """Requests a second, None: no limit. Of all workers together in a job; `share` is what one of them may make."""
-
-    read: float | None = None
-    write: float | None = None
-
-    def share(self, workers: int) -> Rates:
-        return Rates(*(rate and rate / max(1, workers) for rate in (self.read, self.write)))
+from pipeline.plan.requests import RequestCounts, RequestRates
 
 
 class Pace:
-    """Lets `per_second` requests pass on average, a second's worth at once; `take` sleeps until it is their turn."""
+    """A token bucket: it lets `per_second` requests pass on average, and at once as many as are due in a second."""
 
     def __init__(self) -> None:
         self.per_second: float | None = None
@@ -33,6 +23,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
+        """Sleep until so many requests may be made."""
         with self._lock:
             if self.per_second is None:
                 return
@@ -43,51 +34,39 @@ class Pace:
             time.sleep(wait)
 
 
-NO_LIMIT = Rates()
 READS, WRITES = Pace(), Pace()
 
 
-def limit(rates: Rates) -> None:
-    """From now on, for this process."""
+def limit(rates: RequestRates) -> None:
+    """From now on this process makes no more requests than `rates`."""
     READS.per_second, WRITES.per_second = rates.read, rates.write
 
 
-@dataclass(frozen=True)
-class Troubles:
-    """`refused` are answers 429 and 503, those included that tensorstore tried again itself; `retried` are our own further tries."""
-
-    refused: int = 0
-    retried: int = 0
-
-    def __add__(self, other: Troubles) -> Troubles:
-        return Troubles(self.refused + other.refused, self.retried + other.retried)
-
-
-NO_TROUBLES = Troubles()
-
-
-class _Record:
-    """Troubles of this process since somebody last took them."""
+class _Counter:
+    """Failed requests of this process since they were last taken."""
 
     def __init__(self) -> None:
-        self._retried = self._told = 0
+        self._retried = self._refused_before = 0
         self._lock = threading.Lock()
 
     def retry(self) -> None:
+        """One call is repeated."""
         with self._lock:
             self._retried += 1
 
-    def take(self) -> Troubles:
+    def take(self) -> RequestCounts:
+        """The counts; from here on they begin at 0."""
         with self._lock:
             refused = _refused()
-            found = Troubles(refused - self._told, self._retried)
-            self._told, self._retried = refused, 0
-        return found
+            counts = RequestCounts(refused - self._refused_before, self._retried)
+            self._refused_before, self._retried = refused, 0
+        return counts
 
 
-RECORD = _Record()
+COUNTER = _Counter()
 
 
 def _refused() -> int:
-    found = ts.experimental_collect_matching_metrics("/tensorstore/http/response_codes")
-    return sum(int(v["value"]) for metric in found for v in metric["values"] if v.get("code") in ("429", "503"))
+    """Answers 429 and 503 since this process began, as tensorstore counts them."""
+    metrics = ts.experimental_collect_matching_metrics("/tensorstore/http/response_codes")
+    return sum(int(v["value"]) for metric in metrics for v in metric["values"] if v.get("code") in ("429", "503"))

@@ -1,4 +1,4 @@
-"""One run at a time per target: a lease object beside the target, renewed while the run lives."""
+"""One run at a time per target: a lock object beside the target, renewed while the run lives."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ import psutil
 from pipeline.base.errors import EmsrError, LedgerError
 from pipeline.storage.kv import Store
 
-KEY = "lease.json"
+KEY = "lock.json"
 TTL_S = 60.0
 RENEW_S = 10.0
 
 
-class TargetLease:
-    """Held between `acquire` and `release`; a daemon thread renews it. `lost` is set when somebody else took it over."""
+class TargetLock:
+    """Held between `acquire` and `release`, and renewed by a thread. `lost` is set when another run took it over."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         self.run_id = run_id
         self.lost = threading.Event()
         self.workers: dict[str, dict[str, float]] = {}
-        """What each worker has done, by name: told to `status` with every renewal."""
+        """What each worker has done, by name. Every renewal writes it, for `status`."""
         self._store = store
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def refuse_others(self) -> bytes:
-        """Raises LedgerError naming the holder while another run is alive; else the store's mark of the free lease."""
+        """Raises LedgerError naming the holder while another run is alive; else the store's generation of the free lock, for `put_if`."""
         value, generation = self._store.get_with_generation(KEY)
         found = _parse(value)
         if found is not None and (reason := _alive(found)):
             raise LedgerError(
                 f"another run ({found['run']}, process {found['pid']} on {found['host']}) writes this target: {reason}",
                 "one run per target",
-                "Wait for it or stop it; if it is dead for sure, its lease ends by itself within a minute",
+                "Wait for it or stop it; if it is dead for sure, its lock ends by itself within a minute",
             )
         return generation
 
     def acquire(self) -> None:
-        """Raises LedgerError while another run is alive or was faster. A dead run's lease is taken over."""
+        """Raises LedgerError while another run is alive or was faster. A dead run's lock is taken over."""
         generation = self.refuse_others()
-        # Where the answer to the first try was lost, the second one finds our own lease.
+        # Where the answer to the first try was lost, the second one finds our own lock.
         if not self._store.put_if(KEY, self._body(), generation) and not self._is_ours():
             raise LedgerError(
                 "another run took this target in the same moment", "one run per target", "Wait for it to end"
             )
-        self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lease")
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lock")
         self._thread.start()
 
     def release(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=RENEW_S)
-        with suppress(EmsrError):  # the lease of a process that is gone counts for nothing anyway
+        with suppress(EmsrError):  # the lock of a process that is gone counts for nothing anyway
             if not self.lost.is_set() and self._is_ours():
                 self._store.put(KEY, self._body(released=True))
 
@@ -67,7 +67,7 @@ class TargetLease:
         return found is not None and found["run"] == self.run_id
 
     def _body(self, released: bool = False) -> bytes:
-        lease = {
+        lock = {
             "run": self.run_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -76,7 +76,7 @@ class TargetLease:
             "released": released,
             "workers": self.workers,
         }
-        return json.dumps(lease).encode()
+        return json.dumps(lock).encode()
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
@@ -86,22 +86,22 @@ class TargetLease:
                     return
                 self._store.put(KEY, self._body())
             except EmsrError:
-                continue  # a passing fault: the next renewal comes before the lease runs out
+                continue  # a passing fault: the next renewal comes before the lock expires
 
 
 def holder(store: Store) -> dict[str, object] | None:
     """Who writes this target now, None where nobody does."""
-    lease = _parse(store.get(KEY))
-    return lease if lease is not None and _alive(lease, own=True) else None
+    lock = _parse(store.get(KEY))
+    return lock if lock is not None and _alive(lock, own=True) else None
 
 
 def last_workers(store: Store) -> dict[str, dict[str, float]]:
     """What each worker of the run that holds, or last held, this target has done: tasks, quarantined, seconds, last (Unix time)."""
     try:
-        told = json.loads(store.get(KEY) or b"{}").get("workers", {})
+        workers = json.loads(store.get(KEY) or b"{}").get("workers", {})
         return {
-            str(name): {k: float(tally[k]) for k in ("tasks", "quarantined", "seconds", "last")}
-            for name, tally in told.items()
+            str(name): {k: float(totals[k]) for k in ("tasks", "quarantined", "seconds", "last")}
+            for name, totals in workers.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -111,14 +111,14 @@ def _parse(value: bytes | None) -> dict[str, object] | None:
     if value is None:
         return None
     try:
-        lease = json.loads(value)
-        return {k: lease[k] for k in ("run", "host", "pid", "started", "renewed", "released")}
+        lock = json.loads(value)
+        return {k: lock[k] for k in ("run", "host", "pid", "started", "renewed", "released")}
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _alive(holder: dict[str, object], own: bool = False) -> str:
-    """Why this holder counts as alive; empty where it does not. A lease of this very process counts only if `own`."""
+    """Why this holder counts as alive, or "". A lock of this very process counts only if `own`."""
     if holder["released"]:
         return ""
     if holder["host"] == socket.gethostname():
@@ -135,7 +135,7 @@ def _alive(holder: dict[str, object], own: bool = False) -> str:
     age = time.time() - float(
         str(holder["renewed"])
     )  # from the future by more than TTL_S: a clock that was set back, and no sign of life either
-    return f"its lease was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
+    return f"its lock was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
 
 
 def _started(pid: int) -> str:

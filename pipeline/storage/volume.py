@@ -1,15 +1,15 @@
-"""What a source and a target are to the rest of the house: the two contracts, free of any file format."""
+"""What a source and a target are, whatever their format: two protocols, and what a source says of itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.base.geometry import ZYX, Box
-from pipeline.plan.plan import LevelSpec as LevelSpec
+from pipeline.plan.target_spec import TargetSpec
 
 Uint8Array = NDArray[np.uint8]
 
@@ -46,30 +46,6 @@ class Source(Protocol):
         Raises MissingChunkError, DamagedChunkError (both final) or TransientError; never returns invented voxels.
         """
         ...
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """Everything that fixes the bytes of a target's metadata; nothing about how the work is cut or who does it.
-
-    `levels[k]` is mip k, each laterally half of the one before. `fidelity` is the LR-sized volume beside them, or None.
-    `corner_nm` is the lower corner of SR voxel (0, 0, 0) of mip 0; `voxel_size_nm` is that of mip 0; `scale` is SR over LR.
-    `provenance` is plain JSON (config, version, network, weights, lattice, source).
-    """
-
-    url: str
-    format: str
-    encoding: str
-    scale: int
-    voxel_size_nm: tuple[float, float, float]
-    corner_nm: tuple[float, float, float]
-    levels: tuple[LevelSpec, ...]
-    fidelity: LevelSpec | None
-    provenance: dict[str, Any] = field(default_factory=dict, hash=False)
-
-
-FIDELITY = -1
-"""The `level` by which the fidelity volume is named in calls that take a level."""
 
 
 class Target(Protocol):

@@ -15,9 +15,10 @@ import tensorstore as ts
 
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv, requests
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
-from pipeline.storage.volume import LevelSpec, Uint8Array
+from pipeline.storage.volume import Uint8Array
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import tensorstore as ts
 
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
+from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage.targets.encode import StoredArray
-from pipeline.storage.volume import FIDELITY, LevelSpec, TargetSpec
 
 _CODECS: dict[str, list[dict[str, Any]]] = {
     "raw": [],

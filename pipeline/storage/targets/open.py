@@ -11,10 +11,11 @@ from pipeline.base.errors import DataError, TargetError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.urls import local_path
 from pipeline.config.volume import ENCODINGS
+from pipeline.plan.target_spec import FIDELITY, TargetSpec
 from pipeline.storage import kv
 from pipeline.storage.targets import encode, ome_zarr_target, precomputed_target
 from pipeline.storage.targets.encode import StoredArray
-from pipeline.storage.volume import FIDELITY, Target, TargetSpec, Uint8Array
+from pipeline.storage.volume import Target, Uint8Array
 
 _ARRAYS = {"ome-zarr": ome_zarr_target.arrays, "precomputed": precomputed_target.arrays}
 _METADATA = {"ome-zarr": ome_zarr_target.metadata, "precomputed": precomputed_target.metadata}

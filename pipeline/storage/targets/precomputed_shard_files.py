@@ -15,9 +15,9 @@ from typing import Any
 import tensorstore as ts
 
 from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv
 from pipeline.storage.precomputed_sharding import chunk_number
-from pipeline.storage.volume import LevelSpec
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import tensorstore as ts
 
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
+from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage import precomputed_sharding as sharding
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
-from pipeline.storage.volume import FIDELITY, LevelSpec, TargetSpec
 
 JPEG_QUALITY = 90
 _JPEG_EDGE = 65500

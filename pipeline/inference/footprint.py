@@ -1,0 +1,43 @@
+"""What a network holds beside its weights, by formula, and the message where a device has less. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+from pipeline.base.errors import TooLargeError
+from pipeline.base.geometry import Box
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.price import Footprint
+
+
+def footprint(spec: NetworkSpec) -> Footprint:
+    """The bytes for one tile and for its encoded sections."""
+    value_bytes = 4 if spec.precision == "float32" else 2
+    tile, section = models.held_bytes(spec.name, spec.scale, spec.preset, spec.lattice.tile, value_bytes)
+    return Footprint(tile, spec.lattice.window * section)
+
+
+def needed_bytes(spec: NetworkSpec, slab: Box) -> int:
+    """Bytes beside the weights for one slab at a time; `slab` is its box of LR voxels."""
+    held = footprint(spec)
+    return held.tile_bytes + held.cache_bytes * sum(1 for _ in spec.lattice.cells(slab))
+
+
+def too_large(spec: NetworkSpec, slab: Box, available: int) -> TooLargeError:
+    """The error where `available` bytes beside the weights are less than a slab needs. It names the largest cell that fits."""
+    lattice = spec.lattice
+    smaller = (
+        dataclasses.replace(spec, lattice=dataclasses.replace(lattice, cell=cell))
+        for cell in range(lattice.cell - 8, 0, -8)
+    )
+    fits = next((s.lattice.cell for s in smaller if needed_bytes(s, slab) <= available), None)
+    saw = (
+        f"network.cell {lattice.cell} with halo {lattice.halo}: a tile of {lattice.tile} x {lattice.tile} LR voxels, "
+        f"with the encoded sections of its slab, needs {needed_bytes(spec, slab) / 1e9:.2f} GB beside the weights, "
+        f"and {available / 1e9:.2f} GB are there"
+    )
+    if fits is None:
+        return TooLargeError(saw, "a tile that fits", "Take another device, or a smaller work.slab_shape")
+    wanted = f"network.cell {fits} or less, with the same halo"
+    return TooLargeError(saw, wanted, "Set it, with another target.url; or free memory there")

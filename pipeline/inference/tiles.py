@@ -1,0 +1,90 @@
+"""The tiles of a slab, one after another: cut on the lattice, padded, through the network, put together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.base.geometry import ZYX, Box
+from pipeline.inference.network import Network, SectionCache
+from pipeline.plan.plan import Slab
+
+DEVICE_LOCK = threading.Lock()
+"""Held by one slab at a time around `super_resolve`: two slabs in flight overlap their reading and writing, never the device."""
+
+SectionCaches = dict[tuple[int, int], SectionCache]
+"""A cache for every tile, by the (y, x) of its cell. A lease carries them from slab to slab, so that a z-halo costs no
+network time.
+"""
+
+
+def super_resolve(
+    network: Network, lr: NDArray[np.uint8], sections: Sequence[int], slab: Slab, caches: SectionCaches | None = None
+) -> NDArray[np.uint8]:
+    """The SR voxels of `slab`, uint8 (D, rh, rw).
+
+    `lr` are the LR voxels (D + window - 1, h, w) of `slab.read` in y and x and of `sections` in z: the slab's own with the
+    halo, where the volume's ends and bad sections are replaced already.
+
+    The slab is computed tile by tile on the lattice, so that a voxel is the same whichever slab contains it (law 1). The
+    `caches` that the slab before in z left save encoding its sections again; the bytes are the same with and without them.
+
+    Raises TooLargeError where the device has no memory for a tile, DataError where the network makes values that are no
+    numbers.
+    """
+    lattice, scale = network.spec.lattice, network.spec.scale
+    have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
+    out = np.empty(tuple(slab.lr.shape.lateral(scale)), np.uint8)
+    for cell in lattice.cells(slab.lr):
+        want = lattice.padded(cell)
+        tile = pad_laterally(lr[_crop(want, have)], have.intersect(_laterally(want, have)), want, lattice.padding)
+        keep = cell.lateral(scale).slices(want.start.lateral(scale))
+        place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))
+        cache: SectionCache = {} if caches is None else caches.setdefault((cell.start.y, cell.start.x), {})
+        with network.memory_errors(slab.lr):
+            network.tile(np.ascontiguousarray(tile), sections, out[place], keep[1:], cache)
+    return out
+
+
+def pad_laterally(voxels: NDArray[np.uint8], have: Box, want: Box, mode: str) -> NDArray[np.uint8]:
+    """The voxels of `want` in y and x, of which `voxels` (D, h, w) are the real ones, those of `have`.
+
+    Voxels outside `have` are invented: `mirror` reflects about the volume's face, the end voxel twice, as often as it
+    takes; `edge` repeats the end voxel.
+    """
+    rows = _sources(want.start.y, want.stop.y, have.start.y, have.stop.y, mode)
+    cols = _sources(want.start.x, want.stop.x, have.start.x, have.stop.x, mode)
+    padded: NDArray[np.uint8] = voxels[:, rows][:, :, cols]
+    return padded
+
+
+def _sources(start: int, stop: int, low: int, high: int, mode: str) -> NDArray[np.intp]:
+    i, n = np.arange(start, stop) - low, high - low
+    if mode == "edge":
+        return np.clip(i, 0, n - 1)
+    i = np.mod(i, 2 * n)
+    return np.where(i < n, i, 2 * n - 1 - i)
+
+
+def _laterally(want: Box, have: Box) -> Box:
+    return Box(ZYX(have.start.z, want.start.y, want.start.x), ZYX(have.stop.z, want.stop.y, want.stop.x))
+
+
+def _crop(want: Box, have: Box) -> tuple[slice, slice, slice]:
+    return have.intersect(_laterally(want, have)).slices(have.start)
+
+
+def back_projection_error(lr: NDArray[np.uint8], sr: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """|mean of each r x r block of SR - measured LR voxel| in grey levels, rounded half up: uint8 (D, h, w).
+
+    `lr` is (D, h, w), `sr` (D, rh, rw). The result is 0 where the SR image, averaged over the LR voxel, agrees with the
+    microscope.
+    """
+    d, h, w = lr.shape
+    sums = sr.reshape(d, h, scale, w, scale).sum(axis=(2, 4), dtype=np.int32)
+    area = scale * scale
+    error: NDArray[np.uint8] = ((2 * np.abs(sums - lr.astype(np.int32) * area) + area) // (2 * area)).astype(np.uint8)
+    return error

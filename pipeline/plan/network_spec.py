@@ -1,0 +1,25 @@
+"""What a network is, as values: everything that changes its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.plan.lattice import Lattice
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A network by name and numbers.
+
+    `weights_sha256` is empty for networks without weights. `weights` says where they lie, which changes no output.
+    `weights_licence` is the licence of the data that they were trained on; it goes into the provenance.
+    """
+
+    name: str
+    scale: int
+    preset: str | None
+    weights_sha256: str
+    precision: str
+    lattice: Lattice
+    weights: str = ""
+    weights_licence: str = ""

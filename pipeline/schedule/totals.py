@@ -1,0 +1,74 @@
+"""What a run has done so far: sums over receipts and results of leases, in all and for each worker."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from pipeline.plan.price import Footprint
+from pipeline.plan.receipt import QUARANTINED, STATES, Receipt
+from pipeline.plan.requests import RequestCounts
+from pipeline.worker.job import LeaseResult
+
+
+@dataclass
+class WorkerTotals:
+    """What one worker process did: tasks, how many of them were quarantined, seconds, Unix time of the last."""
+
+    tasks: int = 0
+    quarantined: int = 0
+    seconds: float = 0.0
+    last: float = 0.0
+
+
+@dataclass
+class RunTotals:
+    """What one run did.
+
+    `started_again` counts late leases that a second worker was given. `requests` are those that failed for the moment.
+    `peak_bytes`, `base_bytes` and `network` are the largest of any worker's process (see LeaseResult). `seconds` are those
+    of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored. `workers` are named HOST:PID.
+    """
+
+    written: int = 0
+    skipped: int = 0
+    quarantined: int = 0
+    started_again: int = 0
+    requests: RequestCounts = field(default_factory=RequestCounts)
+    peak_bytes: int = 0
+    base_bytes: int = 0
+    network: Footprint = field(default_factory=Footprint)
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "network": 0.0, "write": 0.0})
+    voxels: int = 0
+    bytes: int = 0
+    workers: dict[str, WorkerTotals] = field(default_factory=dict)
+
+    @property
+    def closed(self) -> int:
+        """Tasks that ended, however they did."""
+        return self.written + self.skipped + self.quarantined
+
+    def add_receipt(self, receipt: Receipt) -> None:
+        """Count a task that has ended."""
+        state = STATES[receipt.state]
+        setattr(self, state, getattr(self, state) + 1)
+        for part in self.seconds:
+            self.seconds[part] += getattr(receipt, f"{part}_s")
+        self.voxels += receipt.voxels
+        self.bytes += receipt.bytes
+        if receipt.worker:
+            totals = self.workers.setdefault(receipt.worker, WorkerTotals())
+            totals.tasks += 1
+            totals.quarantined += receipt.state == QUARANTINED
+            totals.seconds += receipt.seconds
+            totals.last = time.time()
+
+    def add_result(self, result: LeaseResult) -> None:
+        """Count what a result says of its worker's process, also where its receipts do not count."""
+        self.peak_bytes, self.base_bytes = (
+            max(self.peak_bytes, result.peak_bytes),
+            max(self.base_bytes, result.base_bytes),
+        )
+        self.requests += result.requests
+        if result.receipts:
+            self.network = result.network

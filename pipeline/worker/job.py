@@ -1,0 +1,68 @@
+"""The vocabulary between scheduler and workers: what a worker is given, and what it gives back. Plain values alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline import __version__
+from pipeline.config.volume import SourceConfig
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.plan import Plan
+from pipeline.plan.price import Footprint
+from pipeline.plan.receipt import Receipt
+from pipeline.plan.requests import RequestCounts, RequestRates
+from pipeline.plan.target_spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker must know, without an open file or an array. It pickles to a few kB.
+
+    `retries` and `stall_s` are those of volume.yaml's `work`, `rates` the requests of all workers together, or a worker's
+    share of them. `emsr` is the client's version, which must be the worker's.
+    """
+
+    digest: str
+    source: SourceConfig
+    source_fingerprint: str
+    network: NetworkSpec
+    plan: Plan
+    target: TargetSpec
+    retries: int
+    stall_s: float
+    emsr: str = __version__
+    rates: RequestRates = RequestRates()  # noqa: RUF009 - frozen
+    run: str = ""
+    """The run that wants it. A worker opens everything anew for another run: what was mended since is read again."""
+
+
+@dataclass(frozen=True)
+class LeaseResult:
+    """What a worker gives back of a lease: the receipts of its first tasks, perhaps of all, and facts of its process.
+
+    `base_bytes` is the process's resident size when the job was open and no slab had been read, `peak_bytes` its largest
+    resident size so far. `network` is what the network holds of it. `requests` counts since the process's last lease.
+    """
+
+    receipts: tuple[Receipt, ...]
+    peak_bytes: int
+    base_bytes: int
+    network: Footprint = Footprint()  # noqa: RUF009 - frozen
+    requests: RequestCounts = RequestCounts()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class SlabCost:
+    """What one slab cost on this machine, for the price of a run.
+
+    Seconds by part, stored over raw bytes by level, resident bytes of the process before the slab, what the network holds
+    of the process's memory, and the bytes of the weights where a GPU has them.
+    """
+
+    read_s: float
+    network_s: float
+    write_s: float
+    stored_share: dict[int, float]
+    base_bytes: int
+    network: Footprint
+    gpu_weights: int | None
