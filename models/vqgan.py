@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import PriorParams
-from models.layers import Narrow, NormResidual, SelfAttention, Up, channels_last, conv3, in_bands, pointwise, weights_channels_last
+from models.layers import (
+    Narrow,
+    NormResidual,
+    SelfAttention,
+    Up,
+    channels_last,
+    conv3,
+    in_bands,
+    pointwise,
+    weights_channels_last,
+)
 
 
 class Encoder(nn.Module):

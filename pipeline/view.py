@@ -24,8 +24,8 @@ from pipeline.prepare import recorded
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import QUARANTINED
 from pipeline.storage.sources.open import open_source
+from pipeline.viewer.data_source import Native, Triple, read_native
 from pipeline.viewer.file_server import HOST, serving
-from pipeline.viewer.source import Native, Triple, read_native
 from pipeline.viewer.state import Layer, Mark, public_link, viewer_state
 
 MARKED = 1000

@@ -12,7 +12,7 @@ from pipeline.base.geometry import ZYX
 from pipeline.plan.plan import LevelSpec
 from pipeline.storage.targets.open import StoredTarget
 from pipeline.storage.volume import TargetSpec
-from pipeline.viewer.source import Native, read_native
+from pipeline.viewer.data_source import Native, read_native
 from pipeline.viewer.state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
 
 Docs = dict[str, Any]

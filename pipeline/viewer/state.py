@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.viewer.source import Native, Triple
+from pipeline.viewer.data_source import Native, Triple
 
 PUBLIC = "https://neuroglancer-demo.appspot.com/"
 

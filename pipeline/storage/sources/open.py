@@ -15,7 +15,7 @@ from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
 from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
 from pipeline.storage.sources.metadata import Folder, fingerprint
-from pipeline.storage.sources.volume_source import ToUint8, VolumeSource, linear_table
+from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_table
 from pipeline.storage.sources.voxel_array import Level, Voxels
 from pipeline.storage.volume import Source, Uint8Array, VolumeInfo
 

@@ -13,7 +13,7 @@ import tensorstore as ts
 from pipeline.base.errors import MissingChunkError, SourceError
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.storage import kv
-from pipeline.storage.precomputed_sharding import chunk_number
+from pipeline.storage.precomputed_morton import chunk_number
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, open_array
 
 

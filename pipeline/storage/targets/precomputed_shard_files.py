@@ -16,7 +16,7 @@ import tensorstore as ts
 
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.storage import kv
-from pipeline.storage.precomputed_sharding import chunk_number
+from pipeline.storage.precomputed_morton import chunk_number
 from pipeline.storage.volume import LevelSpec
 
 

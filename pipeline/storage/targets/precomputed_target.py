@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
-from pipeline.storage import precomputed_sharding as sharding
+from pipeline.storage import precomputed_morton as sharding
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 from pipeline.storage.volume import FIDELITY, LevelSpec, TargetSpec
