@@ -51,7 +51,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     resumed = check_place(prepared, store)
     if dry_run:
         job = batch_job(config.cluster, config.work.in_flight)
-        for line in bad_sections.told(prepared.spec["source"]["bad_sections"]):
+        for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
             print(line)
         print_price(prepared.job, prepared.source, config.work.in_flight, worker_count(config.cluster))
         if job is not None:
@@ -84,9 +84,9 @@ def _look(config: Config, survey: Survey, source: Source, keep: bool) -> dict[in
     """The pass that looks for bad sections. A run that refuses them keeps nothing of it: they will be mended."""
     store = Store(sidecar(config.target.url))
     with SurveyProgress(len(survey.sections)) as progress:
-        found = section_survey.look(survey, source, store, keep, progress.update)
+        found = section_survey.detect(survey, source, store, keep, progress.update)
     if keep and found and config.source.bad_sections.rule == "refuse":
-        section_survey.forget(survey, store)
+        section_survey.delete_measurements(survey, store)
     return found
 
 
@@ -111,7 +111,7 @@ def _execute(
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
         if bad := prepared.spec["source"]["bad_sections"]:
             progress.say(
-                "bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.SHOWN]}
+                "bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
             )
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)

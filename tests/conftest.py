@@ -118,7 +118,7 @@ def run_here(yaml_path: Path) -> Any:
 
     wanted = config.load(yaml_path)
     store = Store(sidecar(wanted.target.url))
-    prepared = prepare(wanted, lambda survey, source: section_survey.look(survey, source, store, keep=True))
+    prepared = prepare(wanted, lambda survey, source: section_survey.detect(survey, source, store, keep=True))
     claim(prepared, store)
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
     for stage in prepared.job.plan.stages():

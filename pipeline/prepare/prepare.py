@@ -21,7 +21,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.price import output_voxels
 from pipeline.prepare import layout
 from pipeline.sections import bad_sections
-from pipeline.sections.bad_sections import Look
+from pipeline.sections.bad_sections import Detect
 from pipeline.sections.survey import Survey, survey
 from pipeline.storage.kv import Store
 from pipeline.storage.requests import Rates
@@ -47,7 +47,7 @@ def sidecar(target_url: str) -> str:
     return urls.split_format(target_url)[1] + ".emsr"
 
 
-def prepare(config: Config, look: Look | None = None) -> Prepared:
+def prepare(config: Config, look: Detect | None = None) -> Prepared:
     """Opens the source's metadata and plans. Raises UserError; writes nothing.
 
     With source.bad_sections.detect, what an earlier run found counts, so that every command sees one plan; `look` is called
@@ -83,7 +83,7 @@ def prepare(config: Config, look: Look | None = None) -> Prepared:
     looked = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if looked is not None:
         bad = dict(sorted((_detected(target_url, looked, source, look) | bad).items()))
-        bad_sections.allowed(config.source.bad_sections, bad, info)
+        bad_sections.check_allowed(config.source.bad_sections, bad, info)
         plan = dataclasses.replace(plan, bad_sections=tuple(bad))
     spec = json.loads(json.dumps(_spec(config, info, mask, plan, network, encoding, bad, looked)))
     voxel_nm = (info.voxel_size_nm[0], info.voxel_size_nm[1] / plan.scale, info.voxel_size_nm[2] / plan.scale)
@@ -290,7 +290,7 @@ def _region(config: Config, info: VolumeInfo) -> Box:
     return box
 
 
-def _detected(target_url: str, looked: Survey, source: Source, look: Look | None) -> dict[int, str]:
+def _detected(target_url: str, looked: Survey, source: Source, look: Detect | None) -> dict[int, str]:
     """The bad sections that are not listed: those of the plan that stands beside the target, else what is seen now."""
     store = Store(sidecar(target_url))
     stored = store.get("plan.json")

@@ -35,7 +35,7 @@ def read(target_url: str, reader: str) -> Recorded | None:
     try:
         body = json.loads(stored)
         ledger = Ledger(store, str(body["digest"]), int(body["tasks"]), reader)
-        told = bad_sections.told(body["spec"]["source"]["bad_sections"])
+        told = bad_sections.describe(body["spec"]["source"]["bad_sections"])
         found = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), told, ledger, store)
     except (ValueError, KeyError, TypeError):
         raise LedgerError(
