@@ -125,14 +125,14 @@ def _native(url: str, level: int = 0, array: str | None = None) -> Native | None
     try:
         return read_native(Store(url).get, kind, level, array)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
-        seen = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
-        raise UserError(seen, "a whole volume", "Check that its writing ended") from None
+        saw = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
+        raise UserError(saw, "a whole volume", "Check that its writing ended") from None
 
 
 def _check_shape(url: str, native: Native, wanted: ZYX) -> None:
     if native.shape != wanted:
-        seen = f"{url} holds {native.shape} voxels, but this volume.yaml describes {wanted} (z, y, x)"
-        raise TargetError(seen, "", "View it with the volume.yaml it was made from")
+        saw = f"{url} holds {native.shape} voxels, but this volume.yaml describes {wanted} (z, y, x)"
+        raise TargetError(saw, "", "View it with the volume.yaml it was made from")
 
 
 def browser_url(url: str) -> str:

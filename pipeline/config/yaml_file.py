@@ -110,12 +110,12 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
     if problems:
         raise ConfigError(problems)
     if not isinstance(value, dict):
-        seen = "nothing" if value is None else type(value).__name__
+        found = "nothing" if value is None else type(value).__name__
         required = [key for key, field in model.model_fields.items() if field.is_required()]
         others = [key for key in model.model_fields if key not in required]
         optional = f" (and {', '.join(others)})" if others else ""
         raise ConfigError(
-            [f"{name}:1: saw {seen}, wanted the keys {', '.join(required)}{optional}. See the examples folder"]
+            [f"{name}:1: saw {found}, wanted the keys {', '.join(required)}{optional}. See the examples folder"]
         )
     return value, lines
 
@@ -172,8 +172,8 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
             out.append(f"{where}: missing. It is required")
         else:
             wanted = " or ".join(dict.fromkeys(_wanted(k, msg) for k, msg, _ in faults if k != "missing"))
-            seen = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
-            out.append(f"{where}: {seen}wanted {wanted}")
+            prefix = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
+            out.append(f"{where}: {prefix}wanted {wanted}")
     return out
 
 
