@@ -1,1 +1,1 @@
-"""Volumes that are read: a module for each format (`*_volume`), listed in `open`, and how levels are read (`*_array`)."""
+"""Volumes that are read: a module for each format (`*_volume`), listed in `open`; how a level is read (`*_array`)."""

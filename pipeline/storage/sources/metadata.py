@@ -104,7 +104,7 @@ class Metadata:
 
 
 def _whole(value: object) -> int | None:
-    """Whether the value is a finite number; True and False are none."""
+    """The value as a whole number, else None. 4.0 counts (some JavaScript writers make it of 4), True does not."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
