@@ -1,4 +1,7 @@
-"""The metrics that table.yaml can name: (image, truth) -> score. A new one goes into `_metric` and config/table.py."""
+"""The metrics that table.yaml can name: (image, truth) -> score.
+
+A new one goes into `_metric`, and its name into config/table.py and models/evaluation/table.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pipeline.config.table import WeightsConfig
 from pipeline.storage.volume import Uint8Array
 
 Metric = Callable[[Uint8Array, Uint8Array], float]
+"""The score of an image (y, x) against its truth of the same shape."""
 
 
 def metrics(names: Sequence[str], weights: WeightsConfig) -> dict[str, Metric]:
