@@ -33,10 +33,11 @@ def convert(
     attributes: Mapping[str, Any] | None = None,
     on_sections: Callable[[int], None] | None = None,
 ) -> Stack:
-    """Write `source` (sections in files, or an array z, y, x) to `target` (path, file://, s3:// or gs:// URL) as OME-Zarr 0.5.
+    """Write `source` as OME-Zarr 0.5 to `target`, a path or a file://, s3:// or gs:// URL. Returns what was written.
 
-    The volume's lower corner lies at 0 nm. `attributes` are added to the group's; `on_sections` hears how many sections are stored.
-    Returns what was written. Raises SourceError, TargetError or UserError for a mistake of the user's.
+    `source` is a path of image files or an array (z, y, x). `voxel_size_nm` and `chunk` (voxels) are in the order z, y,
+    x. The volume's lower corner lies at 0 nm. `attributes` are added to the group's; `on_sections` is called with the
+    number of sections stored so far. Raises SourceError, TargetError or UserError for a mistake of the user's.
     """
     if len(voxel_size_nm) != 3 or not all(math.isfinite(v) and v > 0 for v in voxel_size_nm):
         raise UserError(f"voxel size {list(voxel_size_nm)}", "three positive numbers in nm, in the order z y x")
@@ -57,7 +58,7 @@ def convert(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 0, or 2 for a mistake of the user's (told in plain text on stderr)."""
+    """The command. Returns the exit code: 0, or 2 after a message on stderr about a mistake of the user's."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.convert", description="TIFF or PNG sections into OME-Zarr 0.5."
     )

@@ -197,23 +197,23 @@ def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     volume = tissue(100, 64, 2).astype(np.uint8)
     volume[[40, 70]] = 0
     survey, source = wanted(write_lr(tmp_path / "lr.zarr", volume))
-    undisturbed = section_survey.look(survey, source, Store(f"file://{tmp_path}/other/"), keep=False)
+    undisturbed = section_survey.detect(survey, source, Store(f"file://{tmp_path}/other/"), keep=False)
     assert {40, 70} <= undisturbed.keys()
     assert not (tmp_path / "other").exists()
 
     store = Store(f"file://{tmp_path}/side/")
     with pytest.raises(KeyboardInterrupt):
-        section_survey.look(survey, Counting(source, fail_from=70), store, keep=True)
+        section_survey.detect(survey, Counting(source, fail_from=70), store, keep=True)
     counting = Counting(source)
     done: list[int] = []
-    assert section_survey.look(survey, counting, store, keep=True, progress=done.append) == undisturbed
+    assert section_survey.detect(survey, counting, store, keep=True, progress=done.append) == undisturbed
     assert counting.voxels == (100 - 64 + 3) * 64 * 64
     assert done == [32, 64, 96, 100]
 
     file = sorted((tmp_path / "side").rglob("*.npz"))[1]
     file.write_bytes(file.read_bytes()[:300])
     counting = Counting(source)
-    assert section_survey.look(survey, counting, store, keep=True) == undisturbed
+    assert section_survey.detect(survey, counting, store, keep=True) == undisturbed
     assert counting.voxels <= (32 + 3) * 64 * 64
 
 
@@ -259,13 +259,13 @@ def test_holes_are_left_to_the_run(tmp_path: Path) -> None:
     path = write_lr(tmp_path / "lr.zarr", damaged())
     (path / "0" / "c" / "1" / "0" / "0").unlink()
     survey, source = wanted(path)
-    assert list(section_survey.look(survey, source, Store(f"file://{tmp_path}/side/"), keep=False)) == [9]
+    assert list(section_survey.detect(survey, source, Store(f"file://{tmp_path}/side/"), keep=False)) == [9]
 
 
 def test_sections_that_have_nothing_in_common_are_refused(tmp_path: Path) -> None:
     survey, source = wanted(write_lr(tmp_path / "lr.zarr", tissue(12, 128, 5, alike=0.0).astype(np.uint8)))
     with pytest.raises(SourceError, match="correlate by"):
-        section_survey.look(survey, source, Store(f"file://{tmp_path}/side/"), keep=False)
+        section_survey.detect(survey, source, Store(f"file://{tmp_path}/side/"), keep=False)
 
 
 @pytest.mark.parametrize("network", ["bicubic", pytest.param("gpemsr", marks=pytest.mark.slow)])

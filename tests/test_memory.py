@@ -127,7 +127,7 @@ import resource, sys
 from pipeline.config import volume as config
 from pipeline.process import device
 from pipeline.worker.lease import process_lease
-from pipeline.open_job import open_job
+from pipeline.worker.open_job import open_job
 from pipeline.prepare.prepare import prepare
 from pipeline.plan.receipt import WRITTEN
 job = prepare(config.load(sys.argv[1])).job

@@ -105,7 +105,8 @@ class TestEveryFormat:
 def test_fingerprint_is_the_same_in_another_process_and_differs_between_levels(tmp_path: Path) -> None:
     ome = written.ome(tmp_path / "a", "0.5")
     first, second = (opened(ome, mip=mip).info.fingerprint for mip in (0, 1))
-    script = "import sys; from pipeline.config import SourceConfig; from pipeline.storage.sources import open_source\n"
+    script = "import sys\nfrom pipeline.config.volume import SourceConfig\n"
+    script += "from pipeline.storage.sources.open import open_source\n"
     script += "print(open_source(SourceConfig(url=sys.argv[1])).info.fingerprint)"
     again = subprocess.run(
         [sys.executable, "-c", script, str(ome.path)],

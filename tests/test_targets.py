@@ -24,7 +24,7 @@ from ome_zarr_models.v05.image import Image
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, UserError
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
-from pipeline.storage.precomputed_sharding import shard_shapes
+from pipeline.storage.precomputed_morton import shard_shapes
 from pipeline.storage.targets.open import is_empty, open_target
 from pipeline.storage.targets.precomputed_target import voxel_offset
 from pipeline.storage.volume import Target, Uint8Array

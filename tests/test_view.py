@@ -39,8 +39,9 @@ from pipeline.prepare.place import claim
 from pipeline.prepare.prepare import prepare
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
-from pipeline.view import browser_url, main
+from pipeline.view import main
 from pipeline.viewer.file_server import serving
+from pipeline.viewer.layers import browser_url
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALE, VOXEL = 8, (45.0, 37.0, 37.0)

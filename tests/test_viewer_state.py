@@ -11,7 +11,7 @@ import pytest
 from pipeline.base.geometry import ZYX
 from pipeline.plan.target_spec import LevelSpec, TargetSpec
 from pipeline.storage.targets.open import StoredTarget
-from pipeline.viewer.source import Native, read_native
+from pipeline.viewer.data_source import Native, read_native
 from pipeline.viewer.state import PUBLIC, Layer, Mark, coincides, public_link, transform, viewer_state
 
 Docs = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What can go wrong, and the words a user reads: what was seen, what was wanted, what to do."""
+"""The errors that emsr raises on purpose. A message for users says what was found, what was wanted, and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ class EmsrError(Exception):
 
 
 class UserError(EmsrError):
-    """A mistake that the user can mend: one message, exit code 2, nothing touched."""
+    """A mistake that the user can correct: one message, exit code 2.
+
+    The message is made of `saw` (what was found), `wanted` and `do` (advice); the last two may be empty.
+    """
 
     exit_code = 2
 
@@ -26,7 +29,7 @@ class UserError(EmsrError):
 
 
 class ConfigError(UserError):
-    """One or more problems in volume.yaml, each a line of its own."""
+    """One or more problems in volume.yaml, stage.yaml or table.yaml, each a line of its own."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -49,7 +52,7 @@ class LedgerError(UserError):
 
 
 class NetworkError(UserError):
-    """The network or its weights cannot be had."""
+    """The network cannot be built, or its weights cannot be read."""
 
 
 class TooLargeError(UserError):
@@ -57,20 +60,20 @@ class TooLargeError(UserError):
 
 
 class ClusterError(UserError):
-    """Dask workers cannot be had."""
+    """Dask workers cannot be started or reached."""
 
 
 class DataError(EmsrError):
-    """One slab's data is bad for good (missing or damaged chunk): retrying is useless, the slab is quarantined."""
+    """A permanent fault of one slab's data, such as a damaged chunk. It is not retried: the slab is quarantined."""
 
 
 class MissingChunkError(DataError):
-    """A chunk that the source's metadata promises is absent, and the file states no fill."""
+    """A chunk that the metadata promises is absent, and volume.yaml states no fill."""
 
 
 class DamagedChunkError(DataError):
-    """A chunk is there but cannot be decoded."""
+    """A chunk is stored but cannot be decoded, or lacks voxels."""
 
 
 class TransientError(EmsrError):
-    """A fault of the moment (time-out, 429, 5xx, cut connection): worth another try."""
+    """A fault that may pass (time-out, status 429 or 5xx, lost connection): it is retried."""

@@ -1,4 +1,4 @@
-"""Integer boxes in (z, y, x) order: the ground everything stands on. Imports nothing of the project."""
+"""Integer points and half-open boxes in (z, y, x) order. Imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class ZYX:
 
     @classmethod
     def of(cls, values: Sequence[int]) -> ZYX:
+        """From any three whole numbers, numpy's included. ValueError for another count."""
         z, y, x = (int(v) for v in values)
         return cls(z, y, x)
 
@@ -44,6 +45,7 @@ class ZYX:
         return self._each(other, lambda a, b: a % b)
 
     def ceil_div(self, other: ZYX | int) -> ZYX:
+        """Element-wise quotient rounded up."""
         return self._each(other, lambda a, b: -(-a // b))
 
     def minimum(self, other: ZYX | int) -> ZYX:
@@ -93,16 +95,19 @@ class Box:
         return self.size == 0
 
     def grow(self, margin: ZYX | int) -> Box:
+        """The box with `margin` voxels more on either side of every axis."""
         return Box(self.start - margin, self.stop + margin)
 
     def shift(self, by: ZYX) -> Box:
         return Box(self.start + by, self.stop + by)
 
     def intersect(self, other: Box) -> Box:
+        """The voxels in both boxes; empty, with stop == start on some axis, where there are none."""
         start = self.start.maximum(other.start)
         return Box(start, self.stop.minimum(other.stop).maximum(start))
 
     def contains(self, other: Box) -> bool:
+        """Whether every voxel of `other` is in this box: an empty box is in every box."""
         return other.empty or self.intersect(other) == other
 
     def lateral(self, factor: int) -> Box:
@@ -115,7 +120,7 @@ class Box:
         return Box(self.start // f, self.stop.ceil_div(f))
 
     def slices(self, origin: ZYX | None = None) -> tuple[slice, slice, slice]:
-        """Index of this box in an array whose first voxel is `origin` (default: voxel 0)."""
+        """The index of this box in an array (z, y, x) whose first voxel is `origin` (default: voxel 0)."""
         o = origin or ZYX(0, 0, 0)
         return (
             slice(self.start.z - o.z, self.stop.z - o.z),
@@ -139,5 +144,5 @@ def tiles(box: Box, shape: ZYX) -> Iterator[Box]:
 
 
 def chunk_count(box: Box, shape: ZYX) -> int:
-    """How many cells of the grid of `shape` anchored at voxel (0, 0, 0) the box touches."""
+    """How many cells of the grid of `shape`, anchored at voxel (0, 0, 0), the box overlaps."""
     return 0 if box.empty else (box.stop.ceil_div(shape) - box.start // shape).product

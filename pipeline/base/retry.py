@@ -1,4 +1,4 @@
-"""Another try after a passing fault."""
+"""Retries after transient errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pipeline.base.errors import TransientError
 T = TypeVar("T")
 
 
-def retrying(call: Callable[[], T], retries: int, again: Callable[[], None] = lambda: None) -> T:
-    """`call`, up to `retries` more times after a TransientError, with exponential jitter; the last one is raised. `again` is
-    told of every further try.
+def retrying(call: Callable[[], T], retries: int, on_retry: Callable[[], None] = lambda: None) -> T:
+    """The result of `call`, which is repeated up to `retries` times while it raises TransientError.
+
+    The waits between tries are random and grow exponentially, up to 30 s. `on_retry` is called before every repetition.
+    Raises the last TransientError, and any other error at once.
     """
     retryer = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(TransientError),
         stop=tenacity.stop_after_attempt(retries + 1),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        before_sleep=lambda _: again(),
+        before_sleep=lambda _: on_retry(),
         reraise=True,
     )
     return retryer(call)

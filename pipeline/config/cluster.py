@@ -1,4 +1,4 @@
-"""The `cluster` part of volume.yaml: where the workers come from."""
+"""The `cluster` part of volume.yaml: how Dask workers are started or found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Workers = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
 
 def _walltime(value: object) -> str:
-    """Quoted, since YAML reads a bare 12:00:00 as the number 43200."""
+    """A walltime as Slurm writes it. It must be quoted, since YAML reads a bare 12:00:00 as the number 43200."""
     if (
         not isinstance(value, str)
         or not re.fullmatch(r"(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d", value)
@@ -39,7 +39,7 @@ def _walltime(value: object) -> str:
 
 
 def walltime_s(text: str) -> int:
-    """`D-HH:MM:SS` or `HH:MM:SS` -> seconds."""
+    """Seconds of a checked walltime, `D-HH:MM:SS` or `HH:MM:SS`."""
     days, _, clock = text.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
@@ -59,7 +59,7 @@ class _Model(BaseModel):
 
 
 class SecurityConfig(_Model):
-    """TLS: every process shows `cert_file` and believes those that `ca_file` signed."""
+    """TLS between scheduler, workers and client: each presents `cert_file` and trusts what `ca_file` has signed."""
 
     ca_file: Line
     cert_file: Line
@@ -67,7 +67,7 @@ class SecurityConfig(_Model):
 
 
 class AdaptConfig(_Model):
-    """As many workers as there is work for, within bounds."""
+    """The number of workers follows the amount of work, between `minimum` and `maximum`."""
 
     minimum: Workers = 1
     maximum: Workers
@@ -80,7 +80,7 @@ class AdaptConfig(_Model):
 
 
 class SlurmConfig(_Model):
-    """One job of one worker process."""
+    """What each Slurm job asks for. A job runs one worker process."""
 
     walltime: Annotated[str, BeforeValidator(_walltime)]
     memory: Bytes
@@ -92,7 +92,7 @@ class SlurmConfig(_Model):
 
 
 class KubernetesConfig(_Model):
-    """One pod of one worker process, and the scheduler's."""
+    """What each pod asks for. A pod runs one worker process; one more runs the scheduler."""
 
     image: Line
     memory: Bytes
@@ -104,6 +104,11 @@ class KubernetesConfig(_Model):
 
 
 class ClusterConfig(_Model):
+    """How workers are started (kinds local, slurm, kubernetes) or found (kind address), and how many.
+
+    A new kind, such as another batch system, is a module beside cluster/slurm.py, entered in cluster/connect.py and here.
+    """
+
     kind: Literal["local", "address", "slurm", "kubernetes"] = "local"
     workers: Workers | None = None
     adapt: AdaptConfig | None = None
@@ -129,7 +134,7 @@ class ClusterConfig(_Model):
 
     @model_validator(mode="after")
     def _belong(self) -> ClusterConfig:
-        """Each key stands beside the kinds that read it."""
+        """Keys that the chosen kind does not read are refused, and those that it needs are required."""
         for key, kinds in _KINDS.items():
             if self.kind not in kinds and getattr(self, key) is not None:
                 raise ValueError(f"no cluster.{key} when cluster.kind is {self.kind}")
@@ -138,20 +143,21 @@ class ClusterConfig(_Model):
                 raise ValueError(f"the keys of cluster.{key} (kind is {key})")
         if self.kind == "slurm" and self.host is None:
             raise ValueError(
-                "cluster.host, the address or network interface of this machine that jobs reach, 127.0.0.1 if all run here (kind is slurm)"
+                "cluster.host, the address or network interface of this machine that jobs reach, "
+                "127.0.0.1 if all run here (kind is slurm)"
             )
         if self.workers is not None and self.adapt is not None:
             raise ValueError("either cluster.workers or cluster.adapt, not both")
         return self
 
     def bounds(self) -> tuple[int, int]:
-        """Fewest and most workers that are asked for of a batch system."""
+        """The smallest and the largest number of workers to start by Slurm or Kubernetes."""
         if self.adapt is not None:
             return self.adapt.minimum, self.adapt.maximum
         return self.workers or 1, self.workers or 1
 
     def beside(self, folder: Path) -> ClusterConfig:
-        """With paths taken from the folder of volume.yaml."""
+        """The same with paths of certificates made absolute; relative ones start from `folder`, that of volume.yaml."""
         if self.security is None:
             return self
         paths = {key: str(folder / os.path.expanduser(path)) for key, path in self.security.model_dump().items()}

@@ -22,7 +22,10 @@ class _Model(BaseModel):
 
 
 class VolumeConfig(_Model):
-    """HR sections to learn from, or to validate on; `lr` where the LR of the same tissue was really scanned."""
+    """An HR volume to train or validate on. `lr` is the LR volume of the same tissue where one was measured.
+
+    `sections` is the half-open range of z that is used; `bad_sections` are left out. Both count from the first section.
+    """
 
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
@@ -40,6 +43,8 @@ class VolumeConfig(_Model):
 
 
 class DataConfig(_Model):
+    """Volumes, and how samples are cut from them. `crop` and `drift` are HR voxels, `noise` is in grey values."""
+
     train: Annotated[tuple[VolumeConfig, ...], Field(min_length=1)]
     validate_on: tuple[VolumeConfig, ...] = ()
     licence: StrictStr
@@ -52,7 +57,11 @@ class DataConfig(_Model):
 
 
 class NetworkConfig(_Model):
-    """`vqgan`, `indexer` and `flow` are what the other stages wrote, `flow` perhaps SPyNet as published; `start` are weights of ours to go on from."""
+    """The network that is trained, and the files it starts from.
+
+    `vqgan`, `indexer` and `flow` are files that earlier stages wrote; `flow` may also be SPyNet's published file.
+    `start` holds weights of the whole network to continue with.
+    """
 
     scale: Literal[8, 16]
     preset: Literal["paper", "small"] = "paper"
@@ -68,7 +77,7 @@ class NetworkConfig(_Model):
 
 
 class LossConfig(_Model):
-    """Weights of the losses beside the stage's first, and the files of the networks that they need."""
+    """Weights of the losses beside the stage's main one, and files of the networks that compute them."""
 
     squares: StrictBool = False
     codebook: Weight = 10.0
@@ -90,7 +99,7 @@ class LossConfig(_Model):
 
 
 class StageConfig(_Model):
-    """One stage.yaml."""
+    """One stage.yaml. `rate` is Adam's first learning rate; `periods` are the lengths of its cosine cycles in steps."""
 
     stage: Literal["flow", "vqgan", "indexer", "network"]
     output: Path
@@ -128,13 +137,19 @@ class StageConfig(_Model):
         return self
 
     def digest(self) -> str:
-        """What a checkpoint belongs to: all that decides its numbers, so not where, how long, or how often it is looked at."""
+        """sha256 of everything that decides the weights: a checkpoint is resumed only under the same digest.
+
+        The output folder, the device, the card's text and the intervals of validation and checkpoints do not count.
+        """
         apart = {"output", "checkpoint_every", "validate_every", "devices", "accelerator", "threads", "card", "half"}
         return hashlib.sha256(self.model_dump_json(exclude=apart).encode()).hexdigest()
 
 
 def load(path: str | Path) -> StageConfig:
-    """Read and check stage.yaml; URLs come back normalised, relative to the file. ConfigError names every problem at once."""
+    """Read and check stage.yaml. Relative paths and URLs start from its folder and come back absolute.
+
+    Raises ConfigError with all problems.
+    """
     path = Path(path)
     config, lines = yaml_file.read(path, StageConfig, "stage.yaml")
     base = path.resolve().parent

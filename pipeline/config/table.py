@@ -19,7 +19,11 @@ class _Model(BaseModel):
 
 
 class VolumeConfig(_Model):
-    """`lr`, where given, is enlarged by bicubic and scored beside. `first_section` is where the SR lies in the truth."""
+    """An SR volume (`sr`) and its ground truth (`gt`). Where `lr` is given, its bicubic enlargement is scored too.
+
+    `sections` is the half-open range of z that is scored, counted from the first section; by default all of them. With
+    `crop` the truth may be larger than SR, and what it has more is left out.
+    """
 
     name: StrictStr
     sr: Url
@@ -37,7 +41,7 @@ class VolumeConfig(_Model):
 
 
 class WeightsConfig(_Model):
-    """Files of the networks behind the perceptual metrics; what is not named is fetched where there is internet."""
+    """Files with the weights of the perceptual metrics. Those that are not named are fetched from the internet."""
 
     lpips_alex: Path | None = None
     vgg16: Path | None = None
@@ -61,7 +65,10 @@ class TableConfig(_Model):
 
 
 def load(path: str | Path) -> TableConfig:
-    """Read and check table.yaml; paths come back absolute, relative to the file. ConfigError names every problem at once."""
+    """Read and check table.yaml. Relative paths and URLs start from its folder and come back absolute.
+
+    Raises ConfigError with all problems.
+    """
     path = Path(path)
     config, lines = yaml_file.read(path, TableConfig, "table.yaml")
     base = path.resolve().parent

@@ -21,9 +21,10 @@ def split_format(url: str) -> tuple[str | None, str]:
 
 
 def normalise(url: str, base: Path) -> str:
-    """A URL of one of SCHEMES without a trailing slash; a plain path becomes file://, relative ones are taken from `base`.
+    """The URL in one spelling: a scheme of SCHEMES, no trailing slash, any format prefix kept.
 
-    Raises UserError for an unknown scheme or an empty path.
+    A plain path becomes file://; a relative one starts from the folder `base`. Raises UserError for an unknown scheme,
+    an empty path, a missing bucket or host, a query, or control characters.
     """
     if not url.isprintable():
         raise UserError(f"url {url!r} holds control characters", "printable ones", "Remove them")

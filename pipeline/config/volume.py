@@ -1,4 +1,4 @@
-"""volume.yaml as frozen values. Every mistake becomes one line: file:line, key path, value seen, what is allowed."""
+"""volume.yaml as frozen values. Their meaning and defaults are in docs/volume-yaml.md."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Model(BaseModel):
 
 
 class BoxConfig(_Model):
-    """Region of interest in LR voxels, volume coordinates, half open."""
+    """The region to super-resolve: a half-open box in LR voxels, in volume coordinates."""
 
     start: ZYXField
     stop: ZYXField
@@ -84,11 +84,16 @@ class BoxConfig(_Model):
 
 
 class FillConfig(_Model):
+    """The grey value that absent chunks are read as."""
+
     fill: Annotated[StrictInt, Field(ge=0, le=255)]
 
 
 class BadSectionsConfig(_Model):
-    """Sections (z in volume coordinates) that must not enter any window."""
+    """Sections that must not enter any window: `list` names them by z, `detect` has them found.
+
+    `rule` says what stands in for them, `output` what their own output sections are made from.
+    """
 
     list: tuple[StrictInt, ...] = ()
     detect: StrictBool = False
@@ -97,12 +102,16 @@ class BadSectionsConfig(_Model):
 
 
 class MaskConfig(_Model):
+    """A volume over the same space; slabs where it is 0 everywhere are skipped."""
+
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     missing_chunks: Literal["error"] | FillConfig = "error"
 
 
 class SourceConfig(_Model):
+    """The volume that is read. `mip` or `array` chooses its level, `intensity_window` maps uint16 to uint8."""
+
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     array: StrictStr | None = None
@@ -123,6 +132,8 @@ class SourceConfig(_Model):
 
 
 class TargetConfig(_Model):
+    """The volume that is written. Shapes are in voxels of mip 0."""
+
     url: Url
     format: Literal["ome-zarr", "precomputed"] = "ome-zarr"
     chunk_shape: ShapeField | None = None
@@ -143,11 +154,14 @@ ENCODINGS: dict[str, tuple[str, ...]] = {
     "ome-zarr": ("blosc-zstd", "zstd", "raw"),
     "precomputed": ("raw", "jpeg", "png"),
 }
+"""The encodings of each format, its default first. storage/targets/ has a module for each format, which writes them."""
 
 NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", "real-esrgan", "edvr", "basicvsr"]
 
 
 class NetworkConfig(_Model):
+    """The network and its weights. `cell` and `halo` are in LR voxels and override the network's own tile lattice."""
+
     name: NetworkName
     scale: Literal[8, 16]
     preset: Literal["paper", "small"] | None = None
@@ -159,17 +173,21 @@ class NetworkConfig(_Model):
 
 
 class BudgetConfig(_Model):
+    """A run whose output would be larger is refused."""
+
     output_bytes: Bytes
 
 
 class RequestsConfig(_Model):
-    """Bounds on what all workers together ask of the stores."""
+    """The most requests a second that all workers together make to the object stores."""
 
     read: Annotated[StrictInt, Field(ge=1)] | None = None
     write: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
 class WorkConfig(_Model):
+    """How the work is cut and carried out. None of it changes the voxels."""
+
     slab_shape: ShapeField | None = None
     retries: Annotated[StrictInt, Field(ge=0, le=100)] = 3
     stall_s: Annotated[StrictInt, Field(ge=1, le=86_400)] = 600
@@ -189,7 +207,10 @@ class Config(_Model):
 
 
 def load(path: str | Path) -> Config:
-    """Read and check volume.yaml. URLs come back normalised (file:// absolute). ConfigError names every problem at once."""
+    """Read and check volume.yaml. Relative paths and URLs start from its folder and come back absolute.
+
+    Raises ConfigError with all problems.
+    """
     path = Path(path)
     config, lines = yaml_file.read(path, Config, "volume.yaml")
     base = path.resolve().parent
@@ -222,5 +243,5 @@ def load(path: str | Path) -> Config:
 
 
 def keys() -> dict[tuple[str, ...], list[str]]:
-    """Every mapping of volume.yaml with the keys it may hold."""
+    """The keys that each mapping of volume.yaml may hold, by the key path of the mapping."""
     return yaml_file.keys(Config)

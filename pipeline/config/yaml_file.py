@@ -1,4 +1,7 @@
-"""A YAML file as frozen pydantic values. Every mistake becomes one line: file:line, key path, value seen, what is allowed."""
+"""A YAML file as frozen pydantic values.
+
+Every mistake becomes one line of a ConfigError: file:line, key path, the value that was found, what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pipeline.base.errors import ConfigError
 
 MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-"""How every model of a file of ours is: no unknown key, nothing changes after reading."""
+"""pydantic's settings for all configuration models: unknown keys are errors, values cannot be changed after reading."""
 
 KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the top of the file, such as ("source", "box", "start", 0)."""
 M = TypeVar("M", bound=BaseModel)
 
 _UNITS = {
@@ -50,15 +54,15 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
-    """The file's values, and the line of every key path. `kind` names such a file. ConfigError names every problem at once."""
+    """The file's values, and the line (from 1) of every key path. `kind` is what messages call such a file.
+
+    Raises ConfigError with all problems.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            [
-                f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}). Give the path of a {kind}"
-            ]
-        ) from None
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError([f"{path}: cannot be read ({why}). Give the path of a {kind}"]) from None
     raw, lines = _parse(text, str(path), kind, model)
     try:
         return model.model_validate(raw), lines
@@ -106,12 +110,12 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
     if problems:
         raise ConfigError(problems)
     if not isinstance(value, dict):
-        seen = "nothing" if value is None else type(value).__name__
+        found = "nothing" if value is None else type(value).__name__
         required = [key for key, field in model.model_fields.items() if field.is_required()]
         others = [key for key in model.model_fields if key not in required]
         optional = f" (and {', '.join(others)})" if others else ""
         raise ConfigError(
-            [f"{name}:1: saw {seen}, wanted the keys {', '.join(required)}{optional}. See the examples folder"]
+            [f"{name}:1: saw {found}, wanted the keys {', '.join(required)}{optional}. See the examples folder"]
         )
     return value, lines
 
@@ -121,13 +125,14 @@ def _dotted(path: KeyPath) -> str:
 
 
 def line(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
+    """The line of a key path, or of the nearest key above it that stands in the file."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, 1)
 
 
 def keys(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], list[str]]:
-    """Every mapping of the file with the keys it may hold."""
+    """The keys that each mapping of the file may hold, by the key path of the mapping. List indices are left out."""
     found = {path: list(model.model_fields)}
     for name, field in model.model_fields.items():
         for sub in _models_in(field.annotation):
@@ -136,6 +141,7 @@ def keys(model: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str, 
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration models in a type, such as those of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
@@ -144,7 +150,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], model: type[BaseModel]) -> list[str]:
-    """pydantic's errors, one line per place: several branches of a union that failed at one key become one line."""
+    """pydantic's errors, one line per key path: several branches of a union that failed at one key become one line."""
     known = keys(model)
     by_place: dict[KeyPath, list[tuple[str, str, Any]]] = {}
     for item in error.errors(include_url=False):
@@ -166,13 +172,13 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
             out.append(f"{where}: missing. It is required")
         else:
             wanted = " or ".join(dict.fromkeys(_wanted(k, msg) for k, msg, _ in faults if k != "missing"))
-            seen = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
-            out.append(f"{where}: {seen}wanted {wanted}")
+            prefix = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
+            out.append(f"{where}: {prefix}wanted {wanted}")
     return out
 
 
 def _is_key(part: str) -> bool:
-    """pydantic puts the names of union branches into the location; keys of ours are plain words of the models."""
+    """Whether a part of pydantic's location is a key of the file; the names of a union's branches stand there too."""
     return (
         bool(re.fullmatch(r"[a-z][a-z0-9_]*", part))
         and not part.startswith(("literal[", "function-"))
@@ -181,6 +187,7 @@ def _is_key(part: str) -> bool:
 
 
 def _wanted(kind: str, message: str) -> str:
+    """What was wanted, in words, from pydantic's kind of error and message."""
     message = re.sub(r"^Value error, ", "", message)
     message = re.sub(r"^Input should be (a )?(valid )?", "", message)
     return {

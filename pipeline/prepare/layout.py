@@ -15,7 +15,7 @@ from pipeline.base.geometry import ZYX
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.plan import BLOCK_SIDE
 from pipeline.plan.target_spec import LevelSpec
-from pipeline.storage.precomputed_sharding import shard_shapes
+from pipeline.storage.precomputed_morton import shard_shapes
 
 CHUNK = ZYX(8, 256, 256)
 SHARD_SIDE = 4096

@@ -1,4 +1,4 @@
-"""Bad sections of a run, listed or detected: what is allowed, what is recorded of each, and how it is told."""
+"""Bad sections of a run, listed or detected: whether they are allowed, and what is recorded and printed of each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from pipeline.sections.survey import Survey
 from pipeline.storage.volume import Source, VolumeInfo
 
 LISTED = "listed"
-SHOWN = 20
+"""The reason recorded for a section that volume.yaml lists."""
+MAX_SHOWN = 20
+"""Sections named in a message."""
 
-Look = Callable[[Survey, Source], dict[int, str]]
-"""How sections are looked at: z -> why of the bad ones that are not listed."""
+Detect = Callable[[Survey, Source], dict[int, str]]
+"""Detects the bad sections among those of a survey: z -> reason, without the listed ones."""
 
 
 def listed(config: BadSectionsConfig, info: VolumeInfo) -> dict[int, str]:
-    """z -> why. SourceError for sections that are not there."""
+    """The sections that volume.yaml lists: z -> reason.
+
+    SourceError where one lies outside the volume or none may be bad.
+    """
     span = range(info.bounds.start.z, info.bounds.stop.z)
     if outside := [z for z in config.list if z not in span]:
         raise SourceError(
@@ -28,16 +33,16 @@ def listed(config: BadSectionsConfig, info: VolumeInfo) -> dict[int, str]:
             "Correct the list",
         )
     bad = dict.fromkeys(sorted(config.list), LISTED)
-    allowed(config, bad, info)
+    check_allowed(config, bad, info)
     return bad
 
 
-def allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeInfo) -> None:
-    """SourceError where the rule refuses bad sections, or no good one is left."""
+def check_allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeInfo) -> None:
+    """SourceError where the rule refuses bad sections, or no good one is left. `bad` is z -> reason."""
     if bad and config.rule == "refuse":
-        some = ", ".join(f"{z} ({why})" for z, why in list(bad.items())[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+        named = [f"{z} ({why})" for z, why in bad.items()][:MAX_SHOWN] + ["..."] * (len(bad) > MAX_SHOWN)
         raise SourceError(
-            f"{len(bad)} bad sections, {some}, and source.bad_sections.rule is refuse",
+            f"{len(bad)} bad sections, {', '.join(named)}, and source.bad_sections.rule is refuse",
             "",
             "Repair them, or use rule: nearest",
         )
@@ -48,20 +53,24 @@ def allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeInfo) ->
 
 
 def record(plan: Plan, bad: dict[int, str], output: str) -> dict[int, dict[str, Any]]:
-    """What plan and provenance say of each: why, which section stands in for it in windows, and what its own output is made from."""
+    """What plan and provenance say of each bad section, by z.
+
+    `why` is the reason, `stand_in` the z of the section that replaces it in windows, `output` what its own output
+    section is made from (source.bad_sections.output).
+    """
     return {z: {"why": why, "stand_in": plan.section(z), "output": output} for z, why in bad.items()}
 
 
 def detected(recorded: dict[str, dict[str, Any]]) -> dict[int, str]:
-    """z -> why of a record's sections that were not listed. KeyError or TypeError where it is damaged."""
+    """The detected sections of a record, z -> reason. KeyError, TypeError or ValueError where the record is damaged."""
     return {int(z): str(one["why"]) for z, one in recorded.items() if one["why"] != LISTED}
 
 
-def told(recorded: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each of a record's sections, up to SHOWN."""
+def describe(recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """A line to print for each section of a record, up to MAX_SHOWN of them."""
     made = {"neighbours": "its output is made from its neighbours", "empty": "its output is left empty"}
     lines = [
         f"bad section  {z}: {one['why']}; {one['stand_in']} stands in, {made[one['output']]}"
-        for z, one in list(recorded.items())[:SHOWN]
+        for z, one in list(recorded.items())[:MAX_SHOWN]
     ]
-    return lines + ([f"bad section  and {len(recorded) - SHOWN} more"] if len(recorded) > SHOWN else [])
+    return lines + ([f"bad section  and {len(recorded) - MAX_SHOWN} more"] if len(recorded) > MAX_SHOWN else [])

@@ -1,7 +1,8 @@
-"""Which sections must not be shown to the network, told from their voxels alone: measurements, then verdicts with a reason.
+"""The rules by which sections are judged bad from their voxels alone: measurements first, then verdicts with a reason.
 
-A section is held against its surroundings in z, never against fixed grey values: what is unusual there and resembles no
-neighbour is bad; an empty end of the volume, a change of staining and a jump of the alignment are not.
+A section is compared with those around it in z, never with fixed grey values: one that is unusual there and resembles
+no neighbour is bad; an empty end of the volume, a change of staining and a jump of the alignment are not. A new rule on
+grey values goes into `_unusual`, one on resemblance into `_Links`; a rule that changes verdicts raises survey.VERSION.
 
     . . o o o x o o o . .      x is compared with the good sections nearest to it, up to LAGS away, so that the
         |---| |---|            neighbours of a bad section are judged by those on their other side
@@ -18,33 +19,34 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 LAGS = 3
-"""Sections are compared with up to so many before them."""
+"""A section is compared with up to so many sections before it."""
 AROUND = 10
-"""Sections on either side that say what is usual."""
+"""Sections on either side from which it is computed what is usual."""
 BLOCK = 32
-"""Voxels across the blocks that a box is compared by, about."""
+"""Voxels across a block, about. Boxes are compared block by block."""
 SEARCHED = 16
-"""Voxels that two sections are moved against each other, at most a quarter of the box."""
+"""Voxels up to which two sections are displaced to find their best match, at most a quarter of the box."""
 FLAT = 1.0
-"""Standard deviation, in grey values, below which nothing is shown."""
+"""Standard deviation, in grey values, below which a block or section counts as without structure."""
 LOST = 0.2
-"""Share of voxels at 0 or 255, beyond what is usual, that makes a section black or saturated."""
+"""Share of voxels at 0 or 255, beyond what is usual, from which a section is black or saturated."""
 EMPTY = 5
-"""Consecutive sections that show nothing beyond which they are no bad sections but an empty part of the volume."""
+"""More consecutive sections without structure than this are an empty part of the volume, not bad sections."""
 PALE = 0.4
 """Share of the usual contrast below which a section is of low contrast."""
 WEAK = 0.1
-"""Correlation below which neighbouring blocks usually have nothing in common, so that nothing can be told from them."""
+"""Where the usual correlation of neighbouring blocks is below this, the blocks are not judged."""
 TELLING = 0.2
-"""Correlation of neighbouring sections below which bad ones do not stand out: unrelated ones reach 0.15 at their best place."""
+"""Correlation of neighbouring sections below which bad ones do not stand out; unrelated ones reach 0.15 at best."""
 ALIKE = (0.75, 0.65, 0.6)
 """Share of the usual resemblance, 1 .. LAGS sections apart, from which two show the same tissue."""
 SPREAD = 4
-"""Or less, where resemblance varies by itself, in small or faint sections: so many times its median's distance from the upper quartile."""
+"""The same share is lowered where resemblance varies by itself, as in small or faint sections: to 1 minus so many times
+the distance of its median from its upper quartile."""
 ACROSS = 0.5
-"""The same, for two sections between which others resemble none but themselves."""
+"""The same share for two sections on either side of others that resemble only each other."""
 PARTLY = 0.35
-"""And the share from which a part of a section does."""
+"""Share of the usual resemblance from which a part of the section shows the same tissue."""
 REACH = 4
 """Voxels of displacement, against every good neighbour, from which a section is misplaced: half the halo of a tile."""
 JITTER = 3
@@ -53,11 +55,11 @@ JITTER = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Consecutive sections, N, by B boxes of Q blocks each; NaN where nothing could be read or compared.
+    """Measurements of N consecutive sections in B boxes of Q blocks each; NaN where nothing could be read or compared.
 
-    `contrast` (N): median deviation of the blocks. `black`, `white` (N): shares of voxels at 0 and 255. `alike` (N, LAGS, B * Q):
-    correlation of each block with the section 1 .. LAGS before, the box moved to its best place; `moved` (N, LAGS, B, 2): how far
-    it was moved, y and x.
+    `contrast` (N): median over blocks of the standard deviation, in grey values. `black`, `white` (N): shares of voxels
+    at 0 and at 255. `alike` (N, LAGS, B * Q): correlation of each block with the section 1 .. LAGS before, at the box's
+    best displacement. `moved` (N, LAGS, B, 2): that displacement in voxels, y and x.
     """
 
     contrast: Floats
@@ -72,9 +74,10 @@ class Measured:
 
 
 def measure(voxels: Floats, before: int = 0) -> Measured:
-    """`voxels` (n, B, h, w): boxes at the same place in consecutive sections, of which the first `before` are only compared with.
+    """Measure consecutive sections. `voxels` (n, B, h, w) are B boxes at the same places in each.
 
-    A box of NaN could not be read.
+    A box of NaN could not be read. The first `before` sections are not measured themselves, later ones are compared
+    with them.
     """
     count, boxes, height, width = voxels.shape
     cuts = (_cuts(height), _cuts(width))
@@ -106,9 +109,9 @@ def measure(voxels: Floats, before: int = 0) -> Measured:
 
 
 def judge(found: Measured, listed: Collection[int] = (), step: int = 1) -> dict[int, str]:
-    """The bad sections (index -> why) beside those that are `listed` already, which are compared with nothing.
+    """The bad sections, index -> reason. Sections that are `listed` as bad already are left out of every comparison.
 
-    `step` is the LR voxels of a measured one, for the words.
+    `step` is the number of LR voxels along a measured voxel; displacements are stated in LR voxels.
     """
     bad = _unusual(found, listed)
     left_out = set(bad) | set(listed)
@@ -124,12 +127,15 @@ def judge(found: Measured, listed: Collection[int] = (), step: int = 1) -> dict[
 
 
 def resemblance(found: Measured) -> float:
-    """Median correlation of neighbouring sections, block by block: from TELLING on bad ones can be told. NaN for nothing to compare."""
+    """Median correlation of neighbouring sections, block by block; NaN where there is nothing to compare.
+
+    Below TELLING no verdicts are possible.
+    """
     return float(_median(found.alike[:, 0].ravel(), 0))
 
 
 def _unusual(found: Measured, listed: Collection[int]) -> dict[int, str]:
-    """Black, saturated, constant or pale against the sections around."""
+    """Sections that are black, saturated, constant or of low contrast compared with those around: index -> reason."""
     bad: dict[int, str] = {}
     known = np.isin(np.arange(len(found.contrast)), list(listed)) | _empty(found.contrast)
     contrast, black, white = (np.where(known, np.nan, values) for values in (found.contrast, found.black, found.white))
@@ -147,7 +153,7 @@ def _unusual(found: Measured, listed: Collection[int]) -> dict[int, str]:
 
 
 def _empty(contrast: Floats) -> NDArray[np.bool_]:
-    """Sections in long runs of ones that show nothing: the volume is empty there."""
+    """Sections within more than EMPTY consecutive ones without structure: the volume is empty there."""
     flat = np.r_[False, contrast < FLAT, False]
     starts, stops = np.flatnonzero(flat[1:] & ~flat[:-1]), np.flatnonzero(flat[:-1] & ~flat[1:])
     empty = np.zeros(len(contrast), bool)
@@ -177,7 +183,10 @@ class _Links:
         self._reach = np.fmax(REACH, JITTER * _usual(far[:, 0], 0.5))
 
     def alike(self, low: int, high: int, bar: float = 1.0) -> bool:
-        """Whether section `high` shows what `low`, up to LAGS before it, shows; so too where nothing can be told. `bar`: a lower one."""
+        """Whether section `high` shows the same tissue as `low`, up to LAGS before it, or they cannot be compared.
+
+        `bar` is the share of the usual resemblance that suffices, where it is less than the usual bar.
+        """
         pair = high, high - low - 1
         return bool(
             np.isnan(self._kept[pair])
@@ -185,8 +194,10 @@ class _Links:
         )
 
     def runs(self) -> set[int]:
-        """Sections that resemble a direct neighbour. Not two from elsewhere that resemble each other, and that those around them
-        skip.
+        """Sections that resemble a direct neighbour.
+
+        Fewer than LAGS sections that resemble only each other are left out where the sections on either side resemble
+        one another: they come from elsewhere.
         """
         good: set[int] = set()
         start = 0
@@ -209,7 +220,10 @@ class _Links:
         return low not in self._left_out and high not in self._left_out
 
     def joined(self, doubtful: Collection[int], good: Collection[int]) -> set[int]:
-        """The doubtful ones that resemble a nearest good section, of those as close to it as any: far ones resemble too easily."""
+        """The doubtful sections that resemble a nearest good one, at the smallest distance at which there are any.
+
+        Sections that are farther apart resemble each other too easily.
+        """
         for lag in range(1, LAGS + 1):
             if found := {
                 i
@@ -227,6 +241,7 @@ class _Links:
             ]
 
     def why(self, i: int, good: Collection[int], step: int) -> str:
+        """The reason why section `i`, which is not among the good ones, is bad."""
         pairs = [(max(i, j), abs(i - j) - 1) for j in self._nearest(i, good)]
         if not pairs:
             return "resembles no section near it"
@@ -243,7 +258,10 @@ class _Links:
 def _displacement(
     section: NDArray[np.complex128], other: NDArray[np.complex128], shape: tuple[int, int], reach: int
 ) -> tuple[int, int]:
-    """(dy, dx), each up to `reach`, by which `section` lies further than `other`: where their spectra correlate best per voxel of overlap."""
+    """(dy, dx), each from -reach to reach, by which `section` is displaced against `other`.
+
+    It is where their correlation, computed from the spectra, is largest per voxel of overlap.
+    """
     steps = np.arange(-reach, reach + 1)
     size = (shape[0] + reach, shape[1] + reach)
     surface = np.fft.irfft2(section * np.conj(other), size)[np.ix_(steps, steps)]
@@ -253,7 +271,7 @@ def _displacement(
 
 
 def _block_correlations(section: Floats, other: Floats, shift: tuple[int, int], cuts: tuple[int, int]) -> Floats:
-    """Pearson's r of each block; 0 where one of the two shows nothing, NaN where both."""
+    """Pearson's r of each block at a displacement; 0 where one of the two is without structure, NaN where both are."""
     rows, cols = (slice(max(0, d), n + min(0, d)) for d, n in zip(shift, section.shape, strict=True))
     back_rows, back_cols = (slice(max(0, -d), n + min(0, -d)) for d, n in zip(shift, section.shape, strict=True))
     found = []
@@ -268,6 +286,7 @@ def _block_correlations(section: Floats, other: Floats, shift: tuple[int, int], 
 
 
 def _cuts(side: int) -> int:
+    """Into how many blocks a side of so many voxels is cut."""
     return max(1, round(side / BLOCK))
 
 
@@ -277,7 +296,7 @@ def _blocks(voxels: Floats, cuts: tuple[int, int]) -> Iterator[Floats]:
 
 
 def _usual(values: Floats, quantile: float) -> Floats:
-    """Along the first axis: the quantile of up to AROUND values on either side and the value itself; NaN where all are."""
+    """Along the first axis: the quantile of up to AROUND values on either side and the value itself, without NaN."""
     return np.stack([_quantile(values[max(0, i - AROUND) : i + AROUND + 1], quantile) for i in range(len(values))])
 
 
@@ -302,7 +321,7 @@ def _mean(values: Floats) -> Floats:
 
 
 def _share(voxels: Floats, chosen: NDArray[np.bool_]) -> Floats:
-    """Per section, of what could be read; NaN where that is nothing."""
+    """Per section, the share of `chosen` voxels among those that could be read; NaN where none could."""
     axes = (1, 2, 3)
     count = np.count_nonzero(~np.isnan(voxels), axes)
     share: Floats = np.where(count, chosen.sum(axes) / np.maximum(count, 1), np.nan).astype(np.float32)

@@ -1,10 +1,11 @@
-"""The pass that looks at sections before a run: sample boxes read once, measured, kept beside the target so that it can be resumed.
+"""Detection of bad sections before a run: sample boxes are read once and measured, and the measurements are stored.
 
-A section is seen through at most 4 x 4 boxes of 128 x 128 voxels at fixed places of the volume, whatever its size and whatever
-`source.box` says, so that a section has one verdict (law 1) and costs little. Voxels finer than COARSE_NM are averaged to that
-first: neighbours 40 nm apart have little in common below.
+At most 4 x 4 boxes of 128 x 128 voxels of a section are read, at fixed places of the volume, whatever its size and
+whatever `source.box` says: a section gets the same verdict in every run (law 1), at little cost. Voxels finer than
+COARSE_NM are averaged to that first, since neighbouring sections, 40 nm apart, have little in common below it. Stored
+measurements let an interrupted pass resume:
 
-    <target>.emsr/sections-<key>/<first z>.npz      measurements of a run of sections
+    <target>.emsr/sections-<key>/<first z>.npz      measurements of a group of consecutive sections
 """
 
 from __future__ import annotations
@@ -29,19 +30,22 @@ from pipeline.storage.kv import Store
 from pipeline.storage.volume import Source, VolumeInfo
 
 VERSION = 1
-"""Raised whenever the same voxels would be judged otherwise: it is part of the digest."""
+"""Part of the digest. It is raised whenever the same voxels would be judged otherwise."""
 SIDE = 128
+"""Averaged voxels across a sample box."""
 ACROSS = 4
+"""The most sample boxes along y, and along x."""
 COARSE_NM = 32.0
+"""Voxels finer than this are averaged, y and x."""
 RUN = 32
-"""Sections measured and kept at a time, about: whole chunks where they are no deeper."""
+"""Sections that are measured and stored together, about: a multiple of the chunk's depth where that is not more."""
 MARGIN = 2 * AROUND
-"""Sections beyond those that a run reads, so that they are judged by the same surroundings as in a run of the whole volume."""
+"""Sections measured on either side of those that a run reads, so that each is judged as in a run of all sections."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Which sections are looked at, and in which volume; `listed` ones are known to be bad."""
+    """Which sections of which volume are measured. `listed` ones are known to be bad."""
 
     source: SourceConfig
     info: VolumeInfo
@@ -51,7 +55,7 @@ class Survey:
 
     @property
     def key(self) -> str:
-        """Of everything that the measurements depend on."""
+        """16 hexadecimal digits, a hash of everything that the measurements depend on."""
         s = self.source
         parts = [
             VERSION,
@@ -67,17 +71,20 @@ class Survey:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a plan says of it."""
+        """What the plan records of the survey."""
         return {"version": VERSION, "sections": [self.sections.start, self.sections.stop]}
 
     @property
     def step(self) -> int:
-        """LR voxels that are averaged, across; fewer where little would be left of a small section."""
+        """Voxels across the squares of LR voxels that are averaged; fewer where a section is small."""
         shape = self.info.bounds.shape
         return max(1, min(int(COARSE_NM // max(self.info.voxel_size_nm[1:])), min(shape.y, shape.x) // SIDE))
 
     def boxes(self) -> list[Box]:
-        """Sample boxes of one section, LR voxels; z stays 0 .. 1. In the middle of equal parts of the section."""
+        """The sample boxes of one section in LR voxels, with z from 0 to 1.
+
+        Each lies in the middle of an equal part.
+        """
         bounds = self.info.bounds
         rows, cols = (
             _spread(getattr(bounds.start, axis), getattr(bounds.shape, axis), self.step) for axis in ("y", "x")
@@ -85,7 +92,7 @@ class Survey:
         return [Box(ZYX(0, y.start, x.start), ZYX(1, y.stop, x.stop)) for y in rows for x in cols]
 
     def runs(self) -> list[range]:
-        """The sections in runs on the chunk grid, each read, measured and kept as one."""
+        """The sections in groups along the chunk grid, each of which is read, measured and stored together."""
         origin, depth = self.info.bounds.start.z, self.info.chunk_shape.z
         step = depth * (RUN // depth) if depth <= RUN else RUN
         first = (self.sections.start - origin) // step
@@ -95,7 +102,7 @@ class Survey:
 
 
 def survey(source: SourceConfig, info: VolumeInfo, plan: Plan, retries: int) -> Survey:
-    """Of the sections that a plan reads, with those beside them; `plan.bad_sections` are the listed ones."""
+    """The survey of the sections that a plan reads, and MARGIN more. `plan.bad_sections` are the listed ones."""
     reach = plan.lattice.z_halo + MARGIN
     low, high = (
         max(info.bounds.start.z, plan.region.start.z - reach),
@@ -104,12 +111,14 @@ def survey(source: SourceConfig, info: VolumeInfo, plan: Plan, retries: int) -> 
     return Survey(source, info, range(low, high), frozenset(plan.bad_sections), retries)
 
 
-def look(
+def detect(
     wanted: Survey, source: Source, store: Store, keep: bool, progress: Callable[[int], None] = lambda done: None
 ) -> dict[int, str]:
-    """z -> why, of the bad sections that are not listed. What `store` holds is not read again; without `keep` nothing is written.
+    """The bad sections that are not listed: z -> reason.
 
-    `progress` is told how many sections are measured. Raises SourceError where neighbours have too little in common to tell.
+    Measurements that `store` holds are not made again; new ones are put there if `keep`. `progress` is called with the
+    number of sections measured so far. Raises SourceError where neighbouring sections have too little in common to
+    judge by, TransientError where the source cannot be reached.
     """
     parts: list[Measured] = []
     before: tuple[int, Floats] | None = None
@@ -134,24 +143,24 @@ def look(
     common = resemblance(measured)
     if common < TELLING:
         raise SourceError(
-            f"source.bad_sections.detect: neighbouring sections correlate by {common:.2f} only, so that bad ones do not stand out",
+            f"source.bad_sections.detect: neighbouring sections correlate by {common:.2f} only, "
+            "so that bad ones do not stand out",
             f"at least {TELLING}",
             "List the bad sections in source.bad_sections.list instead",
         )
     first = wanted.sections.start
-    return {
-        first + i: why
-        for i, why in judge(measured, [z - first for z in wanted.listed if z in wanted.sections], wanted.step).items()
-    }
+    listed = [z - first for z in wanted.listed if z in wanted.sections]
+    return {first + i: why for i, why in judge(measured, listed, wanted.step).items()}
 
 
-def forget(wanted: Survey, store: Store) -> None:
-    """Take away what was kept, so that mended sections are looked at again."""
+def delete_measurements(wanted: Survey, store: Store) -> None:
+    """Delete the stored measurements, so that repaired sections are measured again."""
     for key in store.keys(f"sections-{wanted.key}/"):
         store.delete(key)
 
 
 def _spread(start: int, extent: int, step: int) -> list[range]:
+    """Up to ACROSS ranges of SIDE * step voxels along an axis, spread evenly over `extent` voxels from `start`."""
     size = min(extent // step, SIDE) * step
     count = min(ACROSS, extent // size)
     begins = [start + (2 * i + 1) * extent // (2 * count) - size // 2 for i in range(count)]
@@ -159,7 +168,10 @@ def _spread(start: int, extent: int, step: int) -> list[range]:
 
 
 def _read(wanted: Survey, source: Source, sections: range) -> Floats:
-    """(n, boxes, h, w) as `measure` takes it. What is missing or damaged is NaN here, and an error where the run reads it."""
+    """The sample boxes, (n, boxes, h, w), as `measure` takes them.
+
+    Missing or damaged ones are NaN: the run will report them.
+    """
     boxes = wanted.boxes()
     _, height, width = boxes[0].shape
     voxels = np.full((len(sections), len(boxes), height // wanted.step, width // wanted.step), np.nan, np.float32)
@@ -178,7 +190,7 @@ def _read(wanted: Survey, source: Source, sections: range) -> Floats:
 
 
 def _column(wanted: Survey, source: Source, box: Box, sections: range) -> Floats:
-    """The box in those sections, (n, h, w), averaged."""
+    """One sample box in all of `sections`, averaged, (n, h, w)."""
     there = Box(ZYX(sections.start, box.start.y, box.start.x), ZYX(sections.stop, box.stop.y, box.stop.x))
     voxels = retrying(lambda: source.read(there), wanted.retries)
     n, h, w = voxels.shape
@@ -195,7 +207,7 @@ def _packed(found: Measured) -> bytes:
 
 
 def _unpacked(stored: bytes | None, sections: int) -> Measured | None:
-    """None where there is nothing, or nothing whole: those sections are measured again."""
+    """Stored measurements of so many sections; None where they are absent or damaged: they are made again then."""
     if stored is None:
         return None
     try:

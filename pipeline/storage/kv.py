@@ -1,4 +1,4 @@
-"""Keys and bytes on files, S3, GCS and HTTP: the one door to tensorstore's key-value stores, and its errors told apart."""
+"""Objects (key -> bytes) in folders, S3, GCS and HTTP through tensorstore, with its errors as errors of emsr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED
 
 
 def spec(url: str) -> dict[str, Any]:
-    """tensorstore's JSON for the folder `url` (normalised, without a format prefix).
+    """tensorstore's JSON for the folder `url`, a normalised URL; a format prefix is left out.
 
     S3 endpoints other than AWS come from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, the region from AWS_REGION or
     AWS_DEFAULT_REGION: the variables that boto3 reads; credentials from the standard places.
@@ -42,27 +42,29 @@ def spec(url: str) -> dict[str, Any]:
         elif region:
             out |= {"aws_region": region}
         if os.environ.get("AWS_ACCESS_KEY_ID"):
-            out["aws_credentials"] = {
-                "type": "environment"
-            }  # without searching, and complaining of, absent profile files
+            # Said so that tensorstore does not look for profile files and log that they are absent.
+            out["aws_credentials"] = {"type": "environment"}
         return out
     if parts.scheme == "gs":
         return {"driver": "gcs", "bucket": parts.netloc, "path": f"{path}/" if path else ""}
     return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"/{path}/"}
 
 
-# tensorstore waits for ever for a server that has accepted a request and stays silent, unless it is told how long (these are read once, at the first
-# request of the process).
+# Without these, tensorstore waits for ever for a server that has accepted a request and does not answer. It reads them
+# once, at the first request of the process.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 CACHE_BYTES = 64 << 20
 LIST_SECONDS = 20.0
+"""Time limit of a listing that only has to say whether there is any key."""
+BATCH = 64
+"""Keys requested at a time by Store.get_all."""
 
 
 @functools.cache
 def context() -> ts.Context:
-    """This process's tensorstore context: bounded chunk cache and bounded concurrency (one for all volumes)."""
+    """The tensorstore context of this process, shared by all volumes: a bounded chunk cache, bounded concurrency."""
     cores = max(2, len(os.sched_getaffinity(0)))
     return ts.Context(
         {
@@ -72,7 +74,7 @@ def context() -> ts.Context:
             "s3_request_concurrency": {"limit": 32},
             "gcs_request_concurrency": {"limit": 32},
             "http_request_concurrency": {"limit": 32},
-            # tensorstore's own default is 32 tries over a quarter of an hour, in which a mistyped host shows nothing
+            # tensorstore's own default is 32 tries over a quarter of an hour, without a word on a mistyped host.
             **{
                 f"{kind}_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "4s"}
                 for kind in ("http", "s3", "gcs")
@@ -82,7 +84,10 @@ def context() -> ts.Context:
 
 
 def classify(error: BaseException, what: str) -> EmsrError:
-    """tensorstore's error as one of ours: missing, damaged, transient, or the user's to mend (permissions)."""
+    """tensorstore's error about `what` as an EmsrError, by its status code and text.
+
+    MissingChunkError, DamagedChunkError, TransientError, or UserError for permissions, full disks and absent buckets.
+    """
     if isinstance(error, EmsrError):
         return error
     text = str(error)
@@ -117,7 +122,7 @@ def _short(text: str, limit: int = 300) -> str:
 
 
 class Store:
-    """A folder of keys. Every call raises MissingChunkError, DamagedChunkError, TransientError or UserError, never a bare one."""
+    """The objects below a URL. Every method raises what `classify` makes of tensorstore's errors, and nothing else."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -139,7 +144,7 @@ class Store:
         self.put_all({key: value})
 
     def put_all(self, items: Mapping[str, bytes]) -> None:
-        """Several puts at once; all are awaited, the first failure is raised."""
+        """Put several objects at the same time. All are awaited; the first failure is raised."""
         requests.WRITES.take(len(items))
         futures = {key: self._kv.write(key, value) for key, value in items.items()}
         failed: EmsrError | None = None
@@ -152,7 +157,10 @@ class Store:
             raise failed
 
     def put_if(self, key: str, value: bytes, generation: bytes) -> bool:
-        """Write only if `key` is still at `generation` (see get_with_generation). False where somebody was faster."""
+        """Write only if the object is still of `generation` (see get_with_generation).
+
+        Returns False, having written nothing, where another process has written it since.
+        """
         try:
             stamp = self._kv.write(key, value, if_equal=generation).result()
         except Exception as error:
@@ -160,7 +168,7 @@ class Store:
         return bool(stamp.generation != b"")
 
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
-        """The value (None: absent) and the store's mark of this version of it."""
+        """The value (None where it is absent), and its generation: the store's name of this version of it."""
         try:
             result = self._kv.read(key).result()
         except Exception as error:
@@ -169,13 +177,14 @@ class Store:
         return value, bytes(result.stamp.generation)
 
     def delete(self, key: str) -> None:
+        """Delete the object; no error where there is none."""
         try:
             self._kv.write(key, None).result()
         except Exception as error:
             raise classify(error, f"deleting {self.url}/{key}") from error
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Keys under `prefix`, sorted, without the prefix's lock files."""
+        """The keys that begin with `prefix`, sorted, without the lock files that tensorstore leaves in folders."""
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
         key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
         try:
@@ -185,9 +194,10 @@ class Store:
         return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
-        """Whether there is no key at all. `likely` keys are asked for first, so that a large store answers at once.
+        """Whether there is no key at all. `likely` keys are read first, so that the answer of a large store is quick.
 
-        A listing has no "first key only": one that still runs after LIST_SECONDS, when single keys were answered, has keys to tell.
+        tensorstore cannot list the first key alone. A listing that takes more than LIST_SECONDS is taken for one with
+        keys.
         """
         for _, value in self.get_all(likely):
             if value is not None:
@@ -202,11 +212,11 @@ class Store:
             raise classify(error, f"listing {self.url}") from error
 
     def get_all(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Values of many keys, requested 64 at a time."""
+        """(key, value) of each key in turn, None for an absent one. BATCH of them are requested at a time."""
         batch: list[str] = []
         for key in keys:
             batch.append(key)
-            if len(batch) == 64:
+            if len(batch) == BATCH:
                 yield from self._get_batch(batch)
                 batch = []
         yield from self._get_batch(batch)

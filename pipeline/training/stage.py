@@ -1,4 +1,4 @@
-"""A stage.yaml's networks with the weights they start from, and what is written of them afterwards."""
+"""A stage.yaml's networks with the weights they start from, and the files of weights that are written of them."""
 
 from __future__ import annotations
 
@@ -21,71 +21,92 @@ from pipeline.config.stage import StageConfig
 
 
 def prepare(config: StageConfig) -> Stage:
-    """Networks of the stage, weights from earlier stages put in. Raises WeightsError, OSError."""
-    wanted, losses = params(config), config.losses
-    perceptual = _perceptual(losses.lpips_alex)
+    """Networks of the stage, weights from earlier stages put in.
+
+    Raises WeightsError or ValueError where a file holds other weights, OSError where it cannot be read.
+    """
+    perceptual = _perceptual(config.losses.lpips_alex)
     if config.stage == "flow":
-        return FlowStage(wanted, config.flow_shift, config.flow_bend, config.seed)
+        return FlowStage(params(config), config.flow_shift, config.flow_bend, config.seed)
     if config.stage == "vqgan":
-        return VQGANStage(
-            wanted,
-            losses.codebook,
-            losses.adversarial,
-            losses.adversarial_from,
-            perceptual_weight=losses.perceptual,
-            perceptual=perceptual,
-            quantise_from=config.quantise_from,
-            revive_every=config.revive_every,
-            critic_width=losses.critic_width,
-            seed=config.seed,
-        )
+        return _vqgan_stage(config, perceptual)
     if config.stage == "indexer":
-        vqgan = VQGAN(wanted.prior)
-        part = _part(config, "vqgan")
-        assert part is not None
-        assert config.network.vqgan is not None
-        parts.fill(vqgan, part, config.network.vqgan)
-        return IndexerStage(wanted, vqgan)
-    features = Features(weights.read_state(losses.vgg)) if losses.reference and losses.vgg else None
+        return _indexer_stage(config)
+    return _network_stage(config, perceptual)
+
+
+def _vqgan_stage(config: StageConfig, perceptual: Perceptual | None) -> VQGANStage:
+    losses = config.losses
+    return VQGANStage(
+        params(config),
+        losses.codebook,
+        losses.adversarial,
+        losses.adversarial_from,
+        perceptual_weight=losses.perceptual,
+        perceptual=perceptual,
+        quantise_from=config.quantise_from,
+        revive_every=config.revive_every,
+        critic_width=losses.critic_width,
+        seed=config.seed,
+    )
+
+
+def _indexer_stage(config: StageConfig) -> IndexerStage:
+    vqgan = VQGAN(params(config).prior)
+    part = _part(config, "vqgan")
+    assert part is not None
+    assert config.network.vqgan is not None
+    parts.fill(vqgan, part, config.network.vqgan)
+    return IndexerStage(params(config), vqgan)
+
+
+def _network_stage(config: StageConfig, perceptual: Perceptual | None) -> NetworkStage:
+    losses, files = config.losses, config.network
     stage = NetworkStage(
-        wanted,
+        params(config),
         config.centres,
         losses.squares,
-        config.network.alone,
+        files.alone,
         losses.reference,
-        features,
+        Features(weights.read_state(losses.vgg)) if losses.reference and losses.vgg else None,
         losses.perceptual,
         perceptual,
     )
     network = stage.network
     assert isinstance(network, SuperResolver)
-    if config.network.start is not None:
-        parts.start_from(network, weights.read_state(config.network.start))
-    if config.network.vgg19 is not None:
-        weights.load_vgg19(network, weights.read_state(config.network.vgg19))
-    paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(config.network, kind)) is not None}
-    flow = None if config.network.flow is None else parts.load_flow(config.network.flow, wanted)
+    if files.start is not None:
+        parts.start_from(network, weights.read_state(files.start))
+    if files.vgg19 is not None:
+        weights.load_vgg19(network, weights.read_state(files.vgg19))
+    paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(files, kind)) is not None}
+    flow = None if files.flow is None else parts.load_flow(files.flow, params(config))
     parts.assemble(network, _part(config, "vqgan"), _part(config, "indexer"), flow, paths)
     return stage
 
 
 def params(config: StageConfig) -> Params:
+    """The network's numbers: those of its preset, with the blocks that stage.yaml leaves out."""
     n = config.network
     return dataclasses.replace(preset(n.scale, n.preset), mpf=n.mpf, pod=n.pod, three_da=n.three_da)
 
 
-def save(config: StageConfig, path: Path, network: nn.Module, facts: dict[str, Any]) -> None:
-    """The trained weights as the next stage, or the pipeline, reads them; the card says how they came about."""
-    told = facts | {"recipe": recipe(config)}
+def save(config: StageConfig, name: str, network: nn.Module, facts: dict[str, Any]) -> None:
+    """Write the trained weights to `name`.safetensors in config.output, as the next stage or the pipeline reads them.
+
+    `facts` (steps, scores) and the recipe go into the file's card. The file appears whole or not at all.
+    """
+    unfinished = config.output / f"{name}.unfinished"
+    card = facts | {"recipe": recipe(config)}
     if isinstance(network, SuperResolver):
-        text = config.card + ("\n\n" if config.card else "") + json.dumps(told, sort_keys=True)
-        weights.save(path, network, config.data.licence, text, half=config.half)
+        text = config.card + ("\n\n" if config.card else "") + json.dumps(card, sort_keys=True)
+        weights.save(unfinished, network, config.data.licence, text, half=config.half)
     else:
-        parts.save_part(path, config.stage, params(config), config.data.licence, network, told)
+        parts.save_part(unfinished, config.stage, params(config), config.data.licence, network, card)
+    unfinished.replace(config.output / f"{name}.safetensors")
 
 
 def recipe(config: StageConfig) -> dict[str, Any]:
-    """What decides the numbers, with files by their names alone: the same on every machine."""
+    """The keys of stage.yaml that decide the weights, with files by their names alone: the same on every machine."""
 
     def named(value: Any) -> Any:
         if isinstance(value, dict):
@@ -101,6 +122,7 @@ def recipe(config: StageConfig) -> dict[str, Any]:
 
 
 def _perceptual(path: Path | None) -> Perceptual | None:
+    """LPIPS with the weights in `path`, frozen; None without a path."""
     if path is None:
         return None
     from models.evaluation.perceptual import lpips_alex
@@ -111,5 +133,6 @@ def _perceptual(path: Path | None) -> Perceptual | None:
 
 
 def _part(config: StageConfig, kind: str) -> Part | None:
+    """What an earlier stage wrote of `kind` (vqgan, indexer); None where stage.yaml names no file."""
     path = getattr(config.network, kind)
     return None if path is None else parts.load_part(path, kind)

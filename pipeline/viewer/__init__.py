@@ -1,1 +1,1 @@
-"""What Neuroglancer is shown, the local server of its files, and the contact sheet."""
+"""What Neuroglancer shows (layers, state), the local server of its files, and the contact sheet."""

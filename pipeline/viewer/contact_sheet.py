@@ -1,4 +1,4 @@
-"""A small picture of what a run did: LR as measured, SR beside it, and where they disagree. Arrays in, PNG bytes out."""
+"""A small picture of a run's result: LR, SR beside it, and where the two disagree. Takes arrays, returns PNG bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Plane = NDArray[np.uint8]
 
 ROWS = 3
 SIDE = 512
-"""SR pixels of a panel at most: three panels, their gaps included, stay below 1600."""
+"""The most pixels across a panel: three panels with their gaps stay below 1600."""
 GAP = 8
 CAPTION = 20
 PAPER, INK = 255, 0
-HEAT_TOP = 32
-"""Grey levels of fidelity that are shown brightest: disagreements are small numbers."""
+MAX_HEAT = 32
+"""Grey levels of fidelity from which on the colour is the brightest: disagreements are small numbers."""
 
 _HEAT = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float32)
 """Five stops from low (dark violet) to high (yellow), evenly spaced; lightness rises throughout."""
@@ -31,9 +31,10 @@ def contact_sheet(
 
         z 5: LR as measured | SR x8 | fidelity
 
-    `pairs` are (LR, SR) planes (y, x), SR `scale` times LR; `fidelity` planes are as large as LR or SR. `labels` and `fidelity` go with `pairs`
-    one by one and may be empty. Only the centre is shown, grey values as they are, one SR voxel to a pixel; LR voxels are squares of scale x scale.
-    Raises ValueError for shapes that do not go together.
+    `pairs` are (LR, SR) planes (y, x), SR `scale` times as large as LR; `fidelity` planes are as large as LR or SR.
+    `labels` and `fidelity` have an entry for each pair, or none at all. The centre of each plane is shown with its grey
+    values unchanged: one pixel for an SR voxel, a square of scale x scale pixels for an LR voxel. Raises ValueError for
+    shapes that do not fit one another.
     """
     for name, given in (("labels", labels), ("fidelity planes", fidelity)):
         if given and len(given) != len(pairs):
@@ -47,7 +48,7 @@ def contact_sheet(
 
 
 def compose(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> bytes:
-    """Rows of captioned panels as one PNG."""
+    """A PNG of rows of panels, each with its caption above it."""
     columns = max(len(row) for row in rows)
     width = max(panel.width for row in rows for _, panel in row)
     heights = [max(panel.height for _, panel in row) for row in rows]
@@ -84,7 +85,7 @@ def _row(lr: Plane, sr: Plane, scale: int, label: str, fidelity: Plane | None) -
         if fidelity.shape not in (lr.shape, sr.shape):
             raise ValueError(f"fidelity {fidelity.shape} is neither LR {lr.shape} nor SR {sr.shape}")
         part = fidelity[fine] if fidelity.shape == sr.shape else _enlarged(fidelity[coarse], scale)
-        row.append((f"{label}SR against LR, 0 to {HEAT_TOP} grey levels", heat(part)))
+        row.append((f"{label}SR against LR, 0 to {MAX_HEAT} grey levels", heat(part)))
     return row
 
 
@@ -92,8 +93,8 @@ def _enlarged(plane: Plane, scale: int) -> Plane:
     return plane.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def heat(plane: Plane, top: int = HEAT_TOP) -> Image.Image:
-    """Small numbers as colours, dark violet for 0, yellow from `top` on."""
+def heat(plane: Plane, top: int = MAX_HEAT) -> Image.Image:
+    """The plane as colours, from dark violet for 0 to yellow for `top` and more."""
     levels = np.linspace(0, top, len(_HEAT))
     table = np.stack([np.interp(np.arange(256), levels, _HEAT[:, c]) for c in range(3)], axis=1)
     return Image.fromarray(np.rint(table).astype(np.uint8)[plane])

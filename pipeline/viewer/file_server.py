@@ -1,4 +1,4 @@
-"""A read-only web server for local volumes: named folders only, byte ranges and CORS, this machine only."""
+"""A read-only web server for local volumes. It serves named folders to this machine only, with byte ranges and CORS."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SUFFIXES = {"gzip": ".gz", "br": ".br", "zstd": ".zstd"}
 
 @contextlib.contextmanager
 def serving(folders: Mapping[str, Path], port: int = 0) -> Iterator[dict[str, str]]:
-    """Serve each folder under its name until the block ends; yields name -> URL. Port 0: any free one.
+    """Serve each folder under its name until the block ends; yields name -> URL. Port 0 means any free port.
 
-    The URLs hold a random word: CORS is open to every web page, so what keeps a page the user happens to visit from
-    reading the volumes is that it cannot guess them. Raises UserError where the port cannot be had.
+    CORS lets every web page that the user visits send requests to this server. The URLs hold a random word, which such
+    a page cannot guess. Raises UserError where the port is taken.
     """
     secret = secrets.token_urlsafe(12)
     roots = {name: folder.resolve() for name, folder in folders.items()}
@@ -53,7 +53,7 @@ def serving(folders: Mapping[str, Path], port: int = 0) -> Iterator[dict[str, st
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """The half-open range that a Range header asks of `size` bytes; None: the whole file.
+    """The half-open range of bytes that a Range header asks for, of a file of `size` bytes; None for the whole file.
 
     Several ranges, other units and malformed headers count as no header (RFC 9110, 14.2).
     Raises ValueError where the range lies outside the file (status 416).
@@ -80,7 +80,7 @@ class _Server(ThreadingHTTPServer):
     secret: str
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser drops connections whenever the user scrolls: nothing to tell."""
+        """Print nothing: a browser drops connections whenever the user scrolls."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def log_message(self, *_: object) -> None:
-        """One line per chunk would drown the terminal."""
+        """Print nothing: it would be a line per chunk."""
 
     def _answer(self, body: bool) -> None:
         found = self._open()
@@ -158,11 +158,14 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             sent = -1
         if sent != count:
-            # The file was cut short under way or the browser left: the promised length cannot be kept on this connection.
+            # The file became shorter or the browser closed the connection: Content-Length cannot be kept any more.
             self.close_connection = True
 
     def _open(self) -> tuple[BinaryIO, int, str] | None:
-        """The regular file that the request names inside its folder, its size, and the coding it is stored in ("": as it is)."""
+        """The file that the request names, its size, and the Content-Encoding it is stored in ("" for none).
+
+        None where the URL lacks the random word, leaves its folder, or names no regular file.
+        """
         try:
             parts = unquote(urlsplit(self.path).path, errors="strict").split("/")
         except (UnicodeDecodeError, ValueError):
@@ -184,7 +187,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _regular(root: Path, path: Path) -> tuple[BinaryIO, int] | None:
-    """The open file and its size; None for folders, devices, what is absent, unreadable, or reached by a link that leaves `root`."""
+    """The open file and its size.
+
+    None where it is absent, unreadable or no regular file, or a link leads out of `root`.
+    """
     try:
         path = path.resolve(strict=True)
         if not path.is_relative_to(root) or not stat.S_ISREG(path.stat().st_mode):

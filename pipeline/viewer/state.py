@@ -1,4 +1,4 @@
-"""Volumes and where they truly lie -> Neuroglancer's state, in which they coincide."""
+"""Neuroglancer's state (the JSON that describes a view) for volumes with known positions, in which they coincide."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.viewer.source import Native, Triple
+from pipeline.viewer.data_source import Native, Triple
 
 PUBLIC = "https://neuroglancer-demo.appspot.com/"
 
 _GREY = "#uicontrol invlerp contrast\nvoid main() {\n  emitGrayscale(contrast());\n}\n"
 _HEAT = "#uicontrol invlerp contrast\nvoid main() {\n  emitRGB(colormapJet(contrast()));\n}\n"
 
-# Screen pixels that the whole volume is fitted into: a small window still shows all of it.
 _PIXELS = 600.0
+"""Screen pixels that the whole volume fits into, so that a small window shows all of it."""
 
-# Far below anything visible, far above the rounding of metadata written in decimal.
 _TOLERANCE = 1e-3
+"""In voxels: far below anything visible, far above rounding errors of decimal metadata."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One image layer: its data source, what Neuroglancer would make of it alone, and where it truly lies.
+    """One image layer: its data source with the position that Neuroglancer would give it, and its true position.
 
-    `url` is the folder that `native.path` starts from. `voxel_nm` is the true voxel of native's level and `corner_nm` the true lower
-    corner of that level's first voxel, both (z, y, x). `contrast` is the grey range shown black to white (None: the type's whole range).
+    `url` is the folder that `native.path` starts from. `voxel_nm` is the true voxel size of native's level and
+    `corner_nm` the true lower corner of that level's first voxel, both (z, y, x). `contrast` is the range of grey
+    values shown from black to white, None for the type's whole range. `heat` shows values as colours, half transparent.
     """
 
     name: str
@@ -41,23 +42,23 @@ class Layer:
 
     @property
     def source_url(self) -> str:
-        """Neuroglancer's name of the data source, in the spelling that its releases since 2023 read."""
+        """The URL of the data source in the spelling that Neuroglancer reads since 2023."""
         path = f"/{quote(self.native.path)}" if self.native.path else ""
         return f"{self.native.kind}://{self.url}{path}"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A box of the volume with words to it: its lower and upper corner (nm; z, y, x)."""
+    """An annotated box: its lower and upper corner in nm (z, y, x), and a description."""
 
     name: str
     low_nm: Triple
     high_nm: Triple
-    words: str
+    description: str
 
 
 def coincides(layer: Layer) -> bool:
-    """Whether Neuroglancer puts the layer in its true place by the volume's own metadata, under the axis names z, y, x."""
+    """Whether the volume's own metadata make Neuroglancer show the layer at its true position, with axes z, y, x."""
     voxel, corner = layer.native.level_voxel_nm, layer.native.corner_nm
     if layer.native.names != ("z", "y", "x") or voxel is None or corner is None:
         return False
@@ -70,7 +71,10 @@ def coincides(layer: Layer) -> bool:
 
 
 def transform(layer: Layer) -> dict[str, Any]:
-    """The layer's place spelt out: native axes in, true z, y, x out; the matrix only moves, in voxels of the finest level."""
+    """Neuroglancer's transform from the layer's native axes to true z, y, x.
+
+    The matrix is a translation in voxels of the finest level; the voxel sizes are in the dimensions.
+    """
     native = layer.native
     voxel = [v / s for v, s in zip(layer.voxel_nm, native.step, strict=True)]
     shift = [c / v - s for c, v, s in zip(layer.corner_nm, voxel, native.start, strict=True)]
@@ -82,9 +86,10 @@ def transform(layer: Layer) -> dict[str, Any]:
 
 
 def viewer_state(layers: Sequence[Layer], focus: Layer, title: str, quarantined: Sequence[Mark] = ()) -> dict[str, Any]:
-    """Neuroglancer's state: `layers` from bottom to top in the xy layout, the middle section of `focus` whole in view, marks above them.
+    """Neuroglancer's state with `layers` from bottom to top and the `quarantined` boxes above them.
 
-    xy, as serial sections are far coarser in z than in the plane. Global voxels are those of `focus`.
+    The view is the xy plane, since serial sections are far coarser in z, and shows the whole middle section of `focus`,
+    whose voxels are the state's units.
     """
     extent = [n * v for n, v in zip(focus.native.shape, focus.voxel_nm, strict=True)]
     unit = min(focus.voxel_nm)
@@ -105,7 +110,7 @@ def viewer_state(layers: Sequence[Layer], focus: Layer, title: str, quarantined:
 
 
 def public_link(state: dict[str, Any]) -> str:
-    """A link that opens the state in a Neuroglancer on the web (its volumes must be reachable from there)."""
+    """A link that opens the state in the public Neuroglancer. The volumes must be readable from the user's browser."""
     return f"{PUBLIC}#!{quote(json.dumps(state, separators=(',', ':')), safe='')}"
 
 
@@ -128,7 +133,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
 
 
 def _annotations(name: str, marks: Sequence[Mark], voxel_nm: Triple) -> dict[str, Any]:
-    """Boxes kept in the state itself, in voxels of `voxel_nm`."""
+    """An annotation layer of boxes, stored in the state itself, in voxels of `voxel_nm`."""
 
     def point(corner_nm: Triple) -> list[float]:
         return [c / v for c, v in zip(corner_nm[::-1], voxel_nm[::-1], strict=True)]
@@ -150,7 +155,7 @@ def _annotations(name: str, marks: Sequence[Mark], voxel_nm: Triple) -> dict[str
                 "id": m.name,
                 "pointA": point(m.low_nm),
                 "pointB": point(m.high_nm),
-                "description": m.words,
+                "description": m.description,
             }
             for m in marks
         ],

@@ -1,1 +1,1 @@
-"""TIFF and PNG sections into OME-Zarr."""
+"""TIFF and PNG sections into OME-Zarr: image files read, and the volume written."""

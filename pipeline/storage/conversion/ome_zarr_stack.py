@@ -20,18 +20,25 @@ from pipeline.storage.conversion.section_files import Stack
 from pipeline.storage.targets.open import is_empty
 
 CHUNK = ZYX(8, 256, 256)
+"""The default chunk shape in voxels."""
 SHARD_SIDE = 4096
+"""Voxels up to which a shard extends in y and x."""
 READERS = 4
+"""Threads that read sections."""
 LEVEL = "0"
+"""The array's path in the group."""
 
 Nm = tuple[float, float, float]
 
 
 def layer_shapes(shape: ZYX, chunk: ZYX | None) -> tuple[ZYX, ZYX]:
-    """(chunk, shard) for a volume of `shape`: one chunk deep, laterally whole chunks up to SHARD_SIDE, none larger than the volume needs."""
+    """(chunk, shard) in voxels for a volume of `shape`. Neither is larger than the volume needs.
+
+    A shard is one chunk deep, and in y and x whole chunks up to SHARD_SIDE.
+    """
     chunk = (chunk or CHUNK).minimum(shape)
-    most = ZYX(1, max(1, SHARD_SIDE // chunk.y), max(1, SHARD_SIDE // chunk.x))
-    return chunk, chunk * shape.ceil_div(chunk).minimum(most)
+    max_chunks = ZYX(1, max(1, SHARD_SIDE // chunk.y), max(1, SHARD_SIDE // chunk.x))
+    return chunk, chunk * shape.ceil_div(chunk).minimum(max_chunks)
 
 
 def write_stack(
@@ -43,10 +50,12 @@ def write_stack(
     attributes: Mapping[str, Any] | None = None,
     on_sections: Callable[[int], None] | None = None,
 ) -> None:
-    """Write `stack` to the empty place `url`; at most one layer of chunk.z sections is held in memory.
+    """Write `stack` to `url`, where nothing may be stored yet; at most chunk.z sections are held in memory.
 
-    `corner_nm` is where the volume's lower corner lies; `attributes` join the group's. `on_sections` hears how many sections are stored.
-    The group's metadata come last: until the volume is whole, the place is no OME-Zarr. Raises TargetError where something is there already.
+    `corner_nm` is the position of the volume's lower corner (z, y, x); `attributes` are added to the group's.
+    `on_sections` is called with the number of sections stored so far. The group's metadata are written last, so that
+    readers find no OME-Zarr before it is whole. Raises TargetError where something is stored already, SourceError where
+    a section cannot be read, and what kv.classify makes of the store's errors.
     """
     _refuse_unless_empty(url)
     objects = _metadata(stack, voxel_size_nm, corner_nm, layer_shapes(stack.shape, chunk), attributes or {})
@@ -99,7 +108,10 @@ def _refuse_unless_empty(url: str) -> None:
 def _metadata(
     stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The metadata objects, as zarr-python writes them. NGFF places a voxel's centre at its translation."""
+    """The metadata objects, key -> bytes, as zarr-python writes them.
+
+    NGFF's translation is the centre of the first voxel.
+    """
     chunk, shard = shapes
     centre = [corner + size / 2 for corner, size in zip(corner_nm, voxel_size_nm, strict=True)]
     steps = [{"type": "scale", "scale": list(voxel_size_nm)}, {"type": "translation", "translation": centre}]

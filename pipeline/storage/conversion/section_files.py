@@ -32,9 +32,10 @@ _LOST = re.compile(r"invalid page offset|corrupt|failed to|incomplete", re.IGNOR
 
 @dataclass(frozen=True)
 class Stack:
-    """Sections in z order. `read(z)` gives one as (y, x) in `dtype` and may be called from several threads.
+    """Sections in z order. `read(z)` returns one as (y, x) in `dtype` and may be called from several threads.
 
-    `names` says where each section comes from (file name, or page of a file); `remarks` are for the user to read.
+    `shape` is (sections, rows, columns). `names` are the file name, or page of a file, of each section; `remarks` are
+    notes to print for the user.
     """
 
     shape: ZYX
@@ -45,7 +46,10 @@ class Stack:
 
     @classmethod
     def of(cls, volume: Section) -> Stack:
-        """A stack of an array (z, y, x) in memory."""
+        """A stack of an array (z, y, x) in memory.
+
+        SourceError where it is not of three axes, or not uint8 or uint16.
+        """
         if volume.ndim != 3 or volume.size == 0:
             raise SourceError(f"an array of shape {volume.shape}", "sections as (z, y, x), none of them empty")
         _check_dtype("array", volume.dtype)
@@ -61,7 +65,8 @@ class Stack:
 def open_stack(path: str | Path) -> Stack:
     """The stack in a TIFF file or a folder. All headers are read and compared here, voxels only by `Stack.read`.
 
-    Raises SourceError: nothing there, no sections, files of different shapes or types, colour, other than uint8 and uint16, unreadable.
+    Raises SourceError where nothing is there, where files differ in shape or type, are not grey of uint8 or uint16, or
+    cannot be read.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -103,6 +108,8 @@ class _Header:
 
 @dataclass(frozen=True)
 class _Page:
+    """One section of a TIFF file; `read` returns its voxels (y, x)."""
+
     header: _Header
     read: Callable[[], Section]
 
@@ -148,7 +155,7 @@ def _open_folder(folder: Path) -> Stack:
 
 
 def _gaps(names: Sequence[str]) -> str:
-    """The missing numbers, in words, where names differ in one number only; else nothing."""
+    """The missing numbers as text, such as `3, 7-9`, where names differ in one number only; else ""."""
     split = [re.split(r"(\d+)", name) for name in names]
     if len({len(parts) for parts in split}) != 1:
         return ""
@@ -170,7 +177,7 @@ def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever a decoder raises about `path`, as a SourceError that names it."""
+    """Within the block, whatever a decoder raises becomes a SourceError that names `path`."""
     try:
         yield
     except (SourceError, KeyboardInterrupt):
@@ -225,37 +232,38 @@ def _read_tiff(path: Path) -> Section:
         return pages[0].read()
 
 
-class _Complaints(logging.Handler):
-    """Keeps what tifffile only logs: it drops pages past a cut in the file and carries on."""
+class _Warnings(logging.Handler):
+    """Collects tifffile's log. It only logs that a file is cut off, and leaves out the pages beyond."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 @contextmanager
-def _complaints() -> Iterator[list[str]]:
+def _logged_warnings() -> Iterator[list[str]]:
+    """The messages that tifffile logs within the block; they are not printed."""
     logger = logging.getLogger("tifffile")
-    handler, propagate = _Complaints(), logger.propagate
+    handler, propagate = _Warnings(), logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield handler.said
+        yield handler.messages
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
 
 
 def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
-    """The open file, and every section in it."""
-    with _reading(path), _complaints() as said:
+    """The open file, and every section in it. SourceError where it is damaged or holds none."""
+    with _reading(path), _logged_warnings() as messages:
         tif = tifffile.TiffFile(path)
         tif.filehandle.set_lock(True)
         pages = [page for series in tif.series for page in _series_pages(path, tif, series)]
-    if lost := [message for message in said if _LOST.search(message)]:
+    if lost := [message for message in messages if _LOST.search(message)]:
         raise SourceError(
             f"{path} is cut off or damaged ({lost[0][:200]})",
             "a whole, undamaged image file",
@@ -267,6 +275,7 @@ def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
 
 
 def _series_pages(path: Path, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Iterator[_Page]:
+    """The sections of one series of a TIFF file. SourceError where they are not whole grey images (z, y, x)."""
     axes = {axis: n for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"}
     keyframe = series.keyframe
     if keyframe.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.RGB) or "S" in axes:
@@ -332,6 +341,7 @@ def _series_pages(path: Path, tif: tifffile.TiffFile, series: tifffile.TiffPageS
 
 
 def _read_plain(path: Path, header: _Header, stored: np.dtype[Any], offset: int) -> Section:
+    """An uncompressed section, from `offset` bytes into the file, in the byte order of `stored`."""
     with _reading(path):
         voxels = np.fromfile(path, stored, header.height * header.width, offset=offset)
         return voxels.reshape(header.height, header.width).astype(header.dtype, copy=False)

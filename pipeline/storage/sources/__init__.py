@@ -1,1 +1,1 @@
-"""Volumes that are read: formats, metadata, arrays."""
+"""Volumes that are read: a module for each format (`*_volume`), listed in `open`; how a level is read (`*_array`)."""

@@ -1,4 +1,4 @@
-"""Which stored axis is z, y and x, and how many nm its unit has."""
+"""Which of an array's axes are z, y and x, and how many nm a unit of length has."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Sequence
 
 from pipeline.base.errors import SourceError
 
-NM_PER_UNIT = {
-    "picometer": 1e-3, "pm": 1e-3, "angstrom": 0.1, "ångström": 0.1, "å": 0.1, "nanometer": 1.0, "nanometre": 1.0, "nm": 1.0,
-    "micrometer": 1e3, "micrometre": 1e3, "micron": 1e3, "um": 1e3, "µm": 1e3, "μm": 1e3,
-    "millimeter": 1e6, "millimetre": 1e6, "mm": 1e6, "centimeter": 1e7, "centimetre": 1e7, "cm": 1e7, "meter": 1e9, "metre": 1e9, "m": 1e9,
-}  # fmt: skip
+_NM_PER_UNIT = (
+    (1e-3, ("picometer", "pm")),
+    (0.1, ("angstrom", "ångström", "å")),
+    (1.0, ("nanometer", "nanometre", "nm")),
+    (1e3, ("micrometer", "micrometre", "micron", "um", "µm", "μm")),
+    (1e6, ("millimeter", "millimetre", "mm")),
+    (1e7, ("centimeter", "centimetre", "cm")),
+    (1e9, ("meter", "metre", "m")),
+)
+NM_PER_UNIT = {name: nm for nm, names in _NM_PER_UNIT for name in names}
 _KINDS = {"c": "a colour image", "channel": "a colour image", "t": "a time series", "time": "a time series"}
 
 
 def nm_per(unit: object) -> float | None:
-    """nm per `unit` (a UDUNITS-2 name, as in OME-NGFF, or its usual short form), None where it is none of length."""
+    """nm per `unit` (a UDUNITS-2 name, as in OME-NGFF, or its usual short form); None where it is no unit of length."""
     if not isinstance(unit, str):
         return None
     name = unit.strip().lower()
@@ -25,10 +30,11 @@ def nm_per(unit: object) -> float | None:
 def find_zyx(
     names: Sequence[str | None] | None, shape: Sequence[int], place: str, x_first: bool = False
 ) -> tuple[int, int, int]:
-    """The stored axes that are z, y, x. Every other axis must have length 1.
+    """The indices of the axes z, y, x in stored order. `place` is what messages call the array.
 
-    Where no axis is called x, y or z: the last three are z, y, x; with `x_first` the first three are x, y, z.
-    Raises SourceError for images of fewer than three axes, colour images and time series.
+    Where no axis is called x, y or z, the last three are z, y, x, or with `x_first` the first three x, y, z. Every
+    other axis must have length 1. Raises SourceError for arrays of fewer than three axes, colour images and time
+    series.
     """
     rank = len(shape)
     words = [(name or "").lower() for name in names] if names is not None else [""] * rank
@@ -57,6 +63,6 @@ def find_zyx(
     for axis, length in enumerate(shape):
         if axis not in order and length != 1:
             kind = _KINDS.get(words[axis], "an array of more than three axes")
-            seen = f"{place} is {kind} (axis {words[axis] or axis} has length {length} in shape {list(shape)})"
-            raise SourceError(seen, "one grey volume", "Store one channel of one time as a volume of its own")
+            saw = f"{place} is {kind} (axis {words[axis] or axis} has length {length} in shape {list(shape)})"
+            raise SourceError(saw, "one grey volume", "Store one channel of one time as a volume of its own")
     return order

@@ -1,4 +1,4 @@
-"""A local precomputed scale whose chunk files carry a compression suffix, read through cloud-volume."""
+"""A local precomputed scale whose chunk files end in a compression suffix, read through cloud-volume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
 
 
 def open_by_cloud_volume(level: Level, info: Mapping[str, Any], mip: int, key: str) -> VoxelArray:
-    """SourceError where cloud-volume refuses the info."""
+    """The level, opened. `info` is the volume's info, `key` the scale's.
+
+    SourceError where cloud-volume refuses the info.
+    """
     from cloudvolume import CloudVolume
 
     root = local_path(level.url)
@@ -42,7 +45,7 @@ def open_by_cloud_volume(level: Level, info: Mapping[str, Any], mip: int, key: s
 
 
 class _CloudVolumeArray:
-    """One read at a time: a CloudVolume keeps state while it reads."""
+    """Reads one box at a time, because a CloudVolume keeps state while it reads."""
 
     def __init__(self, level: Level, volume: Any, folder: Path) -> None:
         self._level, self._volume, self._folder, self._lock = level, volume, folder, threading.Lock()

@@ -1,4 +1,4 @@
-"""JSON metadata of a volume, read with its place: what is missing or of the wrong kind becomes one SourceError."""
+"""A volume's JSON metadata objects, read with checks: a value that is missing or of the wrong kind is a SourceError."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from urllib.parse import quote
 from pipeline.base.errors import DataError, MissingChunkError, SourceError, UserError
 from pipeline.storage import kv
 
-LARGEST = 2**52
-"""Coordinates beyond this are no volume's; below it, products with small factors still fit 64 bits."""
+MAX_COORDINATE = 2**52
+"""Larger numbers in metadata are refused: up to here, products with small factors fit 64 bits."""
 
 
 class Metadata:
-    """A JSON object and where it stands (`place`: url, file and key path), so that a fault can be told with both."""
+    """A JSON object. `place` says in messages where it stands: url, file and key path.
+
+    The methods return the value of a key; each raises SourceError where it is absent or not of its kind.
+    """
 
     def __init__(self, values: Mapping[str, Any], place: str) -> None:
         self.values, self.place = values, place
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Metadata:
+        """From JSON text. SourceError where it is no JSON object."""
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
-            seen = "is empty" if not data.strip() else f"is not JSON ({error})"
+            saw = "is empty" if not data.strip() else f"is not JSON ({error})"
             raise SourceError(
-                f"{place} {seen}",
+                f"{place} {saw}",
                 "a JSON object",
                 "It may be half written: copy it again or finish the conversion that wrote it",
             ) from None
@@ -41,9 +45,9 @@ class Metadata:
         return self.values.get(key) is not None
 
     def wrong(self, key: str, wanted: str, do: str = "") -> SourceError:
-        """The error for `key`, to be raised by the caller."""
-        seen = f"{key} = {_shown(self.values[key])}" if key in self.values else f"no {key}"
-        return SourceError(f"{self.place} has {seen}", wanted, do)
+        """The error that the caller raises where the value of `key` is not as `wanted`."""
+        saw = f"{key} = {_shown(self.values[key])}" if key in self.values else f"no {key}"
+        return SourceError(f"{self.place} has {saw}", wanted, do)
 
     def text(self, key: str, wanted: str = "text") -> str:
         value = self.values.get(key)
@@ -51,14 +55,14 @@ class Metadata:
             raise self.wrong(key, wanted)
         return value
 
-    def integer(self, key: str, low: int = 0, high: int = LARGEST) -> int:
+    def integer(self, key: str, low: int = 0, high: int = MAX_COORDINATE) -> int:
         value = _whole(self.values.get(key))
         if value is None or not low <= value <= high:
             raise self.wrong(key, f"a whole number from {low}")
         return value
 
-    def integers(self, key: str, count: int | None = None, low: int = 0, high: int = LARGEST) -> list[int]:
-        """A list of whole numbers between low and high, `count` of them where given."""
+    def integers(self, key: str, count: int | None = None, low: int = 0, high: int = MAX_COORDINATE) -> list[int]:
+        """A list of whole numbers from `low` to `high`, `count` of them where that is given, else at least one."""
         value = self.values.get(key)
         whole = [_whole(v) for v in value] if isinstance(value, list) else []
         found = [v for v in whole if v is not None and low <= v <= high]
@@ -69,7 +73,8 @@ class Metadata:
             or (count is not None and len(found) != count)
         ):
             raise self.wrong(
-                key, f"{count or 'a list of'} whole numbers" + (f", each at least {low}" if low > -LARGEST else "")
+                key,
+                f"{count or 'a list of'} whole numbers" + (f", each at least {low}" if low > -MAX_COORDINATE else ""),
             )
         return found
 
@@ -99,7 +104,7 @@ class Metadata:
 
 
 def _whole(value: object) -> int | None:
-    """Whole numbers only; 4.0 counts (JavaScript writers make it from 4), True does not."""
+    """The value as a whole number, else None. 4.0 counts (some JavaScript writers make it of 4), True does not."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -118,7 +123,10 @@ def _shown(value: object) -> str:
 
 
 class Folder:
-    """The metadata objects below one url. Remembers a refused permission, for the case that nothing else is found."""
+    """The metadata objects below one url.
+
+    `refused` is the first denied permission, to be raised if nothing is found.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -131,7 +139,7 @@ class Folder:
         return spec | {"path": f"{spec['path']}{path}/"} if path else spec
 
     def data(self, key: str) -> bytes | None:
-        """The bytes under `key`, None where there are none. SourceError where they cannot be read, TransientError for a passing fault."""
+        """The bytes under `key`, None where there are none. SourceError where they cannot be read; TransientError."""
         try:
             return self._store.get(key)
         except UserError as error:
@@ -144,12 +152,16 @@ class Folder:
             raise SourceError(str(error), "a readable metadata object", "Check source.url") from None
 
     def metadata(self, key: str) -> Metadata | None:
+        """The JSON object under `key`, None where there is none.
+
+        SourceError where it is no JSON object; TransientError.
+        """
         data = self.data(key)
         return None if data is None else Metadata.parse(data, f"{self.url}/{quote(key)}")
 
 
 def inner_path(path: str, error: SourceError) -> str:
-    """`path` without outer slashes; `error` is raised where it leaves its group or names nothing."""
+    """`path` without outer slashes. Raises `error` where it is empty or leads out of its group."""
     parts = path.strip("/").split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise error

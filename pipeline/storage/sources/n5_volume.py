@@ -1,4 +1,4 @@
-"""N5 arrays and multiscale groups (s0, s1, ...) as levels to read. Here x comes first."""
+"""N5 arrays and multiscale groups (s0, s1, ...) as levels to read. In N5's metadata x comes first."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.storage.sources.voxel_array import Level, Pending, TensorArray, Vo
 
 _COMPRESSIONS = ("raw", "gzip", "bzip2", "xz", "blosc", "zstd")
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
-_MOST_LEVELS = 64
+_MAX_LEVELS = 64
 
 
 def find(folder: Folder, mip: int, array: str | None) -> Level | None:
-    """The level that `mip` or `array` names, None where no N5 is at the url. Raises SourceError."""
+    """The level that `mip` or `array` names; None where no N5 is at the url. Raises SourceError, TransientError."""
     root = folder.metadata("attributes.json")
     if array is not None:
         return _named(folder, root, mip, array)
@@ -27,10 +27,10 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
         if mip:
             raise SourceError(f"{folder.url} has 1 level, source.mip is {mip}", "0")
         return _level(folder, "", root, None, 0)
-    found = folder.metadata(f"s{mip}/attributes.json") if mip < _MOST_LEVELS else None
+    found = folder.metadata(f"s{mip}/attributes.json") if mip < _MAX_LEVELS else None
     if found is not None and _is_array(found):
         return _level(folder, f"s{mip}", found, root, mip)
-    count = next((n for n in range(_MOST_LEVELS) if folder.data(f"s{n}/attributes.json") is None), _MOST_LEVELS)
+    count = next((n for n in range(_MAX_LEVELS) if folder.data(f"s{n}/attributes.json") is None), _MAX_LEVELS)
     if count and found is None:
         raise SourceError(
             f"{folder.url} has {count} level{'s' * (count > 1)}, source.mip is {mip}", f"0 to {count - 1}"
@@ -61,9 +61,9 @@ def _named(folder: Folder, root: Metadata | None, mip: int, array: str) -> Level
             f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away"
         )
     if found is None or not _is_array(found):
-        seen = "no N5 array is there" if found is None else "that is a group"
+        saw = "no N5 array is there" if found is None else "that is a group"
         raise SourceError(
-            f"source.array is {array!r}, and {seen}", "an array", "Check the name, or append it to source.url"
+            f"source.array is {array!r}, and {saw}", "an array", "Check the name, or append it to source.url"
         )
     return _level(folder, path, found, root, int(path[1:]) if path[:1] == "s" and path[1:].isdecimal() else None)
 
@@ -99,7 +99,7 @@ def _level(folder: Folder, path: str, found: Metadata, group: Metadata | None, n
 
 
 def _compression(found: Metadata) -> Any:
-    """`compression`, or `compressionType` of N5 before 2.0. SourceError for what cannot be read."""
+    """The value of `compression`, or of `compressionType` before N5 2.0. SourceError for one that cannot be read."""
     old = "compression" not in found and "compressionType" in found
     holder, key = (found, "compressionType") if old else (found.child("compression"), "type")
     if holder.text(key) not in _COMPRESSIONS:
@@ -119,7 +119,11 @@ def _words(found: Metadata, key: str, rank: int) -> list[str | None] | None:
 def _voxel_size(
     found: Metadata, group: Metadata | None, number: int | None, zyx: tuple[int, int, int], rank: int
 ) -> tuple[float, float, float] | None:
-    """nm of this level: its own resolution, or its group's, times its downsamplingFactors (its own, or scales[number] of the group)."""
+    """The level's voxel size (z, y, x) in nm; None where the metadata gives none.
+
+    It is the level's own resolution, or its group's, times the level's downsamplingFactors or the group's
+    scales[number].
+    """
     own = _resolution(found, rank)
     base = own or (_resolution(group, rank) if group is not None else None)
     if base is None:
@@ -145,7 +149,7 @@ def _factors(group: Metadata, number: int, rank: int) -> list[float]:
 
 
 def _resolution(holder: Metadata, rank: int) -> list[float] | None:
-    """nm per voxel in stored order, None where none is given or its unit is none of length."""
+    """nm per voxel in stored order; None where none is given or its unit is no unit of length."""
     if "pixelResolution" in holder:
         if isinstance(holder.values["pixelResolution"], list):
             return holder.numbers("pixelResolution", rank, positive=True)
@@ -169,7 +173,7 @@ def _open(folder: Folder, path: str, level: Level) -> VoxelArray:
 
 
 class _WholeBlocks:
-    """Refuses blocks shorter than the metadata promises: tensorstore reads what such a block lacks as zeros."""
+    """Raises DamagedChunkError for blocks shorter than they should be, which tensorstore fills up with zeros."""
 
     def __init__(self, folder: Folder, path: str, level: Level, array: TensorArray) -> None:
         self._folder, self._path, self._level, self._array = folder, path, level, array
@@ -187,7 +191,7 @@ class _WholeBlocks:
         return wait
 
     def _check(self, part: Box, voxels: Voxels) -> None:
-        """Only a block that ends in zeros along an axis can be short; its header is then read."""
+        """Compare the block's header with its shape. Only a block that ends in zeros along an axis can be short."""
         if all(np.take(voxels, -1, axis).any() for axis in range(3)):
             return
         grid = part.start // self._level.chunk
@@ -202,8 +206,8 @@ class _WholeBlocks:
             sizes = struct.unpack(f">{rank}I", (data or b"")[4 : 4 + 4 * rank])
         except struct.error:
             sizes = (0,) * rank
-        seen = ZYX.of([sizes[axis] for axis in self._level.zyx])
-        if min(seen - wanted) < 0:
+        stored = ZYX.of([sizes[axis] for axis in self._level.zyx])
+        if min(stored - wanted) < 0:
             raise DamagedChunkError(
-                f"{self._folder.url}/{key} holds {seen} (z, y, x) voxels of the {wanted} that its block has"
+                f"{self._folder.url}/{key} holds {stored} (z, y, x) voxels of the {wanted} that its block has"
             )

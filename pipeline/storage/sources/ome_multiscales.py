@@ -14,9 +14,9 @@ _VERSIONS = ("0.4", "0.5")
 
 @dataclass(frozen=True)
 class OmeLevel:
-    """One dataset. `scale` and `translation` (of the first voxel's centre) are in the units of `units`, one per named axis.
+    """One dataset of a multiscale: its path, and for each axis a name, a unit, a scale and a translation in that unit.
 
-    `scale` is None where the metadata states none.
+    The translation is that of the first voxel's centre. `scale` is None where the metadata states none.
     """
 
     path: str
@@ -26,7 +26,7 @@ class OmeLevel:
     translation: tuple[float, ...]
 
     def size_nm(self, zyx: tuple[int, int, int]) -> tuple[float, float, float] | None:
-        """Voxel size of the axes z, y, x; None where one has no scale or no unit of length."""
+        """The voxel size in nm of the axes at indices `zyx`; None where one has no scale or no unit of length."""
         factors = [nm_per(self.units[axis]) for axis in zyx]
         if self.scale is None or None in factors:
             return None
@@ -34,13 +34,16 @@ class OmeLevel:
         return z, y, x
 
     def corner_voxels(self, zyx: tuple[int, int, int]) -> tuple[float, float, float]:
-        """Lower corner of voxel 0 in voxels: the translation is where its centre is."""
+        """The lower corner of voxel 0 in voxels, half a voxel below its centre, which the translation states."""
         z, y, x = (self.translation[axis] / (self.scale[axis] if self.scale else 1) - 0.5 for axis in zyx)
         return z, y, x
 
 
 def multiscales(attributes: Metadata) -> list[OmeLevel] | None:
-    """The levels of a group with these attributes (zarr v3) or .zattrs (zarr v2), None where it is no OME-Zarr. Raises SourceError."""
+    """The levels of a group with these attributes (Zarr v3) or .zattrs (Zarr v2); None where it is no OME-Zarr.
+
+    Raises SourceError for other versions than 0.4 and 0.5 and for damaged metadata.
+    """
     holder = attributes.child("ome") if "ome" in attributes else attributes
     if "multiscales" not in holder:
         return None
@@ -99,6 +102,7 @@ def _transforms(holder: Metadata, rank: int) -> list[tuple[str, list[float]]]:
 
 
 def pick(levels: list[OmeLevel], mip: int, place: str) -> OmeLevel:
+    """The level number `mip`. SourceError where there are not so many."""
     if mip >= len(levels):
         raise SourceError(
             f"{place} has {len(levels)} level{'s' * (len(levels) > 1)}, source.mip is {mip}", f"0 to {len(levels) - 1}"

@@ -1,4 +1,4 @@
-"""The door to source volumes: which format a url holds, and whether its voxels can be super-resolved."""
+"""Opens source volumes and masks: finds which format a url holds, and checks that its voxels can be super-resolved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
 from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
 from pipeline.storage.sources.metadata import Folder, fingerprint
-from pipeline.storage.sources.volume_source import ToUint8, VolumeSource, linear_table
+from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_table
 from pipeline.storage.sources.voxel_array import Level, Voxels
 from pipeline.storage.volume import Source, Uint8Array, VolumeInfo
 
+# A new format gets a module with such a function, an entry here and in _WANTED, and a prefix in config/urls.py.
 _FINDERS: dict[str, Callable[[Folder, int, str | None], Level | None]] = {
     "precomputed": precomputed_volume.find,
     "zarr3": zarr_volume.find_v3,
@@ -39,7 +40,7 @@ _NOT_LABELS = "Give the url of the EM image, not of its labels"
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The volume of `config.url`. Raises SourceError (or TransientError for a passing fault); reads metadata only."""
+    """The volume of `config.url`. Reads metadata only. Raises SourceError, TransientError."""
     url = _absolute(config.url)
     level = _find(url, config.mip, config.array)
     to_uint8 = _image_mapping(level, config.intensity_window)
@@ -49,10 +50,10 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def open_mask(config: MaskConfig, like: VolumeInfo) -> Source:
-    """A mask over the volume `like`: `read` gives 1 where the stored value (bool or any integer type) is not zero, else 0.
+    """A mask over the volume `like`. Its `read` returns 1 where the stored value (bool or integer) is not zero, else 0.
 
-    Its info is in the space of `like`. Metadata without a voxel size mean a mask over the same extent; a mask that states the
-    same position of voxel (0, 0, 0) as `like` begins at the same corner, as most writers of coarser levels mean it.
+    A mask without a voxel size has the extent of `like`. One that states the same position of the first voxel's centre
+    as `like` begins at the same corner, as most writers of coarser levels mean it. Raises SourceError, TransientError.
     """
     try:
         level = _find(_absolute(config.url), config.mip, None)
@@ -85,6 +86,7 @@ def _absolute(url: str) -> str:
 
 
 def _find(url: str, mip: int, array: str | None) -> Level:
+    """The level at `url`, of the first format that recognises it, or of the one that a format prefix names."""
     kind, bare = split_format(url)
     path = local_path(bare)
     if path is not None and path.is_file():
@@ -108,6 +110,7 @@ def _find(url: str, mip: int, array: str | None) -> Level:
 
 
 def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
+    """How stored values become uint8. SourceError for types that are no EM image."""
     place, dtype = level.place, level.dtype
     if level.labels:
         raise SourceError(f"{place} is a segmentation ({dtype})", "an image of uint8 or uint16", _NOT_LABELS)
@@ -148,11 +151,12 @@ def _non_zero(voxels: Voxels) -> Uint8Array:
 
 
 def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str) -> tuple[float, float, float]:
+    """The stored or the given voxel size (z, y, x) in nm. SourceError where there is none, or the two differ."""
     stored = level.voxel_size_nm
     if stored is not None:
         if given is not None and not all(math.isclose(a, b, rel_tol=_SAME) for a, b in zip(stored, given, strict=True)):
-            seen = f"{key} is {list(given)}, the metadata of {level.place} says {list(stored)} nm"
-            raise SourceError(seen, "one voxel size", f"Take {key} away, or mend the metadata")
+            saw = f"{key} is {list(given)}, the metadata of {level.place} says {list(stored)} nm"
+            raise SourceError(saw, "one voxel size", f"Take {key} away, or mend the metadata")
         return stored
     if given is None:
         raise SourceError(
@@ -164,12 +168,12 @@ def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str
 
 
 def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
-    corner = tuple(clean(c * s) for c, s in zip(level.corner_voxels, size, strict=True))
+    corner = tuple(_rounded(c * s) for c, s in zip(level.corner_voxels, size, strict=True))
     return VolumeInfo(
         url=level.url,
         format=level.format,
         bounds=level.bounds,
-        voxel_size_nm=(clean(size[0]), clean(size[1]), clean(size[2])),
+        voxel_size_nm=(_rounded(size[0]), _rounded(size[1]), _rounded(size[2])),
         corner_nm=(corner[0], corner[1], corner[2]),
         dtype=level.dtype,
         chunk_shape=level.chunk,
@@ -178,6 +182,6 @@ def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
     )
 
 
-def clean(value: float) -> float:
-    """Without the dust that unit changes leave (12 digits): 37.00000000000001 is 37."""
+def _rounded(value: float) -> float:
+    """Rounded to 12 digits, without the rounding errors of unit conversions: 37.00000000000001 becomes 37."""
     return float(f"{value:.12g}") + 0.0

@@ -1,6 +1,7 @@
-"""A sharded precomputed level whose holes are errors: tensorstore (0.1.86) reads a chunk that no shard holds as zeros.
+"""A sharded precomputed level in which absent chunks are errors.
 
-So whatever reads as nothing but zeros is looked up in its shard file; real black chunks are there, holes are not.
+tensorstore (0.1.86) reads a chunk that no shard holds as zeros. So every chunk that reads as nothing but zeros is
+looked up in its shard file: it is there if it is really black.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import tensorstore as ts
 from pipeline.base.errors import MissingChunkError, SourceError
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.storage import kv
-from pipeline.storage.precomputed_sharding import chunk_number
+from pipeline.storage.precomputed_morton import chunk_number
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, open_array
 
 
 def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray:
-    """SourceError where tensorstore refuses the metadata."""
+    """The level, opened. `key` is the scale's, `sharding` as in the info.
+
+    SourceError where tensorstore refuses them.
+    """
     base = kv.spec(level.url)
     base |= {"path": f"{base['path']}{key}/"}
     spec = {"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": sharding}
@@ -34,7 +38,7 @@ def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray
 
 
 class _ShardedArray:
-    """Safe to use from several threads."""
+    """A level through tensorstore, with zeros looked up in `shards`. Safe to use from several threads."""
 
     def __init__(self, level: Level, array: VoxelArray, shards: ts.KvStore) -> None:
         self._level, self._array, self._shards = level, array, shards

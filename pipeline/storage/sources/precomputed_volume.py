@@ -1,4 +1,4 @@
-"""Neuroglancer precomputed volumes as levels to read. Here x comes first."""
+"""Neuroglancer precomputed volumes as levels to read. In their metadata x comes first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.urls import local_path
 from pipeline.storage.sources.cloud_volume_array import SUFFIXES, chunk_names, open_by_cloud_volume
-from pipeline.storage.sources.metadata import LARGEST, Folder, Metadata
+from pipeline.storage.sources.metadata import MAX_COORDINATE, Folder, Metadata
 from pipeline.storage.sources.precomputed_sharded_array import open_sharded
 from pipeline.storage.sources.voxel_array import Level, VoxelArray, open_array
 
@@ -29,11 +29,12 @@ _SHARDING = (
     "minishard_index_encoding",
     "data_encoding",
 )
-_ENTRIES_LOOKED_AT = 10_000
+_MAX_ENTRIES = 10_000
+"""File names of a scale among which a compression suffix is looked for."""
 
 
 def find(folder: Folder, mip: int, array: str | None) -> Level | None:
-    """The scale that `mip` names, None where no info is at the url. Raises SourceError."""
+    """The scale that `mip` names; None where no info is at the url. Raises SourceError, TransientError."""
     info = folder.metadata("info")
     if info is None:
         return None
@@ -76,7 +77,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
     if encoding not in known:
         raise scale.wrong("encoding", f"one of {', '.join(known)}", "Re-encode it, e.g. with cloud-volume or igneous")
     size = scale.integers("size", 3, low=1)
-    offset = scale.integers("voxel_offset", 3, low=-LARGEST) if "voxel_offset" in scale else [0, 0, 0]
+    offset = scale.integers("voxel_offset", 3, low=-MAX_COORDINATE) if "voxel_offset" in scale else [0, 0, 0]
     chunk = _chunk(scale)
     z, y, x = reversed(scale.numbers("resolution", 3, positive=True))
     sharding = _sharding(scale)
@@ -157,21 +158,23 @@ def _sharding(scale: Metadata) -> dict[str, Any] | None:
 
 
 def _has_suffixes(url: str, key: str) -> bool:
-    """Whether a local scale's chunk files end in a compression's suffix, as cloud-volume writes them by default.
+    """Whether a local scale's chunk files end in a compression suffix, as cloud-volume writes them by default.
 
-    tensorstore finds no such chunk. In object stores cloud-volume states the compression in a header, which tensorstore undoes.
+    tensorstore does not find such files. In object stores cloud-volume states the compression in a header instead,
+    which tensorstore reads.
     """
     root = local_path(url)
     if root is None:
         return False
     try:
         with os.scandir(Path(root, key)) as entries:
-            return any(entry.name.endswith(SUFFIXES) for entry in itertools.islice(entries, _ENTRIES_LOOKED_AT))
+            return any(entry.name.endswith(SUFFIXES) for entry in itertools.islice(entries, _MAX_ENTRIES))
     except OSError:
         return False
 
 
 def _refuse_suffixes(folder: Folder, level: Level, key: str, box: Box) -> None:
+    """SourceError where the first chunk of `box` is stored under a name with a compression suffix."""
     name = next(chunk_names(level, box))
     for suffix in SUFFIXES:
         if folder.data(f"{key}/{name}{suffix}") is not None:

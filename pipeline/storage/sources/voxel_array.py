@@ -16,19 +16,25 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.storage import kv
 
 Voxels = NDArray[Any]
+"""Stored values (z, y, x) of the volume's own data type."""
 Pending = Callable[[], Voxels]
-LARGEST_CHUNK = 1 << 30
-"""Bytes. A chunk is decoded whole; one beyond this is a typing error in the metadata or no chunk for streaming."""
+"""A read in progress: calling it waits and returns the voxels."""
+MAX_CHUNK_BYTES = 1 << 30
+"""Volumes with larger chunks are refused, since a chunk is decoded whole in memory."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a format's metadata says of one level; nothing of it opened yet.
+    """What a format's metadata says of one level, which is not opened yet. SourceError for chunks beyond
+    MAX_CHUNK_BYTES.
 
-    `zyx` are the stored axes of z, y, x; `stored_chunk` has all axes in stored order. The chunk grid starts at `bounds.start`.
-    `corner_voxels` is where the lower corner of voxel (0, 0, 0) lies, in voxels. `labels`: a segmentation by its own word.
-    `identity` is the metadata that defines the voxels. `metadata_key` is an object below `url` that is there as long as the
-    volume is. `explain_hole` is given the box of an absent chunk and raises SourceError where it is there under another name.
+    `place` is what messages call it, `spec` tensorstore's JSON that opens it. `zyx` are the indices of the axes z, y, x
+    in stored order; `stored_chunk` has all axes in stored order. The chunk grid starts at `bounds.start`.
+    `corner_voxels` is the position of the lower corner of voxel (0, 0, 0), in voxels. `labels` is True where the
+    metadata says that the volume is a segmentation. `identity` is the metadata that defines the voxels, for the
+    fingerprint. `metadata_key` is an object below `url` that exists as long as the volume does. `explain_hole` is
+    called with the box of an absent chunk, and raises SourceError where the chunk is stored under another name.
+    `opener` opens the level.
     """
 
     url: str
@@ -50,7 +56,7 @@ class Level:
     opener: Callable[[Level], VoxelArray] = field(default=lambda level: open_array(level), repr=False)
 
     def __post_init__(self) -> None:
-        if math.prod(self.stored_chunk) * item_bytes(self.dtype) > LARGEST_CHUNK:
+        if math.prod(self.stored_chunk) * item_bytes(self.dtype) > MAX_CHUNK_BYTES:
             raise SourceError(
                 f"{self.place} has chunks of {list(self.stored_chunk)} voxels",
                 "at most 1 GiB each",
@@ -59,10 +65,10 @@ class Level:
 
 
 class VoxelArray(Protocol):
-    """A level, opened."""
+    """A level that is open for reading."""
 
     def start(self, box: Box) -> Pending:
-        """Begin to read `box` (inside the bounds); calling the result waits and gives the stored voxels (z, y, x).
+        """Begin to read `box`, which is inside the bounds. Calling the result waits and returns the voxels (z, y, x).
 
         The result raises MissingChunkError, DamagedChunkError, TransientError or UserError.
         """
@@ -70,17 +76,20 @@ class VoxelArray(Protocol):
 
 
 def item_bytes(dtype: str) -> int:
+    """Bytes per voxel."""
     return np.dtype(dtype).itemsize
 
 
 def open_array(level: Level) -> TensorArray:
-    """SourceError where tensorstore refuses the metadata, TransientError for a passing fault."""
+    """The level, opened through tensorstore. SourceError where that refuses the metadata, TransientError for a passing
+    fault.
+    """
     options = {"fill_missing_data_reads": False, "recheck_cached_data": "open", "open": True, "create": False}
     try:
         store = ts.open(level.spec | options, context=kv.context()).result()
         others = [axis for axis in range(store.rank) if axis not in level.zyx]
         array = store.transpose([*others, *level.zyx])[tuple(store.domain[axis].inclusive_min for axis in others)]
-        seen = Box.of(array.domain.inclusive_min, array.domain.exclusive_max)
+        found = Box.of(array.domain.inclusive_min, array.domain.exclusive_max)
         dtype = array.dtype.name
     except Exception as error:
         fault = kv.classify(error, level.url)
@@ -91,9 +100,9 @@ def open_array(level: Level) -> TensorArray:
             "metadata that tensorstore reads",
             "Write the volume again",
         ) from error
-    if seen != level.bounds or dtype != level.dtype:
+    if found != level.bounds or dtype != level.dtype:
         raise SourceError(
-            f"{level.place} changed while it was opened: {seen} of {dtype}, before {level.bounds} of {level.dtype}",
+            f"{level.place} changed while it was opened: {found} of {dtype}, before {level.bounds} of {level.dtype}",
             "a volume at rest",
         )
     return TensorArray(level, array)

@@ -32,12 +32,15 @@ class _Node:
 
 
 def find_v3(folder: Folder, mip: int, array: str | None) -> Level | None:
-    """The level that `mip` or `array` names, None where no Zarr v3 is at the url. Raises SourceError."""
+    """The level that `mip` or `array` names; None where no Zarr v3 is at the url.
+
+    Raises SourceError, TransientError.
+    """
     return _find(folder, 3, mip, array)
 
 
 def find_v2(folder: Folder, mip: int, array: str | None) -> Level | None:
-    """As find_v3, for Zarr v2."""
+    """The same for Zarr v2."""
     return _find(folder, 2, mip, array)
 
 
@@ -164,7 +167,7 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None) -> Level:
 
 
 def _names(node: _Node, rank: int) -> Sequence[str | None] | None:
-    """dimension_names of Zarr v3; in Zarr v2 the attribute by which xarray names axes."""
+    """The names of the axes: dimension_names of Zarr v3, in Zarr v2 the attribute that xarray writes. None without."""
     holder, key = (node.array, "dimension_names") if node.version == 3 else (node.attributes, "_ARRAY_DIMENSIONS")
     if holder is None or key not in holder:
         return None
@@ -176,6 +179,8 @@ def _names(node: _Node, rank: int) -> Sequence[str | None] | None:
 
 @dataclass(frozen=True)
 class _Stored:
+    """The chunk that is decoded as one (of a shard its inner chunk), all axes in stored order, and the data type."""
+
     chunk: list[int]
     dtype: str
 
@@ -218,7 +223,7 @@ def _number_type(found: Metadata, key: str) -> str:
 
 
 def _inner_chunk(holder: Metadata, rank: int) -> list[int] | None:
-    """The inner chunk where the codecs shard. SourceError for a codec that cannot be read."""
+    """The innermost chunk where the codecs shard, else None. SourceError for a codec that cannot be read."""
     inner = None
     for codec in _codecs(holder, "codecs"):
         if codec.text("name") not in _CODECS_V3:

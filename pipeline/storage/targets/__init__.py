@@ -1,1 +1,1 @@
-"""Volumes that are written: metadata, encoding, sharding."""
+"""Volumes that are written: one module for each format's metadata and codecs, and the encoding that they share."""

@@ -1,7 +1,8 @@
-"""Voxels to stored objects in memory, and back from the store: what the two target formats share.
+"""Voxels encoded into stored objects in memory, and read back from the store: the part that both target formats share.
 
-A box of whole shards is written by tensorstore into a private memory store, and the objects found there are handed out as bytes. So every object
-is made once, whole, from voxels in hand: nothing is read, merged or written in part, and its checksum is known before it leaves the machine.
+tensorstore writes a box of whole shards into a private memory store, and the objects there are returned as bytes. So
+every object is encoded once and whole: nothing is read, merged or written in part, and its checksum is known before it
+is sent.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from pipeline.storage.volume import Uint8Array
 class StoredArray:
     """One array of a target.
 
-    `folder` is where tensorstore opens it, below the target's url ("" or with a trailing slash); `stored` are the members of tensorstore's JSON that
-    find it there by its own metadata, `known` those that state the metadata instead, for encoding. `view` turns the opened array into (z, y, x) from
-    (0, 0, 0). `key` names the object, below the target's url, of the shard at a position in the grid of shards. With `shard_files`, `known`
-    describes single chunks, which are packed into shards afterwards.
+    `folder` is where tensorstore opens it, below the target's url ("" or with a trailing slash). `stored` are the
+    members of tensorstore's JSON for an array with stored metadata, `known` those that state the metadata, for
+    encoding. `view` turns the opened array into (z, y, x) from (0, 0, 0). `key` gives the object's key, below the
+    target's url, of the shard at a position (z, y, x) in the grid of shards. With `shard_files`, `known` describes
+    single chunks, which are packed into shards afterwards.
     """
 
     level: LevelSpec
@@ -50,14 +52,17 @@ def _check_whole_shards(level: LevelSpec, box: Box) -> None:
 
 
 def keys(array: StoredArray, box: Box) -> list[str]:
-    """Sorted keys of the objects of `box`. ValueError where the box is not whole shards."""
+    """The sorted keys of the objects of `box`. ValueError where the box is not whole shards."""
     _check_whole_shards(array.level, box)
     shard = array.level.shard
     return sorted(array.key(piece.start // shard) for piece in tiles(box, shard))
 
 
 def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
-    """The objects of `box`, sorted by key. ValueError where the box is not whole shards or the voxels do not fit it."""
+    """The objects of `box`, key -> bytes, sorted by key, from `voxels` (z, y, x), uint8.
+
+    ValueError where the box is not whole shards or the voxels are not of its shape.
+    """
     _check_whole_shards(array.level, box)
     if voxels.dtype != np.uint8 or voxels.shape != tuple(box.shape):
         raise ValueError(f"voxels are {voxels.dtype} {voxels.shape}, box {box} takes uint8 {box.shape}")
@@ -70,7 +75,7 @@ def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]
 
 
 def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
-    """The stored array as (z, y, x) from (0, 0, 0), for reading. TargetError where it is absent or not what `array` says."""
+    """The stored array as (z, y, x) from (0, 0, 0), for reading. TargetError where it is absent or of another shape."""
     what = f"{url}/{array.folder}".rstrip("/")
     root = kv.spec(url)
     try:
@@ -91,9 +96,10 @@ def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
 
 
 def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, absent: int | None) -> Uint8Array:
-    """Voxels of `box` through `view` of open_stored. A shard without an object is MissingChunkError, or `absent` where that is given.
+    """The voxels of `box` (z, y, x), read through `view`, which open_stored returned.
 
-    A shard that is there but lacks one of its chunks is DamagedChunkError then: `absent` never covers up half an object.
+    A shard without an object is filled with `absent` where that is given, else MissingChunkError. With `absent`, a
+    stored shard that lacks one of its chunks is DamagedChunkError: it is never filled.
     """
     if not Box(ZYX(0, 0, 0), array.level.shape).contains(box):
         raise ValueError(f"box {box} is outside the array of {array.level.shape}")
@@ -132,5 +138,5 @@ def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Bo
 
 
 def _zero_chunks(chunk: ZYX, box: Box, voxels: Uint8Array) -> list[ZYX]:
-    """Grid positions of chunks that show nothing but zeros in `box`: stored zeros, or not stored at all."""
+    """Grid positions of the chunks that read as nothing but zeros within `box`: stored zeros, or not stored at all."""
     return [tile.start // chunk for tile in tiles(box, chunk) if not voxels[tile.slices(box.start)].any()]

@@ -33,7 +33,7 @@ _CODECS: dict[str, list[dict[str, Any]]] = {
 
 
 def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
-    """The stored arrays by level. TargetError where a shard is not whole chunks."""
+    """The stored arrays by level, FIDELITY among them. TargetError where a shard is not whole chunks."""
     found = {k: _array(f"{k}/", level, spec.encoding) for k, level in enumerate(spec.levels)}
     if spec.fidelity is not None:
         found[FIDELITY] = _array("fidelity/0/", spec.fidelity, spec.encoding)
@@ -41,7 +41,7 @@ def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
 
 
 def metadata(spec: TargetSpec) -> dict[str, bytes]:
-    """The metadata objects, the root's last: key -> bytes, the same for the same spec."""
+    """The metadata objects, key -> bytes, the root's last. The same spec gives the same bytes."""
     objects = {f"{array.folder}zarr.json": _json(array.known["metadata"]) for array in arrays(spec).values()}
     if spec.fidelity is not None:
         z, y, x = spec.voxel_size_nm
@@ -55,7 +55,10 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
 def _group(
     name: str, levels: int, voxel_size_nm: tuple[float, float, float], corner_nm: tuple[float, float, float]
 ) -> dict[str, Any]:
-    """NGFF places a voxel's centre at its translation: corner + half a voxel *of that level* (2x2 means keep the corner, not the centre)."""
+    """The metadata of a group. NGFF's translation is the centre of a level's first voxel: corner + half a voxel.
+
+    The levels share the corner, as each is made of 2 x 2 means of the one before, not the centre.
+    """
     datasets = []
     for k in range(levels):
         z, y, x = voxel_size_nm

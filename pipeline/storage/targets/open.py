@@ -1,4 +1,4 @@
-"""Opening a target of either format, and telling whether a place is still empty."""
+"""Opens a target of either format, and checks whether anything is stored at a URL already."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ from pipeline.storage.volume import Target, Uint8Array
 
 _ARRAYS = {"ome-zarr": ome_zarr_target.arrays, "precomputed": precomputed_target.arrays}
 _METADATA = {"ome-zarr": ome_zarr_target.metadata, "precomputed": precomputed_target.metadata}
-_SIGNS_OF_LIFE = ("zarr.json", "info", "provenance", ".zgroup", ".zarray", ".zattrs", "attributes.json")
+_METADATA_KEYS = ("zarr.json", "info", "provenance", ".zgroup", ".zarray", ".zattrs", "attributes.json")
 
 
 def open_target(spec: TargetSpec) -> Target:
-    """The target that `spec` describes; nothing is read or written yet. TargetError where its format cannot hold such arrays."""
+    """The target that `spec` describes; nothing is read or written yet.
+
+    TargetError where its format cannot hold such arrays, or nothing can be written at its URL. ValueError for levels
+    that are no pyramid.
+    """
     return StoredTarget(spec)
 
 
 def is_empty(url: str) -> bool:
-    """Whether nothing at all is stored below `url` (empty folders count as nothing). TargetError where nothing can be written there anyway."""
+    """Whether nothing is stored below `url`; empty folders do not count.
+
+    TargetError for a URL that cannot be written to.
+    """
     _check_writable(url)
     path = local_path(url)
     if path is None:
-        return kv.Store(url).is_empty(likely=_SIGNS_OF_LIFE)
+        return kv.Store(url).is_empty(likely=_METADATA_KEYS)
     if path.exists() and not path.is_dir():
         return False
     try:
@@ -47,7 +54,7 @@ def is_empty(url: str) -> bool:
 
 
 class StoredTarget:
-    """A target whose objects are encoded in memory and put whole. Cheap to pickle: only its spec travels."""
+    """A `Target` (storage/volume.py) whose objects are encoded in memory and put whole. Only its spec is pickled."""
 
     def __init__(self, spec: TargetSpec) -> None:
         _check_writable(spec.url)
@@ -68,7 +75,7 @@ class StoredTarget:
         return kv.Store(self._spec.url)
 
     def metadata(self) -> dict[str, bytes]:
-        """The objects that `create` writes: a function of the spec alone."""
+        """The metadata objects that `create` writes, key -> bytes: a function of the spec alone."""
         return _METADATA[self._spec.format](self._spec)
 
     def create(self) -> None:

@@ -1,8 +1,8 @@
-"""Chunks of a sharded precomputed scale into shard files, and the question whether a chunk is in its file.
+"""Packs the chunks of a sharded precomputed scale into shard files, and checks whether a chunk is in its file.
 
-Both are here because tensorstore's own sharded arrays (0.1.86) leave out chunks of nothing but zeros and read a chunk that is not there as zeros,
-whatever `store_data_equal_to_fill_value` and `fill_missing_data_reads` say. So chunks are encoded as if unsharded, and packed by tensorstore's
-key-value store of shards, which stores what it is given.
+tensorstore's own sharded arrays (0.1.86) leave out chunks of nothing but zeros and read an absent chunk as zeros,
+whatever `store_data_equal_to_fill_value` and `fill_missing_data_reads` are. So chunks are encoded as if unsharded, and
+packed by tensorstore's key-value store of shards, which stores every chunk.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import tensorstore as ts
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv
-from pipeline.storage.precomputed_sharding import chunk_number
+from pipeline.storage.precomputed_morton import chunk_number
 
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """The shard files of one scale: `folder` below the volume's url, `sharding` as in its info, `chunk_key` the unsharded name of a chunk."""
+    """The shard files of one scale.
+
+    They lie in `folder`, below the volume's url. `sharding` is that of the scale in the info file, and `chunk_key`
+    gives the key that a chunk at a grid position has in an unsharded scale.
+    """
 
     level: LevelSpec
     folder: str
@@ -30,7 +34,7 @@ class ShardFiles:
     chunk_key: Callable[[ZYX], str]
 
     def pack(self, box: Box, chunks: dict[str, bytes]) -> dict[str, bytes]:
-        """The shard files (key -> bytes) of `box`, which is whole shards, from its encoded chunks by their unsharded keys."""
+        """The shard files (key -> bytes) of `box`, whole shards, from its encoded chunks by their unsharded keys."""
         context = private_context()
         shards = self._open({"driver": "memory", "path": self.folder}, context)
         # In one transaction every file is made once, not once per chunk that arrives.
@@ -44,7 +48,7 @@ class ShardFiles:
         return stored_objects(context)
 
     def lacks(self, url: str, positions: Iterable[ZYX]) -> list[ZYX]:
-        """Those of the chunks at these grid positions that are stored in no file of the volume at `url`."""
+        """Those grid positions (z, y, x) whose chunks are in no shard file of the volume at `url`."""
         base = kv.spec(url)
         shards = self._open(base | {"path": base["path"] + self.folder}, kv.context())
         found = [(position, shards.read(self._name(position))) for position in positions]
@@ -56,17 +60,23 @@ class ShardFiles:
         ).result()
 
     def _name(self, position: ZYX) -> bytes:
-        """tensorstore's key of a chunk in shards: its number, 8 bytes, highest first."""
+        """tensorstore's key of a chunk in shards: the chunk's number in 8 bytes, big endian."""
         return struct.pack(">Q", chunk_number(self.level.shape.ceil_div(self.level.chunk), position))
 
 
 def private_context() -> ts.Context:
-    """A memory store of the caller's own, on this process's threads. No cache, which would keep dead stores alive."""
+    """A context with a memory store of its own, on this process's threads.
+
+    It has no cache, which would keep it alive.
+    """
     return ts.Context({"memory_key_value_store": {}, "cache_pool": {}}, kv.context())
 
 
 def stored_objects(context: ts.Context) -> dict[str, bytes]:
-    """All objects of a private_context's memory store, sorted by key. Each leaves the store as it is taken: none is held twice."""
+    """All objects of a private_context's memory store, sorted by key.
+
+    Each is deleted from the store as it is read, so that memory never holds two copies of all.
+    """
     store = ts.KvStore.open({"driver": "memory"}, context=context).result()
     objects = {}
     for key in sorted(store.list().result()):

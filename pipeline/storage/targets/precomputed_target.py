@@ -20,7 +20,7 @@ import tensorstore as ts
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
-from pipeline.storage import precomputed_sharding as sharding
+from pipeline.storage import precomputed_morton as sharding
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 
@@ -32,7 +32,7 @@ _VOLUME = {"type": "image", "data_type": "uint8", "num_channels": 1}
 
 
 def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
-    """The stored arrays by level. TargetError where the format has no such shards or images."""
+    """The stored arrays by level, FIDELITY among them. TargetError where the format has no such shards or images."""
     found = {
         k: _array("", scale, level) for k, (scale, level) in enumerate(zip(_scales(spec), spec.levels, strict=True))
     }
@@ -42,7 +42,7 @@ def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
 
 
 def metadata(spec: TargetSpec) -> dict[str, bytes]:
-    """The metadata objects, the root's info last: key -> bytes, the same for the same spec."""
+    """The metadata objects, key -> bytes, the root's info last. The same spec gives the same bytes."""
     objects = {}
     if spec.fidelity is not None:
         objects["fidelity/info"] = _json(_info([_fidelity_scale(spec, spec.fidelity)]))
@@ -53,12 +53,15 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
 
 
 def voxel_offset(corner_nm: tuple[float, float, float], voxel_size_nm: tuple[float, float, float], level: int) -> ZYX:
-    """The first voxel of mip `level` on the format's grid of whole voxels, for a volume whose lower corner lies at `corner_nm`.
+    """The voxel_offset (z, y, x) of mip `level`, in its own whole voxels, of a volume whose lower corner is at
+    `corner_nm`.
 
-    Mip 0: corner / voxel size, rounded half up. Laterally that is exact, because a corner is a multiple of half an LR voxel and LR voxels are 8 or
-    16 SR voxels; in z an OME source's corner is half a section before its first section, and rounding up makes section k lie at z = k.
-    Coarser mips: floor(mip 0's / 2^level) laterally. Where 2^level does not divide mip 0's offset, the level lies up to one of its own voxels too
-    low, because the format cannot say it better.
+    Mip 0: corner / voxel size, rounded half up. Laterally that is exact, because a corner is a multiple of half an LR
+    voxel and LR voxels are 8 or 16 SR voxels; in z an OME source's corner is half a section before its first section,
+    and rounding up puts section k at z = k.
+
+    Coarser mips: floor(mip 0's / 2^level) in y and x. Where 2^level does not divide mip 0's offset, the level lies up
+    to one of its own voxels too low, because the format has whole voxels only.
     """
     # Rounded to 1e-6 of a voxel first: the ratio of two decimals must not fall below its half by the last bit.
     z, y, x = (math.floor(round(corner / size, 6) + 0.5) for corner, size in zip(corner_nm, voxel_size_nm, strict=True))
@@ -83,7 +86,7 @@ def _scales(spec: TargetSpec) -> list[dict[str, Any]]:
 
 
 def _fidelity_scale(spec: TargetSpec, level: LevelSpec) -> dict[str, Any]:
-    """Of the LR voxel size. Never jpeg: its values are measurements, not a picture."""
+    """The fidelity volume's scale, of LR voxel size. It is never jpeg, whose losses would change its values."""
     z, y, x = spec.voxel_size_nm
     size = (z, y * spec.scale, x * spec.scale)
     return _scale(
@@ -120,7 +123,8 @@ def _sharding(level: LevelSpec) -> dict[str, Any]:
     if any(level.shard % level.chunk) or level.shard // level.chunk not in sharding.shard_shapes(grid):
         nearest = sharding.nearest_shape(grid, level.shard.maximum(level.chunk) // level.chunk) * level.chunk
         raise TargetError(
-            f"shard_shape {level.shard} is none that sharded precomputed has for an array of {level.shape} in chunks of {level.chunk}",
+            f"shard_shape {level.shard} is none that sharded precomputed has for an array of {level.shape} "
+            f"in chunks of {level.chunk}",
             f"the nearest is {nearest}",
             "Use that, or chunk_shape itself for a volume without shards",
         )

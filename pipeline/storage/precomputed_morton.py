@@ -1,7 +1,9 @@
-"""Which boxes of chunks one shard of a sharded precomputed volume can hold, and what its file is called.
+"""Compressed Morton codes, which number the chunks of a sharded precomputed volume; shapes and file names of its
+shards.
 
-The format numbers chunks by a compressed Morton code: the bits of the chunk's x, y and z are taken in turn, lowest first, and an axis drops out
-once the grid needs no more bits of it. A shard is 2^p consecutive numbers, hence always a box, and only certain shapes exist:
+The code takes the bits of the chunk's x, y and z in turn, lowest first, and leaves an axis out once the grid needs no
+more bits of it (https://github.com/google/neuroglancer/blob/master/src/datasource/precomputed/sharded.md). A shard
+holds 2^p consecutive numbers, hence always a box, and only certain shapes exist:
 
     a grid of 4 x 2 chunks (x, y): number = bits x1 y0 x0
         | 0  1 | 4  5 |
@@ -15,7 +17,7 @@ import math
 from pipeline.base.geometry import ZYX
 
 MAX_PRESHIFT_BITS = 9
-"""Chunks of one minishard, as a power of two: a reader fetches one minishard index (24 bytes per chunk) for the first chunk it wants."""
+"""The most chunks in a minishard, as a power of two. A reader fetches a whole minishard index, 24 bytes per chunk."""
 
 
 def _axes(grid: ZYX) -> list[int]:
@@ -47,7 +49,10 @@ def nearest_shape(grid: ZYX, wanted: ZYX) -> ZYX:
 
 
 def bits_for(grid: ZYX, shard_in_chunks: ZYX) -> tuple[int, int, int]:
-    """(preshift_bits, minishard_bits, shard_bits) that make shards of this shape. ValueError where the grid has no such shards."""
+    """(preshift_bits, minishard_bits, shard_bits) of shards of this shape.
+
+    ValueError where the grid has no such shards.
+    """
     shapes = shard_shapes(grid)
     if shard_in_chunks not in shapes:
         raise ValueError(f"no shard of {shard_in_chunks} chunks exists in a grid of {grid}")
@@ -57,7 +62,7 @@ def bits_for(grid: ZYX, shard_in_chunks: ZYX) -> tuple[int, int, int]:
 
 
 def chunk_number(grid: ZYX, chunk: ZYX) -> int:
-    """The compressed Morton code of the chunk at this position of the grid."""
+    """The compressed Morton code of the chunk at this position (z, y, x) of the grid. ValueError outside the grid."""
     if not all(0 <= c < n for c, n in zip(chunk, grid, strict=True)):
         raise ValueError(f"chunk {chunk} is outside a grid of {grid}")
     rest, number = list(chunk), 0

@@ -1,4 +1,4 @@
-"""What Neuroglancer makes of a volume's own metadata: data source, axis names, and where it puts the first voxel."""
+"""A volume as Neuroglancer's data source: axis names, voxel size and position as it reads them from the metadata."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ _OME_VERSIONS = ("0.4", "0.5-dev", "0.5")
 
 @dataclass(frozen=True)
 class Native:
-    """One level of a volume as Neuroglancer places it, in (z, y, x) order.
+    """One level of a volume in Neuroglancer's native coordinates (its term for those of the metadata), all as (z, y,
+    x).
 
-    `path` is the array or group below the volume's URL that the layer opens. `names` are Neuroglancer's names of the axes.
-    `voxel_nm` is the voxel of the layer's finest level, None where the metadata gives no length. `start` is the lower corner of the
-    level's first voxel and `step` the level's voxel, both in voxels of the finest level. `shape` counts the level's voxels.
-    `unreadable` says what keeps Neuroglancer from showing the volume at all (None: nothing known).
+    `kind` is Neuroglancer's prefix of the format and `path` the array or group below the volume's URL that the layer
+    opens. `names` are Neuroglancer's names of the axes. `voxel_nm` is the voxel size of the finest level, None where
+    the metadata gives no length. `start` is the lower corner of the level's first voxel and `step` the size of the
+    level's voxel, both in voxels of the finest level. `shape` is the level's, in voxels. `unreadable` says why
+    Neuroglancer cannot show the volume; None where no reason is known.
     """
 
     kind: str
@@ -49,7 +51,7 @@ class Native:
 
     @property
     def corner_nm(self) -> Triple | None:
-        """Where Neuroglancer puts the lower corner of the level's first voxel."""
+        """Where Neuroglancer puts the lower corner of the level's first voxel; None if that is unknown."""
         return (
             None if self.voxel_nm is None else _triple([s * v for s, v in zip(self.start, self.voxel_nm, strict=True)])
         )
@@ -62,10 +64,10 @@ class Native:
 
 
 def read_native(get: Get, kind: str | None = None, level: int = 0, array: str | None = None) -> Native | None:
-    """Native of the volume whose metadata objects `get` returns; None where there is no volume.
+    """The level `level` of the volume whose metadata objects `get` returns; None where there is no volume.
 
-    `kind` is the format prefix of the URL, `array` a path below it. Raises ValueError, KeyError, TypeError or IndexError for metadata
-    that is not what its format says.
+    `kind` is the format prefix of the URL, None for any format; `array` is a path below the URL. Raises ValueError,
+    KeyError, TypeError or IndexError for metadata that do not follow their format.
     """
     path = (array or "").strip("/")
     below = f"{path}/" if path else ""
@@ -139,6 +141,7 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict
 
 
 def _readable(unit: object) -> bool:
+    """Whether Neuroglancer reads this unit of an OME axis."""
     return unit is None or unit in _OME_NM or (isinstance(unit, str) and unit.endswith("second"))
 
 
@@ -179,6 +182,7 @@ def _bare_array(kind: str, path: str, meta: dict[str, Any], attributes: dict[str
 
 
 def _coding(compressor: dict[str, Any] | None, key: str) -> str | None:
+    """Why Neuroglancer cannot decode the compression that the metadata states under `key`; None where it can."""
     name = compressor[key] if compressor else "raw"
     return None if name in _DECODED else f"compression {name}"
 
@@ -200,7 +204,10 @@ def _precomputed(path: str, info: dict[str, Any], level: int) -> Native:
 
 
 def _n5(get: Get, path: str, level: int | None) -> Native | None:
-    """N5's attributes are inherited from the groups above; its axes are x first. `level` None: `path` is an array already."""
+    """The level of an N5 volume, or the array at `path` itself where `level` is None.
+
+    Attributes are inherited from the groups above, and x comes first.
+    """
     merged = dict[str, Any]()
     parts = [p for p in path.split("/") if p]
     for depth in range(len(parts) + 1):

@@ -1,4 +1,4 @@
-"""Boxes of a volume as uint8: bounds kept, holes filled only where the file says so, intensities mapped."""
+"""Boxes of a source as uint8: intensities mapped, absent chunks filled only where volume.yaml says so."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from pipeline.storage.sources.voxel_array import Level, VoxelArray, Voxels
 from pipeline.storage.volume import Uint8Array, VolumeInfo
 
 _CHUNKS_AT_ONCE = 64
+"""Chunks requested at a time where some are absent."""
 ToUint8 = Callable[[Voxels], Uint8Array]
 
 
 def linear_table(low: int, high: int) -> NDArray[np.uint8]:
-    """What each uint16 value becomes: low..high linearly to 0..255, rounded half up, clamped outside; integers only."""
+    """The uint8 value of each of the 65536 uint16 values: low..high linearly to 0..255, rounded half up, clamped
+    outside.
+
+    It is computed in integers, so that every machine gives the same.
+    """
     values = np.clip(np.arange(65536, dtype=np.int64), low, high) - low
     return ((values * 510 + (high - low)) // (2 * (high - low))).astype(np.uint8)
 
 
 class VolumeSource:
-    """A `Source` over one opened level. `fill` is the grey value of absent chunks, None: they are an error that names `key`."""
+    """A `Source` (storage/volume.py) over one opened level.
+
+    `fill` is the grey value of absent chunks; None makes them an error, which names `key` as the place to state one.
+    """
 
     def __init__(
         self,
@@ -37,21 +45,15 @@ class VolumeSource:
         fill: int | None,
         key: str = "source.missing_chunks",
     ) -> None:
-        self._info, self._level, self._array, self._to_uint8, self._fill, self._key = (
-            info,
-            level,
-            array,
-            to_uint8,
-            fill,
-            key,
-        )
+        self._info, self._level, self._array = info, level, array
+        self._to_uint8, self._fill, self._key = to_uint8, fill, key
 
     @property
     def info(self) -> VolumeInfo:
         return self._info
 
     def read(self, box: Box) -> Uint8Array:
-        """The voxels of `box`, uint8 (z, y, x), C-contiguous. ValueError where it leaves info.bounds; else as `Source.read`."""
+        """The voxels of `box`, uint8 (z, y, x), C-contiguous. ValueError outside info.bounds; else as `Source.read`."""
         if min(box.stop - box.start) < 0 or not self._info.bounds.contains(box):
             raise ValueError(f"box {box} is not inside the volume's {self._info.bounds}")
         if box.empty:
@@ -79,7 +81,7 @@ class VolumeSource:
                 except MissingChunkError as error:
                     first = first or (part, error)
         if first is not None:
-            # after the last hole, so that a disk lost on the way is seen
+            # Only now, after the last absent chunk, so that a disk lost on the way is noticed.
             self._check_hole(*first)
         return out
 
@@ -88,7 +90,10 @@ class VolumeSource:
         return (part.shift(origin) for part in tiles(Box(box.start - origin, box.stop - origin), self._level.chunk))
 
     def _check_hole(self, box: Box, missing: MissingChunkError) -> None:
-        """An unmounted disk answers "absent" to everything: a hole is only a hole while the volume's metadata can be read."""
+        """TransientError where the volume's metadata are absent too: of an unmounted disk every object is.
+
+        SourceError where the chunk is stored under another name.
+        """
         if Folder(self._level.url).data(self._level.metadata_key) is None:
             raise TransientError(f"the whole volume {self._level.url} has gone ({missing})") from missing
         if self._level.explain_hole is not None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.plan.target_spec import LevelSpec
-from pipeline.storage.precomputed_sharding import (
+from pipeline.storage.precomputed_morton import (
     MAX_PRESHIFT_BITS,
     bits_for,
     chunk_number,

@@ -1,0 +1,1 @@
+"""What `emsr evaluate` needs beside models.evaluation: volumes, metrics, scores, and the picture of them."""
