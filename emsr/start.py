@@ -13,9 +13,9 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def command() -> None:
-    """Begin a command, before anything else is imported. Ends it with exit code 2 and one line where another package is in emsr's place.
+    """Begin a command, before anything else is imported. Where another package is in emsr's place, it ends with code 2.
 
-    From here on neither this process nor those that it starts import from the current folder, unless emsr itself lies there.
+    From here on neither this process nor those that it starts import from the current folder, unless emsr lies there.
     """
     if foreign := _foreign():
         print(f"emsr: {foreign}", file=sys.stderr)
@@ -30,7 +30,7 @@ def command() -> None:
 
 
 def check() -> None:
-    """ImportError where another package is in emsr's place: for workers of a cluster that is already there, and for other programs."""
+    """ImportError where another package is in emsr's place: for Dask's workers and for other programs."""
     if foreign := _foreign():
         raise ImportError(foreign)
 
