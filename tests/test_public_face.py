@@ -145,7 +145,7 @@ def test_nothing_beside_the_volume_is_executed(place: Path, script: str) -> None
     assert '"workers": 2' in done.stderr
     assert python(place, script, "status", "volume.yaml").returncode == 0
     (place / "models" / "__init__.py").unlink()
-    again = python(place, "-m", "pipeline.run", "--dry-run", "volume.yaml")
+    again = python(place, "-m", "pipeline.status", "volume.yaml")
     assert again.returncode == 0, again.stderr
     assert list(place.rglob("*.executed")) == []
 
