@@ -6,6 +6,7 @@
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY emsr emsr
 COPY pipeline pipeline
 COPY models models
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

@@ -15,10 +15,11 @@ cd /
 import importlib.metadata
 import importlib.resources
 
+import emsr
 import models
 import pipeline
 
-assert importlib.metadata.version("emsr") == pipeline.__version__
-assert all(importlib.resources.files(package).joinpath("py.typed").is_file() for package in (models, pipeline))
-print("emsr", pipeline.__version__)
+assert importlib.metadata.version("emsr") == emsr.__version__
+assert all(importlib.resources.files(package).joinpath("py.typed").is_file() for package in (emsr, models, pipeline))
+print("emsr", emsr.__version__)
 CHECK

@@ -1,3 +1,9 @@
-"""emsr: super-resolution of serial-section electron microscopy at any size."""
+"""The pipeline behind emsr's commands. For other programs: `import emsr`."""
 
-__version__ = "0.1.0"
+from emsr import __version__ as __version__
+from emsr import start
+
+if start.is_command(__name__):
+    start.command()
+else:
+    start.check()

@@ -21,8 +21,12 @@ from pydantic import (
 from pipeline.config import yaml_file
 from pipeline.config.yaml_file import Bytes
 
-WORKER_ENVIRON = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s"}
-"""What workers that are not children of the client need of its settings (see cluster.py)."""
+WORKER_ENVIRON = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s",
+    "PYTHONSAFEPATH": "1",
+}
+"""What workers that are not children of the client need of its settings (see cluster/connect.py and emsr/start.py)."""
 
 Workers = Annotated[StrictInt, Field(ge=1, le=100_000)]
 
