@@ -111,7 +111,9 @@ def _execute(
         sheet = report.write(config, prepared, store, ledger, outcome, held.run_id, began)
         if bad := prepared.spec["source"]["bad_sections"]:
             progress.say(
-                "bad_sections", count=len(bad), **{z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
+                "bad_sections",
+                count=len(bad),
+                **{z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]},
             )
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{store.url}/report.json", contact_sheet=sheet)
