@@ -36,7 +36,8 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
-from pipeline.worker.lease import check_job, process_lease
+from pipeline.worker.lease import check_job
+from pipeline.worker.lease import process_lease
 
 
 def main(argv: list[str] | None = None) -> int:

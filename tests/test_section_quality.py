@@ -14,17 +14,7 @@ from hypothesis import strategies as st
 from section_damage import DAMAGES
 
 from models.degrade import degrade
-from pipeline.sections.quality import (
-    AROUND,
-    LAGS,
-    TELLING,
-    Measured,
-    _block_correlations,
-    _displacement,
-    judge,
-    measure,
-    resemblance,
-)
+from pipeline.sections.quality import AROUND, LAGS, MIN_CORRELATION, Measured, _block_correlations, _displacement, judge, measure, resemblance
 from pipeline.sections.survey import MARGIN
 
 STACKS = [
@@ -173,7 +163,7 @@ def test_what_cannot_be_read_or_compared_is_not_bad() -> None:
 def test_unrelated_sections_have_no_resemblance() -> None:
     unrelated = tissue(12, 128, 5, alike=0.0).astype(np.float32)[:, None]
     assert (
-        resemblance(measure(unrelated)) < TELLING < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
+        resemblance(measure(unrelated)) < MIN_CORRELATION < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
     )
 
 

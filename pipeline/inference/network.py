@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 import models
 from pipeline.base.geometry import Box
 from pipeline.inference.describe import as_network_errors, weights_path
-from pipeline.inference.footprint import footprint, needed_bytes, too_large
+from pipeline.inference.footprint import needed_bytes, too_large
+from pipeline.inference.footprint import footprint
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint

@@ -14,7 +14,8 @@ from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.prepared import Prepared
-from pipeline.worker.job import Job, SlabCost
+from pipeline.worker.job import SlabCost
+from pipeline.worker.job import Job
 from pipeline.worker.measure import measure_slab
 
 

@@ -24,30 +24,30 @@ AROUND = 10
 """Sections on either side from which it is computed what is usual."""
 BLOCK = 32
 """Voxels across a block, about. Boxes are compared block by block."""
-SEARCHED = 16
+MAX_SHIFT = 16
 """Voxels up to which two sections are displaced to find their best match, at most a quarter of the box."""
 FLAT = 1.0
 """Standard deviation, in grey values, below which a block or section counts as without structure."""
-LOST = 0.2
+MAX_CLIPPED = 0.2
 """Share of voxels at 0 or 255, beyond what is usual, from which a section is black or saturated."""
-EMPTY = 5
+MAX_FLAT_RUN = 5
 """More consecutive sections without structure than this are an empty part of the volume, not bad sections."""
-PALE = 0.4
+MIN_CONTRAST = 0.4
 """Share of the usual contrast below which a section is of low contrast."""
-WEAK = 0.1
+MIN_BLOCK_CORRELATION = 0.1
 """Where the usual correlation of neighbouring blocks is below this, the blocks are not judged."""
-TELLING = 0.2
+MIN_CORRELATION = 0.2
 """Correlation of neighbouring sections below which bad ones do not stand out; unrelated ones reach 0.15 at best."""
-ALIKE = (0.75, 0.65, 0.6)
+MIN_RESEMBLANCE = (0.75, 0.65, 0.6)
 """Share of the usual resemblance, 1 .. LAGS sections apart, from which two show the same tissue."""
 SPREAD = 4
-"""The same share is lowered where resemblance varies by itself, as in small or faint sections: to 1 minus so many times
-the distance of its median from its upper quartile."""
-ACROSS = 0.5
+"""The same share is lower where resemblance varies by itself, as in small or faint sections: 1 minus so many times the
+distance of its median from its upper quartile."""
+MIN_RESEMBLANCE_ACROSS = 0.5
 """The same share for two sections on either side of others that resemble only each other."""
-PARTLY = 0.35
+MIN_RESEMBLANCE_IN_PART = 0.35
 """Share of the usual resemblance from which a part of the section shows the same tissue."""
-REACH = 4
+MAX_DISPLACEMENT = 4
 """Voxels of displacement, against every good neighbour, from which a section is misplaced: half the halo of a tile."""
 JITTER = 3
 """Or so many times the usual displacement, where that is more."""
@@ -70,6 +70,7 @@ class Measured:
 
     @staticmethod
     def joined(parts: list[Measured]) -> Measured:
+        """The measurements of consecutive parts as one."""
         return Measured(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Measured)))
 
 
@@ -86,7 +87,7 @@ def measure(voxels: Floats, before: int = 0) -> Measured:
     moved = np.full((count, LAGS, boxes, 2), np.nan, np.float32)
     for box in range(boxes):
         spectra: dict[int, NDArray[np.complex128]] = {}
-        reach = min(SEARCHED, min(height, width) // 4)
+        reach = min(MAX_SHIFT, min(height, width) // 4)
         for z in range(count):
             section = voxels[z, box]
             spectra[z] = np.fft.rfft2(section - section.mean(), (height + reach, width + reach))
@@ -129,7 +130,7 @@ def judge(found: Measured, listed: Collection[int] = (), step: int = 1) -> dict[
 def resemblance(found: Measured) -> float:
     """Median correlation of neighbouring sections, block by block; NaN where there is nothing to compare.
 
-    Below TELLING no verdicts are possible.
+    Below MIN_CORRELATION no verdicts are possible.
     """
     return float(_median(found.alike[:, 0].ravel(), 0))
 
@@ -141,24 +142,24 @@ def _unusual(found: Measured, listed: Collection[int]) -> dict[int, str]:
     contrast, black, white = (np.where(known, np.nan, values) for values in (found.contrast, found.black, found.white))
     usual, usual_black, usual_white = (_usual(values, 0.5) for values in (contrast, black, white))
     for i in np.flatnonzero(~np.isnan(contrast)):
-        if black[i] - usual_black[i] > LOST:
+        if black[i] - usual_black[i] > MAX_CLIPPED:
             bad[int(i)] = f"black ({black[i]:.0%} of it)"
-        elif white[i] - usual_white[i] > LOST:
+        elif white[i] - usual_white[i] > MAX_CLIPPED:
             bad[int(i)] = f"saturated ({white[i]:.0%} of it)"
-        elif contrast[i] < FLAT < PALE * usual[i]:
+        elif contrast[i] < FLAT < MIN_CONTRAST * usual[i]:
             bad[int(i)] = "constant"
-        elif contrast[i] < PALE * usual[i]:
+        elif contrast[i] < MIN_CONTRAST * usual[i]:
             bad[int(i)] = f"low contrast ({contrast[i] / usual[i]:.0%} of what is usual around it)"
     return bad
 
 
 def _empty(contrast: Floats) -> NDArray[np.bool_]:
-    """Sections within more than EMPTY consecutive ones without structure: the volume is empty there."""
+    """Sections within more than MAX_FLAT_RUN consecutive ones without structure: the volume is empty there."""
     flat = np.r_[False, contrast < FLAT, False]
     starts, stops = np.flatnonzero(flat[1:] & ~flat[:-1]), np.flatnonzero(flat[:-1] & ~flat[1:])
     empty = np.zeros(len(contrast), bool)
     for start, stop in zip(starts, stops, strict=True):
-        empty[start:stop] = stop - start > EMPTY
+        empty[start:stop] = stop - start > MAX_FLAT_RUN
     return empty
 
 
@@ -173,14 +174,14 @@ class _Links:
         alike = np.where(touched[..., None], np.nan, found.alike)
         usual = _usual(alike, 0.75)
         with np.errstate(invalid="ignore", divide="ignore"):
-            kept = _mean(np.where(usual >= WEAK, np.clip(alike / usual, 0, 1), np.nan))
+            kept = _mean(np.where(usual >= MIN_BLOCK_CORRELATION, np.clip(alike / usual, 0, 1), np.nan))
         upper, middle = _usual(kept, 0.75), _usual(kept, 0.5)
         self._kept = kept / upper  # how far blocks differ among themselves is no sign of damage
-        self._bars = np.fmin(ALIKE, 1 - SPREAD * (1 - middle / upper))
+        self._bars = np.fmin(MIN_RESEMBLANCE, 1 - SPREAD * (1 - middle / upper))
         self._moved = np.where(touched[..., None], np.nan, _median(found.moved, 2))
         far = np.abs(self._moved).max(-1)
         self._far = far
-        self._reach = np.fmax(REACH, JITTER * _usual(far[:, 0], 0.5))
+        self._reach = np.fmax(MAX_DISPLACEMENT, JITTER * _usual(far[:, 0], 0.5))
 
     def alike(self, low: int, high: int, bar: float = 1.0) -> bool:
         """Whether section `high` shows the same tissue as `low`, up to LAGS before it, or they cannot be compared.
@@ -209,7 +210,7 @@ class _Links:
                 and stop < self._count
                 and stop - start < LAGS
                 and self._both(start - 1, stop)
-                and self.alike(start - 1, stop, ACROSS)
+                and self.alike(start - 1, stop, MIN_RESEMBLANCE_ACROSS)
             )
             if stop - start > 1 and not skipped:
                 good.update(range(start, stop))
@@ -251,7 +252,7 @@ class _Links:
             y, x = (round(float(d)) * step * (1 if best[0] == i else -1) for d in self._moved[best])
             return f"shifted by ({y}, {x}) LR voxels (y, x)"
         return f"resembles its neighbours by {kept:.0%} of what is usual" + (
-            " (folded, torn, or partly lost)" if kept > PARTLY else ""
+            " (folded, torn, or partly lost)" if kept > MIN_RESEMBLANCE_IN_PART else ""
         )
 
 

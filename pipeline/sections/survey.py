@@ -25,7 +25,7 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
 from pipeline.config.volume import SourceConfig
 from pipeline.plan.plan import Plan
-from pipeline.sections.quality import AROUND, LAGS, TELLING, Floats, Measured, judge, measure, resemblance
+from pipeline.sections.quality import AROUND, LAGS, MIN_CORRELATION, Floats, Measured, judge, measure, resemblance
 from pipeline.storage.kv import Store
 from pipeline.storage.volume import Source, VolumeInfo
 
@@ -33,8 +33,8 @@ VERSION = 1
 """Part of the digest. It is raised whenever the same voxels would be judged otherwise."""
 SIDE = 128
 """Averaged voxels across a sample box."""
-ACROSS = 4
-"""The most sample boxes along y, and along x."""
+MAX_BOXES = 4
+"""Sample boxes along y, and along x."""
 COARSE_NM = 32.0
 """Voxels finer than this are averaged, y and x."""
 RUN = 32
@@ -141,11 +141,11 @@ def detect(
         progress(run.stop - wanted.sections.start)
     measured = Measured.joined(parts)
     common = resemblance(measured)
-    if common < TELLING:
+    if common < MIN_CORRELATION:
         raise SourceError(
             f"source.bad_sections.detect: neighbouring sections correlate by {common:.2f} only, "
             "so that bad ones do not stand out",
-            f"at least {TELLING}",
+            f"at least {MIN_CORRELATION}",
             "List the bad sections in source.bad_sections.list instead",
         )
     first = wanted.sections.start
@@ -160,9 +160,9 @@ def delete_measurements(wanted: Survey, store: Store) -> None:
 
 
 def _spread(start: int, extent: int, step: int) -> list[range]:
-    """Up to ACROSS ranges of SIDE * step voxels along an axis, spread evenly over `extent` voxels from `start`."""
+    """Up to MAX_BOXES ranges of SIDE * step voxels along an axis, spread evenly over `extent` voxels from `start`."""
     size = min(extent // step, SIDE) * step
-    count = min(ACROSS, extent // size)
+    count = min(MAX_BOXES, extent // size)
     begins = [start + (2 * i + 1) * extent // (2 * count) - size // 2 for i in range(count)]
     return [range(begin, begin + size) for begin in (min(max(b, start), start + extent - size) for b in begins)]
 

@@ -12,7 +12,8 @@ import numpy as np
 from pipeline.base.errors import TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
-from pipeline.inference.tiles import DEVICE_LOCK, SectionCaches, back_projection_error, super_resolve
+from pipeline.inference.tiles import SectionCaches
+from pipeline.inference.tiles import DEVICE_LOCK, back_projection_error, super_resolve
 from pipeline.plan.plan import Plan, PyramidBlock, Slab
 from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
 from pipeline.plan.target_spec import FIDELITY
