@@ -21,6 +21,7 @@ PLANTED = {
     "a plan that imports torch": ("pipeline/plan/price.py", "import torch"),
     "a job that stands on storage": ("pipeline/worker/job.py", "from pipeline.storage import kv"),
     "scheduling that stands on inference": ("pipeline/schedule/leases.py", "from pipeline.worker import slab"),
+    "two files in a circle": ("pipeline/plan/lattice.py", "from pipeline.plan import plan"),
     "a file format outside storage": ("pipeline/prepare/prepare.py", "import tensorstore"),
 }
 

@@ -140,11 +140,18 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def test_the_house_names_every_module() -> None:
-    house = page("docs/design.md").split("\n## 2. The house\n", 1)[1].split("\n## 3.", 1)[0]
-    modules = {p.stem for p in (REPOSITORY / "pipeline").rglob("*.py")} - {"__init__"}
-    words = set(re.findall(r"\w+", house))
-    assert modules <= words, modules - words
+def test_the_design_names_every_room_and_its_files() -> None:
+    """One row of the table for each room, with its files and no other."""
+    section = page("docs/design.md").split("\n## 2. Rooms\n", 1)[1].split("\n## 3.", 1)[0]
+    rows = {
+        room: set(re.findall(r"`(\w+)`", text))
+        for room, text in re.findall(r"^\| `([\w/]+)` \| (.*) \|$", section, re.M)
+    }
+    pipeline = REPOSITORY / "pipeline"
+    rooms = {str(p.parent.relative_to(pipeline)) for p in pipeline.rglob("*/__init__.py")}
+    assert set(rows) == rooms
+    for room, named in rows.items():
+        assert {p.stem for p in (pipeline / room).glob("*.py")} - {"__init__"} == named, room
 
 
 @pytest.mark.parametrize("command", COMMANDS)
