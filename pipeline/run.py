@@ -36,8 +36,7 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
-from pipeline.worker.lease import check_job
-from pipeline.worker.lease import process_lease
+from pipeline.worker.lease import check_job, process_lease
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,8 +133,8 @@ def _verdict(run: RunState) -> int:
     if counts["quarantined"]:
         first = next(ledger.indices(QUARANTINED))
         print(
-            f"emsr: {counts['quarantined']} of {ledger.tasks} tasks are quarantined, {counts['pending']} wait for them; "
-            f"the first is {first}: {ledger.why(first).first_line}. "
+            f"emsr: {counts['quarantined']} of {ledger.tasks} tasks are quarantined, "
+            f"{counts['pending']} wait for them; the first is {first}: {ledger.why(first).first_line}. "
             "Mend the cause and run the same command again: only these are repeated.",
             file=sys.stderr,
         )

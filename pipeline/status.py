@@ -51,12 +51,12 @@ def status(config: Config) -> int:
     if requests := _requests(found.store.get("report.json")):
         print(f"requests     {requests}")
     if running := holder(found.store):
+        age = time.time() - float(str(running["renewed"]))
+        print(f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {age:.0f} s ago")
+    if (times := ledger.times).tasks:
         print(
-            f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {time.time() - float(str(running['renewed'])):.0f} s ago"
-        )
-    if (seen := ledger.times).tasks:
-        print(
-            f"timings      {seen.total / seen.tasks:.2f} s a task on the last {seen.tasks:,}, the slowest {seen.slowest:.2f} s (task {seen.slowest_task})"
+            f"timings      {times.total / times.tasks:.2f} s a task on the last {times.tasks:,}, "
+            f"the slowest {times.slowest:.2f} s (task {times.slowest_task})"
         )
     _say_workers(last_workers(found.store))
     for key in ledger.damaged:
@@ -91,7 +91,8 @@ def _say_workers(workers: dict[str, dict[str, float]]) -> None:
     for name, did in sorted(workers.items(), key=lambda item: -item[1]["last"])[:SHOWN]:
         quarantined = f", {did['quarantined']:.0f} of them quarantined" if did["quarantined"] else ""
         print(
-            f"worker       {name}: {did['tasks']:,.0f} tasks{quarantined}, {did['seconds'] / max(1.0, did['tasks']):.2f} s each, "
+            f"worker       {name}: {did['tasks']:,.0f} tasks{quarantined}, "
+            f"{did['seconds'] / max(1.0, did['tasks']):.2f} s each, "
             f"the last {time.time() - did['last']:.0f} s ago"
         )
     if len(workers) > SHOWN:

@@ -17,8 +17,7 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig
 from pipeline.inference.describe import describe
 from pipeline.inference.network import Network
-from pipeline.inference.tiles import SectionCaches
-from pipeline.inference.tiles import back_projection_error, pad_laterally, super_resolve
+from pipeline.inference.tiles import SectionCaches, back_projection_error, pad_laterally, super_resolve
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan, Slab
 from pipeline.worker.pyramid import halve

@@ -13,7 +13,17 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
-from pipeline.schedule.leases import LEASE_S, MAX_LEASE_TASKS, MAX_STARTS, MIN_LATE_S, RAMP_FIRST, RAMP_PER_S, Capacity, Lease, Leases
+from pipeline.schedule.leases import (
+    LEASE_S,
+    MAX_LEASE_TASKS,
+    MAX_STARTS,
+    MIN_LATE_S,
+    RAMP_FIRST,
+    RAMP_PER_S,
+    Capacity,
+    Lease,
+    Leases,
+)
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 

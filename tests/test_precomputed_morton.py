@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from pipeline.base.geometry import ZYX, Box, tiles
 from pipeline.plan.target_spec import LevelSpec
-from pipeline.storage.precomputed_morton import MAX_PRESHIFT_BITS, bits_for, chunk_number, nearest_shape, shard_name, shard_shapes
+from pipeline.storage.precomputed_morton import (
+    MAX_PRESHIFT_BITS,
+    bits_for,
+    chunk_number,
+    nearest_shape,
+    shard_name,
+    shard_shapes,
+)
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 
 grids = st.builds(ZYX, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))

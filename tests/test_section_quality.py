@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from section_damage import DAMAGES
 
 from models.degrade import degrade
-from pipeline.sections.quality import AROUND, LAGS, MIN_CORRELATION, Measured, _block_correlations, _displacement, judge, measure, resemblance
+from pipeline.sections.quality import (
+    AROUND,
+    LAGS,
+    MIN_CORRELATION,
+    Measured,
+    _block_correlations,
+    _displacement,
+    judge,
+    measure,
+    resemblance,
+)
 from pipeline.sections.survey import MARGIN
 
 STACKS = [

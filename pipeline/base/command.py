@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """`work`'s exit code; 2 and a message for a user's mistake, 1 for a fault of ours or the machine's, 130 for Ctrl-C."""
+    """The exit code of `work`; 2 for a user's mistake, 1 for another fault, each with a message; 130 for Ctrl-C."""
     try:
         return work()
     except ConfigError as error:
@@ -31,7 +31,8 @@ def guarded(work: Callable[[], int]) -> int:
         if os.environ.get("EMSR_DEBUG"):
             traceback.print_exc()
         print(
-            f"emsr: a fault inside emsr: {type(error).__name__}: {error}. Set EMSR_DEBUG=1 for the traceback and report it.",
+            f"emsr: a fault inside emsr: {type(error).__name__}: {error}. "
+            "Set EMSR_DEBUG=1 for the traceback and report it.",
             file=sys.stderr,
         )
         return 1

@@ -22,7 +22,8 @@ from pipeline.config.cluster import ClusterConfig
 CONNECT_S = 30
 
 LOGS = {
-    # The scheduler's memory must not grow with the number of leases (distributed #3898, #2371): it would keep the last 1000 messages to every worker.
+    # The scheduler's memory must not grow with the number of leases (distributed #3898, #2371): it would keep the last
+    # 1000 messages to every worker.
     "distributed.admin.log-length": 100,
     "distributed.admin.low-level-log-length": 2,
 }
@@ -34,8 +35,8 @@ _SETTINGS = {
     "distributed.comm.timeouts.connect": "30s",
     # A minute without network must not cost the workers: their leases would run again.
     "distributed.comm.timeouts.tcp": "300s",
-    # LocalCluster looks once, this long after a worker's death, and ends the worker for good if it is restarting just then.
-    # Nannies restart their workers; a run must not be left without any.
+    # LocalCluster looks once, this long after a worker's death, and ends the worker for good if it is restarting just
+    # then. Nannies restart their workers; a run must not be left without any.
     "distributed.deploy.lost-worker-timeout": "1000 days",
     # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper.
     "distributed.nanny.pre-spawn-environ.GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -43,7 +44,9 @@ _SETTINGS = {
 
 
 def worker_count(config: ClusterConfig) -> int:
-    """Workers at most: as asked; else on this machine one per visible GPU, or one per core, and one from a batch system."""
+    """Workers at most: as asked; else on this machine one per visible GPU, or one per core, and one from a batch
+    system.
+    """
     if config.kind in ("slurm", "kubernetes"):
         return config.bounds()[1]
     gpus = 0 if config.gpus_per_worker == 0 else len(visible_gpus())
@@ -105,9 +108,9 @@ def refuse_other_versions(client: Client) -> None:
 
 
 def stop_profiling(client: Client) -> None:
-    """Dask looks at every thread of its workers a hundred times a second, for ever. Under Python 3.11 such a look can stop a worker
-    for good (cpython #106883): what it allocates may start a garbage collection, and one that ends a `threading.local` waits for the
-    lock that the look holds.
+    """Dask looks at every thread of its workers a hundred times a second, for ever. Under Python 3.11 such a look can
+    stop a worker for good (cpython #106883): what it allocates may start a garbage collection, and one that ends a
+    `threading.local` waits for the lock that the look holds.
     """
     client.register_plugin(_NoProfile())
 
@@ -168,7 +171,9 @@ def _here(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 
 
 def _security(config: ClusterConfig) -> Security | None:
-    """TLS with one certificate for whichever part this process plays; None where the file says nothing, for Dask's own configuration."""
+    """TLS with one certificate for whichever part this process plays; None where the file says nothing, for Dask's own
+    configuration.
+    """
     files = config.security
     if files is None:
         return None

@@ -22,15 +22,20 @@ from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
 JOB_NAME = "emsr"
 MARGIN_MOST_S = 300
 START_S = 300
-"""A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take more than Dask's 60 s."""
+"""A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take
+more than Dask's 60 s.
+"""
 
 LOOK_S = 15.0
 """Slurm is asked this often which jobs it has; those that it has no more are submitted again."""
 IN_VAIN_MOST = 3
-"""So many jobs may end one after the other before a worker of any has been heard of; then something is wrong with all of them."""
+"""So many jobs may end one after the other before a worker of any has been heard of; then something is wrong with all
+of them.
+"""
 
 _SETTINGS = {
-    # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends unseen.
+    # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends
+    # unseen.
     "distributed.deploy.lost-worker-timeout": "1000 days",
 }
 
@@ -81,8 +86,8 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
 def lifetime_s(walltime: int) -> tuple[int, int]:
     """When a worker gives back its leases and ends its job, and by how much that is spread; both seconds.
 
-    |------------- lifetime ----------|-- stagger --|-- margin --|   the earliest and latest end lie stagger either side of lifetime
-                                                                 walltime
+    |------------- lifetime ----------|-- stagger --|-- margin --|   a job ends up to a stagger before or after
+                                                                 walltime                   its lifetime
     """
     margin = stagger = min(MARGIN_MOST_S, walltime // 10)
     return max(1, walltime - margin - stagger), stagger
@@ -118,7 +123,9 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
 
 
 def queued(cluster: Any) -> bool:
-    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. ClusterError where jobs end in vain."""
+    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. ClusterError where jobs
+    end in vain.
+    """
     in_vain = cluster.replacing.in_vain
     if len(in_vain) >= IN_VAIN_MOST:
         raise ClusterError(
@@ -130,9 +137,11 @@ def queued(cluster: Any) -> bool:
 
 
 class Replacing:
-    """Submits a job again that Slurm has no more: its walltime is over, its node is lost, or it ended before its worker came.
+    """Submits a job again that Slurm has no more: its walltime is over, its node is lost, or it ended before its worker
+    came.
 
-    A thread of its own, while the `with` lasts. A job that ended before its worker came is replaced later each time, until one comes.
+    A thread of its own, while the `with` lasts. A job that ended before its worker came is replaced later each time,
+    until one comes.
     """
 
     def __init__(self, cluster: Any) -> None:

@@ -1,7 +1,7 @@
 """Dask and Tornado tell durations by the time of day; here they are given a clock that nobody sets.
 
-A clock that is set back by an hour would otherwise hold every message between client, scheduler and workers for that hour
-(`distributed.batched` waits for a time of day), and one set forward would make workers look dead (`worker-ttl`).
+A clock that is set back by an hour would otherwise hold every message between client, scheduler and workers for that
+hour (`distributed.batched` waits for a time of day), and one set forward would make workers look dead (`worker-ttl`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def install() -> None:
 
 
 def install_everywhere(client: Client) -> None:
-    """In the client, its workers, those that come later too, and the scheduler where that has emsr (its own messages wait otherwise)."""
+    """In the client, its workers, those that come later too, and the scheduler where that has emsr (its own messages
+    wait otherwise).
+    """
     install()
     with contextlib.suppress(Exception):
         client.run_on_scheduler(install)

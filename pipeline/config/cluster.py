@@ -110,7 +110,8 @@ class KubernetesConfig(_Model):
 class ClusterConfig(_Model):
     """How workers are started (kinds local, slurm, kubernetes) or found (kind address), and how many.
 
-    A new kind, such as another batch system, is a module beside cluster/slurm.py, entered in cluster/connect.py and here.
+    A new kind, such as another batch system, is a module beside cluster/slurm.py, entered in cluster/connect.py and
+    here.
     """
 
     kind: Literal["local", "address", "slurm", "kubernetes"] = "local"

@@ -61,5 +61,5 @@ def local_path(url: str) -> Path | None:
 
 
 def sidecar(target_url: str) -> str:
-    """The folder of a target's plan, ledger, lock and reports. It lies beside the target, which holds the volume alone."""
+    """The folder of a target's plan, ledger, lock and reports. It lies beside the target, which holds the volume."""
     return split_format(target_url)[1] + ".emsr"

@@ -1,4 +1,6 @@
-"""From volume.yaml's `network` to a NetworkSpec: defaults filled in, the weights file found and hashed. Imports no torch."""
+"""From volume.yaml's `network` to a NetworkSpec: defaults filled in, the weights file found and hashed. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from pipeline.plan.network_spec import NetworkSpec
 
 
 def describe(config: NetworkConfig) -> NetworkSpec:
-    """What volume.yaml asks for. Raises NetworkError for an unknown network, a halo too small, or weights that don't fit."""
+    """What volume.yaml asks for. Raises NetworkError for an unknown network, a halo too small, or weights that don't
+    fit.
+    """
     traits = models.NETWORKS.get(config.name)
     if traits is None:
         known = ", ".join(models.NETWORKS)
@@ -79,7 +83,7 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
 
 
 def weights_path(spec: NetworkSpec) -> Path:
-    """Where this machine has the weights. Those that come with emsr lie wherever it is installed. Raises NetworkError."""
+    """Where this machine has the weights; those that come with emsr lie where it is installed. Raises NetworkError."""
     if spec.weights.partition(":")[0] == "builtin":
         return models.builtin(spec.weights, spec.scale)
     return locate(spec.weights, spec.weights_sha256)[0]

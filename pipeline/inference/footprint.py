@@ -25,7 +25,9 @@ def needed_bytes(spec: NetworkSpec, slab: Box) -> int:
 
 
 def too_large(spec: NetworkSpec, slab: Box, available: int) -> TooLargeError:
-    """The error where `available` bytes beside the weights are less than a slab needs. It names the largest cell that fits."""
+    """The error where `available` bytes beside the weights are less than a slab needs. It names the largest cell that
+    fits.
+    """
     lattice = spec.lattice
     smaller = (
         dataclasses.replace(spec, lattice=dataclasses.replace(lattice, cell=cell))

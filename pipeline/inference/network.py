@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 import models
 from pipeline.base.geometry import Box
 from pipeline.inference.describe import as_network_errors, weights_path
-from pipeline.inference.footprint import needed_bytes, too_large
-from pipeline.inference.footprint import footprint
+from pipeline.inference.footprint import footprint, needed_bytes, too_large
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint
@@ -27,8 +26,8 @@ SectionCache = dict[int, object]
 class Network:
     """A network on its device, ready to run. Building it is slow. Only one thread at a time may run it (DEVICE_LOCK).
 
-    One process uses one device: GPU number EMSR_DEVICE (0) where torch sees one, else one core of the CPU. More cores are
-    more workers.
+    One process uses one device: GPU number EMSR_DEVICE (0) where torch sees one, else one core of the CPU. More cores
+    are more workers.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -76,8 +75,9 @@ class Network:
     ) -> None:
         """One tile through all its sections: uint8 (D + window - 1, T, T) in, uint8 (D, rh, rw) into `out`.
 
-        `sections` are the numbers of the sections. `keep` cuts the cell out of the (rT, rT) output. Each section is encoded
-        once: `cache` holds those that the last windows used, also from an earlier call for the sections before in z.
+        `sections` are the numbers of the sections. `keep` cuts the cell out of the (rT, rT) output. Each section is
+        encoded once: `cache` holds those that the last windows used, also from an earlier call for the sections before
+        in z.
         """
         import torch
 

@@ -13,7 +13,9 @@ from pipeline.inference.network import Network, SectionCache
 from pipeline.plan.plan import Slab
 
 DEVICE_LOCK = threading.Lock()
-"""Held by one slab at a time around `super_resolve`: two slabs in flight overlap their reading and writing, never the device."""
+"""Held by one slab at a time around `super_resolve`: two slabs in flight overlap their reading and writing, never the
+device.
+"""
 
 SectionCaches = dict[tuple[int, int], SectionCache]
 """A cache for every tile, by the (y, x) of its cell. A lease carries them from slab to slab, so that a z-halo costs no
@@ -26,11 +28,12 @@ def super_resolve(
 ) -> NDArray[np.uint8]:
     """The SR voxels of `slab`, uint8 (D, rh, rw).
 
-    `lr` are the LR voxels (D + window - 1, h, w) of `slab.read` in y and x and of `sections` in z: the slab's own with the
-    halo, where the volume's ends and bad sections are replaced already.
+    `lr` are the LR voxels (D + window - 1, h, w) of `slab.read` in y and x and of `sections` in z: the slab's own with
+    the halo, where the volume's ends and bad sections are replaced already.
 
-    The slab is computed tile by tile on the lattice, so that a voxel is the same whichever slab contains it (law 1). The
-    `caches` that the slab before in z left save encoding its sections again; the bytes are the same with and without them.
+    The slab is computed tile by tile on the lattice, so that a voxel is the same whichever slab contains it (law 1).
+    The `caches` that the slab before in z left save encoding its sections again; the bytes are the same with and
+    without them.
 
     Raises TooLargeError where the device has no memory for a tile, DataError where the network makes values that are no
     numbers.

@@ -12,8 +12,8 @@ from pipeline.plan.plan import Plan, Slab
 class Input:
     """Source voxels of all slabs together.
 
-    `owned` are those that are super-resolved, `requested` those with their halos, `decoded` those of all chunks touched,
-    since a chunk is decoded whole; no cache is counted.
+    `owned` are those that are super-resolved, `requested` those with their halos, `decoded` those of all chunks
+    touched, since a chunk is decoded whole; no cache is counted.
     """
 
     owned: int
@@ -25,8 +25,8 @@ class Input:
 class Footprint:
     """Bytes that a network holds beyond its weights.
 
-    `tile_bytes` are for the tile that it computes, one at a time. `cache_bytes` are for the encoded sections of one tile,
-    which every slab leaves for the next slab in z.
+    `tile_bytes` are for the tile that it computes, one at a time. `cache_bytes` are for the encoded sections of one
+    tile, which every slab leaves for the next slab in z.
     """
 
     tile_bytes: int = 0

@@ -14,8 +14,7 @@ from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.prepared import Prepared
-from pipeline.worker.job import SlabCost
-from pipeline.worker.job import Job
+from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab
 
 
@@ -35,15 +34,15 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         cost = None
         say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
-    say(
-        f"source   {source.format}, {source.bounds.shape} LR voxels{', uint16' if source.dtype == 'uint16' else ''}, read by {source.reader}"
-    )
+    dtype = ", uint16" if source.dtype == "uint16" else ""
+    say(f"source   {source.format}, {source.bounds.shape} LR voxels{dtype}, read by {source.reader}")
     say(
         f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels"
         + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else "")
     )
     say(
-        f"read     {_size(read.requested)} for {_size(read.owned)} (halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
+        f"read     {_size(read.requested)} for {_size(read.owned)} "
+        f"(halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
     )
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
     total_raw = total_stored = 0
@@ -71,15 +70,18 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
         if cost.gpu_weights is None:
             say(
-                f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)}, {network})"
+                f"memory   {_size(memory)} per worker "
+                f"({in_flight} slabs in flight, process {_size(cost.base_bytes)}, {network})"
             )
         else:
             say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)})")
             say(
-                f"GPU      {_size(cost.gpu_weights + held.tile_bytes + cached)} per worker (weights {_size(cost.gpu_weights)}, {network})"
+                f"GPU      {_size(cost.gpu_weights + held.tile_bytes + cached)} per worker "
+                f"(weights {_size(cost.gpu_weights)}, {network})"
             )
         say(
-            f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode (tried on this machine)"
+            f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode "
+            "(tried on this machine)"
         )
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
 

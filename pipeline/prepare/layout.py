@@ -1,8 +1,8 @@
 """Chunk, shard, slab and pyramid shapes: the user's where given, defaults with a reason where not. Arithmetic only.
 
-Defaults follow measurements (docs/performance.md): chunks of 512 KiB, shards of at most 8 x 4096 x 4096 (128 MiB), one slab
-a shard. Shapes of levels follow from chunk and shard, not from the slab: with both given, the target's tree is the same for
-every slab shape.
+Defaults follow measurements (docs/performance.md): chunks of 512 KiB, shards of at most 8 x 4096 x 4096 (128 MiB), one
+slab a shard. Shapes of levels follow from chunk and shard, not from the slab: with both given, the target's tree is the
+same for every slab shape.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _divisor(n: int, at_most: int, step: int) -> int:
 
 
 def _up_to(limit: ZYX, step: ZYX, extent: ZYX) -> ZYX:
-    """Per axis the largest multiple of `step` not above `limit`, but no more than covers `extent`; at least one step."""
+    """Per axis the largest multiple of `step` within `limit`, but no more than covers `extent`; at least one step."""
     return ZYX.of([max(1, min(m // s, -(-e // s))) * s for m, s, e in zip(limit, step, extent, strict=True)])
 
 

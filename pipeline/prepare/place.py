@@ -54,7 +54,7 @@ def check_vacant(target_url: str, store: Store) -> None:
 
 
 def claim(prepared: Prepared) -> None:
-    """Write plan.json, then the target's metadata: the same bytes again where a run is resumed. The place was checked."""
+    """Write plan.json, then the target's metadata: the same bytes again on a resume. The place has been checked."""
     if prepared.store.get(PLAN) is None:
         plan = prepared.job.plan
         body = {"digest": prepared.job.digest, "slabs": plan.slabs, "tasks": plan.tasks, "spec": prepared.spec}

@@ -32,8 +32,8 @@ from pipeline.worker.job import Job
 def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     """Open the source's metadata and plan. Raises UserError.
 
-    With source.bad_sections.detect, the bad sections that an earlier run found count, so that every command sees one plan.
-    Where there was none, `detect` is called, after everything else was found to be right.
+    With source.bad_sections.detect, the bad sections that an earlier run found count, so that every command sees one
+    plan. Where there was none, `detect` is called, after everything else was found to be right.
     """
     network = describe(config.network)
     target_url = _target_url(config)
@@ -147,7 +147,7 @@ def _region(config: Config, info: VolumeInfo) -> Box:
 
 
 def _detected(store: Store, target_url: str, wanted: Survey, source: Source, detect: Detect | None) -> dict[int, str]:
-    """The bad sections that are not listed: those of the plan that stands beside the target, else what is detected now."""
+    """The bad sections that are not listed: those of the plan beside the target, else those detected now."""
     stored = store.get(PLAN)
     if stored is not None:
         with damaged_plan_errors(store.url):
@@ -169,10 +169,10 @@ def _detected(store: Store, target_url: str, wanted: Survey, source: Source, det
 def _within_budget(config: Config, plan: Plan) -> None:
     if config.work.budget is None:
         return
-    size = output_voxels(plan)
-    if size > config.work.budget.output_bytes:
+    size, most = output_voxels(plan), config.work.budget.output_bytes
+    if size > most:
         raise TargetError(
-            f"the output would be {size:,} bytes before compression, work.budget.output_bytes is {config.work.budget.output_bytes:,}",
+            f"the output would be {size:,} bytes before compression, work.budget.output_bytes is {most:,}",
             "an output within the budget",
             "Cut a source.box, use fewer mips, or raise the budget",
         )

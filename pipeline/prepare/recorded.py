@@ -50,8 +50,8 @@ def read(target_url: str, reader: str) -> Recorded | None:
 def planned(spec: dict[str, Any]) -> Plan:
     """The plan with this specification.
 
-    It tells which task is which box. The volume's bounds and bad sections are left out: read boxes differ. Raises KeyError,
-    TypeError or ValueError where `spec` is no specification.
+    It tells which task is which box. The volume's bounds and bad sections are left out: read boxes differ. Raises
+    KeyError, TypeError or ValueError where `spec` is no specification.
     """
     region = Box.of(spec["source"]["region"]["start"], spec["source"]["region"]["stop"])
     levels = tuple(

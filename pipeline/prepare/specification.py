@@ -24,7 +24,8 @@ FORMAT_VERSION = 1
 class Choices:
     """What was found and decided for a volume.yaml, before anything is written.
 
-    `bad_sections` maps a section to why it is bad. `survey` is the pass that detected them, None where they are only listed.
+    `bad_sections` maps a section to why it is bad. `survey` is the pass that detected them, None where they are only
+    listed.
     """
 
     config: Config
@@ -38,7 +39,7 @@ class Choices:
 
 
 def specification(choices: Choices) -> dict[str, Any]:
-    """Everything that changes the bytes of the target, and nothing that does not: no worker counts, times, credentials."""
+    """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials."""
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
     plan = choices.plan
     levels = [{"shape": list(v.shape), "chunk": list(v.chunk), "shard": list(v.shard)} for v in plan.levels]

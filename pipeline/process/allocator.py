@@ -9,9 +9,9 @@ from collections.abc import Callable
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 MMAP_BYTES = 4 << 20
-"""From this size on an allocation is a mapping of its own, gone when it is freed. Encoders' buffers are smaller (a chunk, 512 KiB by
-default) and come from the heap: else each is mapped, faulted in page by page and unmapped again, which doubles blosc's time.
-Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
+"""From this size on an allocation is a mapping of its own, gone when it is freed. Encoders' buffers are smaller (a
+chunk, 512 KiB by default) and come from the heap: else each is mapped, faulted in page by page and unmapped again,
+which doubles blosc's time. Dask's nanny, which sets MALLOC_TRIM_THRESHOLD_, makes it so from 128 KiB on.
 """
 
 TRIM_BYTES = 4 << 20
@@ -31,8 +31,8 @@ def configure_malloc() -> None:
 def trim() -> None:
     """Return freed pages of every thread's heap to the system: a few ms.
 
-    Without it each thread keeps as much as its largest slab ever needed (tensorstore copies an object that it writes into pieces of
-    4 KiB), and a worker's peak is the sum over its threads instead of what is alive at one time.
+    Without it each thread keeps as much as its largest slab ever needed (tensorstore copies an object that it writes
+    into pieces of 4 KiB), and a worker's peak is the sum over its threads instead of what is alive at one time.
     """
     malloc_trim = _glibc("malloc_trim")
     if malloc_trim is not None:

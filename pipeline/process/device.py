@@ -1,4 +1,6 @@
-"""The device that a process computes on: which one, what memory is there, and how a tile's sections get to it and grey levels back."""
+"""The device that a process computes on: which one, what memory is there, and how a tile's sections get to it and grey
+levels back.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ def pick() -> torch.device:
 def fix_rounding(device: torch.device) -> None:
     """Same voxels, same bytes, on every worker with such a device (law 1), and float32 where float32 is asked for.
 
-    On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute float32
-    convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of threads.
+    On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute
+    float32 convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of
+    threads.
     """
     import torch
 
@@ -79,8 +82,8 @@ def out_of_memory(error: Exception) -> bool:
 class Transfer:
     """One tile's LR sections to the device and its grey levels back, one byte per voxel each way.
 
-    On a GPU both pass through pinned memory, nothing waits before `finish`, and `fetch` copies on a stream of its own while the
-    network computes. On a CPU the same lines copy no section and write grey levels where they belong.
+    On a GPU both pass through pinned memory, nothing waits before `finish`, and `fetch` copies on a stream of its own
+    while the network computes. On a CPU the same lines copy no section and write grey levels where they belong.
     """
 
     def __init__(self, device: torch.device, sections: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
@@ -127,12 +130,15 @@ class Transfer:
         self._landing[at].copy_(grey, non_blocking=True)
 
     def finish(self) -> None:
-        """Wait until `out` holds every section. Raises DataError where one holds what is no number, which grey levels would hide."""
+        """Wait until `out` holds every section. Raises DataError where one holds what is no number, which grey levels
+        would hide.
+        """
         import torch
 
         if not math.isfinite(float(self._total)):
             raise DataError(
-                "the network made values that are no numbers; take network.precision float32 (or bfloat16), or other weights"
+                "the network made values that are no numbers; "
+                "take network.precision float32 (or bfloat16), or other weights"
             )
 
         if self._beside is not None:

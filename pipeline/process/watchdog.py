@@ -51,8 +51,8 @@ def holding(lock: threading.Lock) -> Iterator[None]:
 def run_watched(work: Callable[[], None], stall_s: float) -> str:
     """Run `work` in a thread and raise what it raises. Returns "" when it has ended.
 
-    Where it makes no step for `stall_s` seconds, the thread's stack is returned. The thread cannot be ended then and may
-    hold locks for ever: call `exit_soon`.
+    Where it makes no step for `stall_s` seconds, the thread's stack is returned. The thread cannot be ended then and
+    may hold locks for ever: call `exit_soon`.
     """
     progress, raised = _Progress(), []
 
@@ -75,7 +75,9 @@ def run_watched(work: Callable[[], None], stall_s: float) -> str:
 
 
 def _stack(ident: int) -> str:
-    """Where a thread stands. No garbage is collected meanwhile: under Python 3.11 that can wait for ever (cpython #106883)."""
+    """Where a thread stands. No garbage is collected meanwhile: under Python 3.11 that can wait for ever (cpython
+    #106883).
+    """
     collected = gc.isenabled()
     gc.disable()
     try:

@@ -22,8 +22,8 @@ SAY_S = 20.0
 def check_workers(client: Client, job: Job, check: Callable[[Job], int]) -> None:
     """Let one worker `check` the job, so that mistakes come before anything is written.
 
-    They are paths that workers do not see, weights that do not fit, a cell larger than their memory. Raises ClusterError
-    where no worker answers or workers have another emsr, and whatever `check` raises.
+    They are paths that workers do not see, weights that do not fit, a cell larger than their memory. Raises
+    ClusterError where no worker answers or workers have another emsr, and whatever `check` raises.
     """
     _wait_for_worker(client)
     refuse_other_versions(client)

@@ -65,8 +65,8 @@ class InFlight:
     def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
         """Leases of which a copy has ended, with its result; None where its workers died too often.
 
-        Waits at most `timeout` seconds. Raises ClusterError where the scheduler or all workers are gone, and what a worker
-        raised because it cannot open the job.
+        Waits at most `timeout` seconds. Raises ClusterError where the scheduler or all workers are gone, and what a
+        worker raised because it cannot open the job.
         """
         ended: list[tuple[Lease, LeaseResult | None]] = []
         for future in self._ended(timeout):
@@ -91,7 +91,9 @@ class InFlight:
         return ended
 
     def cancel_copies(self, lease: Lease) -> None:
-        """Drop the copies that are still out. One that waits is cancelled; one that runs goes on, and its result is ignored."""
+        """Drop the copies that are still out. One that waits is cancelled; one that runs goes on, and its result is
+        ignored.
+        """
         self._cancel([key for key, (out, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ MIN_LEASE_S = 0.5
 """Near the end leases shrink, so that all workers end together, but not below this."""
 MAX_LEASE_TASKS = 64
 RAMP_FIRST, RAMP_PER_S = 64, 32.0
-"""Leases in flight when a run begins, and how many more every second. Opening the job and the first writes come as a ramp,
-since object stores refuse (429, 503) what rises faster than they add servers.
+"""Leases in flight when a run begins, and how many more every second. Opening the job and the first writes come as a
+ramp, since object stores refuse (429, 503) what rises faster than they add servers.
 """
 LATE_FACTOR = 3.0
 """A lease is late when it takes so many times what slow tasks (the ninth of ten) would have made of it ..."""
@@ -49,11 +49,12 @@ class Capacity:
 
 @dataclass(eq=False)
 class Lease:
-    """Consecutive tasks of one z column, handed out together. One that is late is started again; the first result closes it.
+    """Consecutive tasks of one z column, handed out together. One that is late is started again; the first result
+    closes it.
 
-    A worker begins no further task after `max_s` seconds, and gives the rest back. `ahead` is how many tasks may have waited
-    before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing else runs beside
-    it.
+    A worker begins no further task after `max_s` seconds, and gives the rest back. `ahead` is how many tasks may have
+    waited before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing else
+    runs beside it.
     """
 
     span: range
@@ -89,7 +90,9 @@ class Leases:
         return len(self._out)
 
     def next(self, now: float, capacity: Capacity) -> Lease | None:
-        """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another worker."""
+        """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another
+        worker.
+        """
         if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
             return None
         max_s = max(LEASE_S, capacity.threads / LEASES_PER_S)
@@ -103,7 +106,8 @@ class Leases:
         return self._late_lease(now, capacity)
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
-        """A copy has ended with these receipts; returns those that count. The lease is closed then, and other copies are useless.
+        """A copy has ended with these receipts; returns those that count. The lease is closed then, and other copies
+        are useless.
 
         Tasks without a receipt are handed out again.
         """
@@ -171,7 +175,9 @@ class Leases:
         return max(1, min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair))
 
     def _late_lease(self, now: float, capacity: Capacity) -> Lease | None:
-        """A lease that is late, now that nothing else is left. A task writes whole shards of the same bytes: two may do it."""
+        """A lease that is late, now that nothing else is left. A task writes whole shards of the same bytes: two may do
+        it.
+        """
         if capacity.workers < 2 or not self._recent_s or now - self._searched_at < 1.0:
             return None
         slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
@@ -207,7 +213,7 @@ class Leases:
         del self._out[lease]
 
     def _measure(self, receipts: Sequence[Receipt]) -> None:
-        """How many tasks make a lease follows from all of them; what is slow, from those written: others end at once."""
+        """All tasks tell how many make a lease. What is slow, only written ones tell: skipped ones end at once."""
         if receipts:
             mean = sum(r.seconds for r in receipts) / len(receipts)
             self._mean_s = max(1e-6, mean if self._mean_s <= 0 else 0.7 * self._mean_s + 0.3 * mean)

@@ -16,7 +16,7 @@ LINE_S = 5.0
 
 
 class RunProgress:
-    """A context manager. `update` may be called as often as one likes: it prints a line every LINE_S seconds at most."""
+    """A context manager. `update` may be called often: off a terminal it prints a line every LINE_S seconds."""
 
     def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr

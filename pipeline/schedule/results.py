@@ -1,8 +1,8 @@
 """How a lease goes to a worker, and how its result comes back.
 
-The worker tells the scheduler, which tells the client, before both hear that the task has ended. As results of Dask's tasks
-they would have to be fetched: the scheduler connects to every worker that holds one and waits for those that hang, and
-where a thousand workers answer slowly, what is fetched again makes them slower still.
+The worker tells the scheduler, which tells the client, before both hear that the task has ended. As results of Dask's
+tasks they would have to be fetched: the scheduler connects to every worker that holds one and waits for those that
+hang, and where a thousand workers answer slowly, what is fetched again makes them slower still.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Work = Callable[[Job, int, int, float], LeaseResult]
 def pack(work: Work, job: Job, span: range, max_s: float) -> bytes:
     """The argument of `run_packed`.
 
-    The scheduler keeps what it sends for a while and has no use for the objects themselves, which take eight times as much.
+    The scheduler keeps what it sends for a while and has no use for the objects themselves, which take eight times as
+    much.
     """
     return pickle.dumps((work, job, span.start, span.stop, max_s))
 

@@ -14,7 +14,8 @@ from pipeline.worker.job import Job
 
 @dataclass
 class RunState:
-    """`lock` is None where nobody else can write the target. Setting `stop` lets the leases in flight end, and no more begin.
+    """`lock` is None where nobody else can write the target. Setting `stop` lets the leases in flight end, and no more
+    begin.
 
     `began` is Unix time.
     """

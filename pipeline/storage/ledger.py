@@ -1,8 +1,9 @@
 """Which tasks are done, durable beside the target: planned = written + skipped + quarantined.
 
-One writer publishes records as immutable segment objects and, now and then, a packed snapshot of all states. Only PUT, GET
-and LIST are used, so that files, S3 and GCS behave alike. A record is queued only after the task's objects are durable; a
-crash loses at most the records of one flush interval, never data: those tasks run again and write the same bytes.
+One writer publishes records as immutable segment objects and, now and then, a packed snapshot of all states. Only PUT,
+GET and LIST are used, so that files, S3 and GCS behave alike. A record is queued only after the task's objects are
+durable; a crash loses at most the records of one flush interval, never data: those tasks run again and write the same
+bytes.
 
     <target>.emsr/ledger-<digest>/segment-<seq>-<run>       records
                                  /snapshot-<seq>-<run>      states after that segment, two bits a task
@@ -172,7 +173,9 @@ class Ledger:
             self._queued.append(receipt)
 
     def tick(self) -> None:
-        """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records. A passing fault is waited out for PATIENCE_S seconds."""
+        """Flush when it is time: every FLUSH_S seconds or FLUSH_RECORDS records. A passing fault is waited out for
+        PATIENCE_S seconds.
+        """
         now = time.monotonic()
         if (
             not self._queued

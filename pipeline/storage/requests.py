@@ -1,7 +1,8 @@
 """Requests of this process to its stores: how fast they may be made, and how many were refused or repeated.
 
-One request is one object put, or one chunk of a box that is read: a chunk that is cached counts too, the index of a shard does not.
-tensorstore's own limiters (experimental_s3_rate_limiter) let everything through after the first second in 0.1.86.
+One request is one object put, or one chunk of a box that is read: a chunk that is cached counts too, the index of a
+shard does not. tensorstore's own limiters (experimental_s3_rate_limiter) let everything through after the first second
+in 0.1.86.
 """
 
 from __future__ import annotations

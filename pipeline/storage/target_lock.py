@@ -32,7 +32,9 @@ class TargetLock:
         self._thread: threading.Thread | None = None
 
     def refuse_others(self) -> bytes:
-        """Raises LedgerError naming the holder while another run is alive; else the store's generation of the free lock, for `put_if`."""
+        """Raises LedgerError naming the holder while another run is alive; else the store's generation of the free
+        lock, for `put_if`.
+        """
         value, generation = self._store.get_with_generation(KEY)
         found = _parse(value)
         if found is not None and (reason := _alive(found)):
@@ -96,7 +98,9 @@ def holder(store: Store) -> dict[str, object] | None:
 
 
 def last_workers(store: Store) -> dict[str, dict[str, float]]:
-    """What each worker of the run that holds, or last held, this target has done: tasks, quarantined, seconds, last (Unix time)."""
+    """What each worker of the run that holds, or last held, this target has done: tasks, quarantined, seconds, last
+    (Unix time).
+    """
     try:
         workers = json.loads(store.get(KEY) or b"{}").get("workers", {})
         return {

@@ -18,9 +18,10 @@ Uint8Array = NDArray[np.uint8]
 class VolumeInfo:
     """What a source's metadata says, in (z, y, x) order.
 
-    `bounds` are the voxels that exist, in volume coordinates (a precomputed volume's voxel_offset is its start, 0 elsewhere).
-    `corner_nm` is the physical position of the lower corner of voxel (0, 0, 0) of that grid. OME-NGFF puts a voxel's
-    *centre* at its translation, so there corner = translation - voxel_size / 2; the other formats put the corner at 0.
+    `bounds` are the voxels that exist, in volume coordinates (a precomputed volume's voxel_offset is its start, 0
+    elsewhere). `corner_nm` is the physical position of the lower corner of voxel (0, 0, 0) of that grid. OME-NGFF puts
+    a voxel's *centre* at its translation, so there corner = translation - voxel_size / 2; the other formats put the
+    corner at 0.
     """
 
     url: str

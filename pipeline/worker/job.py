@@ -18,8 +18,8 @@ from pipeline.plan.target_spec import TargetSpec
 class Job:
     """All that a worker must know, without an open file or an array. It pickles to a few kB.
 
-    `retries` and `stall_s` are those of volume.yaml's `work`, `rates` the requests of all workers together, or a worker's
-    share of them. `emsr` is the client's version, which must be the worker's.
+    `retries` and `stall_s` are those of volume.yaml's `work`, `rates` the requests of all workers together, or a
+    worker's share of them. `emsr` is the client's version, which must be the worker's.
     """
 
     digest: str
@@ -40,8 +40,9 @@ class Job:
 class LeaseResult:
     """What a worker gives back of a lease: the receipts of its first tasks, perhaps of all, and facts of its process.
 
-    `base_bytes` is the process's resident size when the job was open and no slab had been read, `peak_bytes` its largest
-    resident size so far. `network` is what the network holds of it. `requests` counts since the process's last lease.
+    `base_bytes` is the process's resident size when the job was open and no slab had been read, `peak_bytes` its
+    largest resident size so far. `network` is what the network holds of it. `requests` counts since the process's last
+    lease.
     """
 
     receipts: tuple[Receipt, ...]
@@ -55,8 +56,8 @@ class LeaseResult:
 class SlabCost:
     """What one slab cost on this machine, for the price of a run.
 
-    Seconds by part, stored over raw bytes by level, resident bytes of the process before the slab, what the network holds
-    of the process's memory, and the bytes of the weights where a GPU has them.
+    Seconds by part, stored over raw bytes by level, resident bytes of the process before the slab, what the network
+    holds of the process's memory, and the bytes of the weights where a GPU has them.
     """
 
     read_s: float

@@ -23,11 +23,11 @@ from pipeline.worker.slab import process_pyramid_block, process_slab
 def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> LeaseResult:
     """Run tasks start .. stop-1. A task that fails for good is a quarantined receipt, never an exception.
 
-    After `max_s` seconds no further task is begun. A task that stalls is quarantined; then this process ends soon. In both
-    cases there are fewer receipts than tasks, those of the first ones.
+    After `max_s` seconds no further task is begun. A task that stalls is quarantined; then this process ends soon. In
+    both cases there are fewer receipts than tasks, those of the first ones.
 
-    Raises UserError where this worker cannot open the job at all (a path that it does not see, weights that it lacks, too
-    little memory) or may not write the target (a full disk, no permission): no other task would fare better here.
+    Raises UserError where this worker cannot open the job at all (a path that it does not see, weights that it lacks,
+    too little memory) or may not write the target (a full disk, no permission): no other task would fare better here.
     """
     requests.limit(job.rates)
     opened = open_job(job)

@@ -6,8 +6,7 @@ import time
 
 from pipeline.inference.tiles import DEVICE_LOCK, super_resolve
 from pipeline.plan.target_spec import FIDELITY
-from pipeline.worker.job import SlabCost
-from pipeline.worker.job import Job
+from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.open_job import open_job
 from pipeline.worker.slab import encode_slab, owned_voxels, read_padded
 

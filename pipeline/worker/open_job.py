@@ -44,8 +44,9 @@ def open_job(job: Job) -> OpenJob:
     A job is the same where everything in it is, but for the share of requests that this worker may make, which changes
     with the number of workers. Its digest alone would not do: it holds neither the target's URL nor how often to retry.
 
-    Raises ClusterError where this process has another version of emsr, EmsrError where the source's metadata changed since
-    the job was made, and UserError where the source, mask or network cannot be opened or the network is too large.
+    Raises ClusterError where this process has another version of emsr, EmsrError where the source's metadata changed
+    since the job was made, and UserError where the source, mask or network cannot be opened or the network is too
+    large.
     """
     global _open
     if job.emsr != __version__:

@@ -14,7 +14,8 @@ _BLOCK_VOXELS = 1 << 17
 def halve(voxels: Uint8Array) -> Uint8Array:
     """(z, y, x) -> (z, ceil(y / 2), ceil(x / 2)): each voxel is (a + b + c + d + 2) >> 2 of its 2x2.
 
-    An odd last row or column counts twice. Level k is `halve` applied k times (means of rounded means). ValueError unless uint8 with three axes.
+    An odd last row or column counts twice. Level k is `halve` applied k times (means of rounded means). ValueError
+    unless uint8 with three axes.
     """
     if voxels.dtype != np.uint8 or voxels.ndim != 3:
         raise ValueError(f"halve takes uint8 (z, y, x), not {voxels.dtype} {voxels.shape}")

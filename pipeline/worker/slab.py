@@ -12,8 +12,7 @@ import numpy as np
 from pipeline.base.errors import TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
-from pipeline.inference.tiles import SectionCaches
-from pipeline.inference.tiles import DEVICE_LOCK, back_projection_error, super_resolve
+from pipeline.inference.tiles import DEVICE_LOCK, SectionCaches, back_projection_error, super_resolve
 from pipeline.plan.plan import Plan, PyramidBlock, Slab
 from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
 from pipeline.plan.target_spec import FIDELITY
@@ -65,7 +64,7 @@ def process_slab(job: OpenJob, index: int, caches: SectionCaches | None = None) 
 
 
 def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
-    """Whole shards of a level of the second pass, averaged from the level before. Its absent shards are skipped slabs."""
+    """Whole shards of a level of the second pass, averaged from the level before, whose absent shards were skipped."""
     began = time.perf_counter()
     block = job.plan.pyramid_block(index)
     coarser = _read_halved(job, block)
@@ -98,7 +97,8 @@ def owned_voxels(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
 
 
 def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
-    """Every object that the slab stores: mip 0, the levels in which it owns whole shards, its part of the fidelity volume.
+    """Every object that the slab stores: mip 0, the levels in which it owns whole shards, its part of the fidelity
+    volume.
 
     `owned` is (D, h, w), `sr` (D, rh, rw).
     """
