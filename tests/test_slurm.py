@@ -141,7 +141,7 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
         cluster.connect(config.load(path).cluster, 2) as client,
     ):
         schedule._first_worker(client)
-    assert len(states(conf)) == number + slurm.IN_VAIN_MOST
+    assert len(states(conf)) == number + slurm.MAX_IN_VAIN
     assert not (tmp_path / "sr").exists()
 
 

@@ -1,4 +1,7 @@
-"""Which Dask client: workers of our own on this machine, a scheduler that is already there, or a batch system's."""
+"""The Dask client of a run: of workers on this machine, of a scheduler that is already there, or of a batch system.
+
+Another batch system is a file beside `slurm`, and a line in `connect`, `batch_job`, `worker_count` and `may_come`.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,9 @@ _SETTINGS = {
 
 
 def worker_count(config: ClusterConfig) -> int:
-    """Workers at most: as asked; else on this machine one per visible GPU, or one per core, and one from a batch
-    system.
+    """How many workers there will be at most.
+
+    Without cluster.workers there is one for each visible GPU of this machine, or for each core where it has no GPU.
     """
     if config.kind in ("slurm", "kubernetes"):
         return config.bounds()[1]
@@ -82,7 +86,7 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 
 
 def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
-    """What a batch system would be given for each worker."""
+    """What a batch system is given for each worker: a job script or a manifest. None for other kinds."""
     if config.kind == "slurm":
         return slurm.script(config, in_flight, _security(config))
     return kubernetes.manifest(config, in_flight) if config.kind == "kubernetes" else None
@@ -95,7 +99,7 @@ def may_come(client: Client) -> bool:
 
 
 def refuse_other_versions(client: Client) -> None:
-    """Raises ClusterError where a worker has another emsr. The question needs none there."""
+    """Raises ClusterError where a worker has another version of emsr, or none. Workers can answer without having it."""
     found = client.run(eval, "__import__('pipeline').__version__", on_error="return")
     for address, version in found.items():
         if version != __version__:
@@ -108,15 +112,17 @@ def refuse_other_versions(client: Client) -> None:
 
 
 def stop_profiling(client: Client) -> None:
-    """Dask looks at every thread of its workers a hundred times a second, for ever. Under Python 3.11 such a look can
-    stop a worker for good (cpython #106883): what it allocates may start a garbage collection, and one that ends a
-    `threading.local` waits for the lock that the look holds.
+    """Switch Dask's profiler off in all workers, also in those that come later.
+
+    It looks at every thread a hundred times a second. Under Python 3.11 that can stop a worker for good (cpython
+    #106883): what the profiler allocates may start a garbage collection, and one that ends a `threading.local` waits
+    for the lock that the profiler holds.
     """
     client.register_plugin(_NoProfile())
 
 
 def shorten_logs(client: Client) -> None:
-    """LOGS in a scheduler that was there, if it has emsr."""
+    """Set LOGS in a scheduler that was already there, if it has emsr."""
     with suppress(Exception):
         client.run_on_scheduler(_shorten_logs)
 

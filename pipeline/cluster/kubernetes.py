@@ -29,10 +29,10 @@ SPOT = (
 
 def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
     """The DaskCluster resource: a scheduler, and what each worker will be; no worker yet."""
-    asked = config.kubernetes
-    assert asked is not None
+    settings = config.kubernetes
+    assert settings is not None
     gpu = {"nvidia.com/gpu": "1"} if config.gpus_per_worker else {}
-    size = {"cpu": str(asked.cores or in_flight), "memory": str(asked.memory), **gpu}
+    size = {"cpu": str(settings.cores or in_flight), "memory": str(settings.memory), **gpu}
     worker = _container(
         config,
         "worker",
@@ -66,7 +66,7 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
         for port in scheduler["ports"]
     ]
     selector = {"dask.org/cluster-name": name, "dask.org/component": "scheduler"}
-    taints = [*(SPOT if asked.spot else ()), *gpu]
+    taints = [*(SPOT if settings.spot else ()), *gpu]
     return {
         "apiVersion": "kubernetes.dask.org/v1",
         "kind": "DaskCluster",
@@ -117,13 +117,13 @@ def pods(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 
 def _pod(config: ClusterConfig, container: dict[str, Any], taints: list[str]) -> dict[str, Any]:
     """Unprivileged, with no access to the Kubernetes API; `taints` are those it may run beside."""
-    asked = config.kubernetes
-    assert asked is not None
+    settings = config.kubernetes
+    assert settings is not None
     volumes: list[dict[str, Any]] = [{"name": "scratch", "emptyDir": {}}]
-    if asked.secret is not None and container["name"] == "worker":
-        volumes.append({"name": "credentials", "secret": {"secretName": asked.secret}})
-    if asked.volume_claim is not None and container["name"] == "worker":
-        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": asked.volume_claim}})
+    if settings.secret is not None and container["name"] == "worker":
+        volumes.append({"name": "credentials", "secret": {"secretName": settings.secret}})
+    if settings.volume_claim is not None and container["name"] == "worker":
+        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": settings.volume_claim}})
     return {
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -140,23 +140,23 @@ def _pod(config: ClusterConfig, container: dict[str, Any], taints: list[str]) ->
 
 
 def _container(config: ClusterConfig, name: str, args: list[str]) -> dict[str, Any]:
-    asked = config.kubernetes
-    assert asked is not None
+    settings = config.kubernetes
+    assert settings is not None
     env = dict(WORKER_ENVIRON)
     if name == "worker" and config.gpus_per_worker == 0:
         env["CUDA_VISIBLE_DEVICES"] = ""
     mounts: list[dict[str, Any]] = [{"name": "scratch", "mountPath": "/tmp"}]
-    if asked.secret is not None and name == "worker":
+    if settings.secret is not None and name == "worker":
         mounts.append({"name": "credentials", "mountPath": CREDENTIALS, "readOnly": True})
         env |= {
             "AWS_SHARED_CREDENTIALS_FILE": f"{CREDENTIALS}/aws",
             "GOOGLE_APPLICATION_CREDENTIALS": f"{CREDENTIALS}/gcs.json",
         }
-    if asked.volume_claim is not None and name == "worker":
+    if settings.volume_claim is not None and name == "worker":
         mounts.append({"name": "data", "mountPath": "/data"})
     return {
         "name": name,
-        "image": asked.image,
+        "image": settings.image,
         "command": ["dask"],
         "args": args,
         "env": [{"name": key, "value": value} for key, value in env.items()],

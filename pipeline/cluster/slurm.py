@@ -20,18 +20,17 @@ from pipeline.base.errors import ClusterError
 from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
 
 JOB_NAME = "emsr"
-MARGIN_MOST_S = 300
+MAX_MARGIN_S = 300
 START_S = 300
-"""A worker that has not found the scheduler by then ends its job. Importing torch from a shared disk alone can take
-more than Dask's 60 s.
+"""A worker that has not found the scheduler after so long ends its job.
+
+Dask's own 60 s are too few where torch is imported from a shared disk.
 """
 
 LOOK_S = 15.0
-"""Slurm is asked this often which jobs it has; those that it has no more are submitted again."""
-IN_VAIN_MOST = 3
-"""So many jobs may end one after the other before a worker of any has been heard of; then something is wrong with all
-of them.
-"""
+"""How often Slurm is asked which jobs it has. Those that it has no more are submitted again."""
+MAX_IN_VAIN = 3
+"""Where so many jobs end one after the other before the worker of any has come, something is wrong with all of them."""
 
 _SETTINGS = {
     # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends
@@ -52,17 +51,17 @@ def script(config: ClusterConfig, in_flight: int, security: Security | None) -> 
 
 def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
     """What dask-jobqueue makes a job script of."""
-    asked = config.slurm
-    assert asked is not None
-    lifetime, stagger = lifetime_s(walltime_s(asked.walltime))
+    settings = config.slurm
+    assert settings is not None
+    lifetime, stagger = lifetime_s(walltime_s(settings.walltime))
     gpus = config.gpus_per_worker
     return {
         "job_name": JOB_NAME,
-        "queue": asked.partition,
-        "account": asked.account,
-        "walltime": asked.walltime,
-        "memory": asked.memory,
-        "job_cpu": asked.cores or in_flight,
+        "queue": settings.partition,
+        "account": settings.account,
+        "walltime": settings.walltime,
+        "memory": settings.memory,
+        "job_cpu": settings.cores or in_flight,
         "cores": in_flight,  # dask-jobqueue's word for threads
         "processes": 1,
         "death_timeout": START_S,
@@ -74,11 +73,11 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
                 "--no-dashboard",
             ),  # Slurm bounds memory; slabs are no Dask data, which alone Dask could spill
         ],
-        "job_extra_directives": [*(["--gres=gpu:1"] if gpus else []), *asked.extra_directives],
+        "job_extra_directives": [*(["--gres=gpu:1"] if gpus else []), *settings.extra_directives],
         "job_script_prologue": [
             *(f"export {name}={value}" for name, value in WORKER_ENVIRON.items()),
             *(["export CUDA_VISIBLE_DEVICES="] if gpus == 0 else []),
-            *asked.prologue,
+            *settings.prologue,
         ],
     }
 
@@ -89,7 +88,7 @@ def lifetime_s(walltime: int) -> tuple[int, int]:
     |------------- lifetime ----------|-- stagger --|-- margin --|   a job ends up to a stagger before or after
                                                                  walltime                   its lifetime
     """
-    margin = stagger = min(MARGIN_MOST_S, walltime // 10)
+    margin = stagger = min(MAX_MARGIN_S, walltime // 10)
     return max(1, walltime - margin - stagger), stagger
 
 
@@ -127,9 +126,9 @@ def queued(cluster: Any) -> bool:
     end in vain.
     """
     in_vain = cluster.replacing.in_vain
-    if len(in_vain) >= IN_VAIN_MOST:
+    if len(in_vain) >= MAX_IN_VAIN:
         raise ClusterError(
-            f"jobs of Slurm ({', '.join(in_vain[:IN_VAIN_MOST])}) ended before a worker answered",
+            f"jobs of Slurm ({', '.join(in_vain[:MAX_IN_VAIN])}) ended before a worker answered",
             "jobs whose Python has emsr and which reach cluster.host",
             "Read their output (slurm-JOBID.out, where the client was started)",
         )
@@ -188,7 +187,7 @@ class Replacing:
             self._failures += 1
             self._not_before = time.monotonic() + LOOK_S * 2 ** min(self._failures, 6)
             self.in_vain += [] if there else sorted(early - set(self.in_vain))
-        if gone and len(self.in_vain) < IN_VAIN_MOST:
+        if gone and len(self.in_vain) < MAX_IN_VAIN:
             self._cluster.sync(self._replace, {number: jobs[number] for number in gone})
 
     async def _replace(self, gone: dict[str, Any]) -> None:
