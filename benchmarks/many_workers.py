@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dask
-from dask_processes import environment, scheduler_address
 from distributed import Client, Worker
 from noop_slabs import measure
+from parts.dask_processes import environment, scheduler_address
 
 from pipeline.cluster.connect import LOGS, connect
 from pipeline.config.volume import ClusterConfig

@@ -19,11 +19,11 @@ from typing import Any
 
 import dask
 import numpy as np
-import sleeping
 import zarr
-from dask_processes import apart, usage, worker_memory
 from distributed import Client
-from tissue_job import drive_all, ready, write_source
+from parts import sleeping
+from parts.dask_processes import apart, usage, worker_memory
+from parts.tissue_job import drive_all, ready, write_source
 
 SCALE = 8
 CODEC = zarr.codecs.BloscCodec(typesize=1, cname="zstd", clevel=1, shuffle="bitshuffle")
@@ -67,7 +67,7 @@ def measure(slabs: int, side: int, repeats: int) -> dict[str, float]:
         few = write_source(folder / "few", slab, slab)
         for repeat in range(repeats):
             for way, found in rows.items():
-                with apart(2, preload="sleeping") as client:
+                with apart(2, preload="parts.sleeping") as client:
                     shard = {
                         "chunk_shape": [depth, side * SCALE, side * SCALE],
                         "shard_shape": [depth, side * SCALE, side * SCALE],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tissue_job import drive_all, ready, write_source
+from parts.tissue_job import drive_all, ready, write_source
 
 import models
 from models import weights

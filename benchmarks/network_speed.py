@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from authors_way import AuthorsWay
+from parts.authors_way import AuthorsWay
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -14,8 +14,8 @@ import threading
 import time
 from typing import Any
 
-from dask_processes import Usage, apart, usage
 from distributed import Client, Scheduler
+from parts.dask_processes import Usage, apart, usage
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import sleeping
-from tissue_job import Driven, drive_all, ready, write_source
+from parts import sleeping
+from parts.tissue_job import Driven, drive_all, ready, write_source
 
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fafb
 import numpy as np
 import tifffile
+from parts import fafb
 from PIL import Image
 
 from pipeline.base.geometry import ZYX, Box

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 import zarr
-from dask_processes import environment
+from parts.dask_processes import environment
 
 from pipeline.config import volume as configuration
 from pipeline.prepare.prepare import claim, prepare, sidecar

@@ -2,7 +2,7 @@
 
     python benchmarks/simulate.py [gpu|cpu|spot|refused|budget]
 
-FAFB at x8 (benchmarks/fafb.py). Workers come over time, die, reach their walltime, are slow or hang; the store refuses what rises
+FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang; the store refuses what rises
 too fast. `pipeline.schedule.leases` decides as in a real run, the ledger is the real one; simulated are Dask (leases go to whoever is
 free, those of the dead to others, up to the allowed failures), workers and the store. Prints days, requests, lost work.
 tests/test_simulate.py checks the model against a real run.
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import fafb
+from parts import fafb
 
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.plan import Plan

@@ -40,7 +40,7 @@ def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
 
 def test_nothing_is_named_after_a_slab_in_dask() -> None:
     """Prefixes, groups and spans live as long as the scheduler: one of each at most, whatever the number of slabs."""
-    code = "import noop_slabs; from dask_processes import apart\n    with apart(1) as client: print(noop_slabs.measure(client, 3000)['names_that_stay'])"
+    code = "import noop_slabs; from parts.dask_processes import apart\n    with apart(1) as client: print(noop_slabs.measure(client, 3000)['names_that_stay'])"
     environ = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"}
     script = f"if __name__ == '__main__':\n    {code}\n"
     done = subprocess.run(

@@ -18,7 +18,7 @@ from distributed import Client
 from pipeline.cluster.connect import LOGS, connect
 from pipeline.config.volume import ClusterConfig
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 Usage = tuple[float, float]
 """CPU seconds and resident MB of a process."""
 
@@ -26,7 +26,7 @@ Usage = tuple[float, float]
 def environment() -> dict[str, str]:
     """For scheduler and workers: logs as short as the pipeline's own clusters keep them, the benchmarks' modules in reach."""
     short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
-    return {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    return {**os.environ, **short, "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{BENCHMARKS}"}
 
 
 def scheduler_address(place: Path) -> str:
