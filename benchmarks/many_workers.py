@@ -1,11 +1,10 @@
-"""One scheduler and 1024 workers: no-op slabs through the real schedule and ledger.
+"""Measures one scheduler with 1024 workers: no-op slabs through the real schedule and ledger.
 
     python benchmarks/many_workers.py [slabs=100000] [workers=1024]
 
-The scheduler is a process of its own, and so is the one that holds all workers: distributed.Worker instances of one thread on
-one event loop and eight threads for the tasks of all (a thousand threads would wait for Python's lock most of the time), without
-nannies, monitors and profilers. What they cost together is not what 1024 machines would; scheduler and client are the real ones.
-"""
+The scheduler has a process of its own. All workers share another: distributed.Worker instances of one thread on one
+event loop, with eight threads for the tasks of all (a thousand would mostly wait for Python's lock), without nannies,
+monitors and profilers. They cost less than 1024 machines would; scheduler and client are the real ones."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ def crowd(count: int) -> Iterator[Client]:
             for process in (holder, scheduler):
                 if process is not None:
                     process.kill()
-                    process.wait(30)
+                    process.wait()
 
 
 if __name__ == "__main__":

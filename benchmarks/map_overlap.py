@@ -1,11 +1,10 @@
-"""The main job against `dask.array`: from_zarr -> map_overlap -> to_zarr, as one would write it first.
+"""Measures the main job against `dask.array`: from_zarr -> map_overlap -> to_zarr, as one would write it first.
 
     python benchmarks/map_overlap.py [slabs=256] [side=64] [repeats=2]
 
-Same source, same sleeping network (20 ms a slab) behind a per-process lock, same workers and threads, same codec and chunks,
-in turn in one run, each on a fresh cluster of two workers. Prints wall, the scheduler's CPU per slab and the larger worker's
-peak beyond its size before; then the ratios.
-"""
+Both have the same source, sleeping network (20 ms a slab) behind a per-process lock, workers, threads, codec and chunks.
+They run in turn, each on a fresh cluster of two workers. Printed are wall seconds, the scheduler's CPU per slab, and by
+how much the peak of the worker that grew most exceeds its size before; then the ratios."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""A worker's peak memory against the plan's promise: several slab sizes, encodings and slabs in flight, each on a fresh worker.
+"""Measures a worker's peak memory against the plan's promise, for several slab sizes, encodings and slabs in flight.
 
     python benchmarks/memory.py [few|all] [slabs=6]
 
-`few` takes about two minutes, `all` about twenty. Prints for every case the worker's size before its first slab, its peak
-(VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that the run reached) and peak over promise: 1.00 is wanted,
-0.85 to 1.15 is kept by a test.
-"""
+Each case has a fresh worker. `few` takes about two minutes, `all` about twenty. Printed for every case are the worker's
+size before its first slab, its peak (VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that
+the run reached), and peak over promise: 1.00 is wanted, a test holds 0.85 to 1.15."""
 
 from __future__ import annotations
 

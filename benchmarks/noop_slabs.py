@@ -1,10 +1,9 @@
-"""What the control plane costs: no-op slabs through a real local cluster, ledger included.
+"""Measures the control plane: no-op slabs through a real local cluster, ledger included.
 
     python benchmarks/noop_slabs.py [slabs=100000] [workers=2]
 
-Prints CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs, and how many
-names Dask will keep.
-"""
+Printed are CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs, and
+how many names Dask keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import time
 from typing import Any
 
 from distributed import Client, Scheduler
-from parts.dask_processes import Usage, apart, usage
+from parts.dask_processes import HANGING_S, Usage, apart, usage
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig
@@ -74,11 +73,9 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
 
 
 def settled(client: Client) -> dict[str, int]:
-    """`names_that_stay` once the scheduler has let go of what was released, which it hears of after the client has its results."""
-    for _ in range(100):
-        kept = client.run_on_scheduler(names_that_stay)
-        if not kept["tasks"]:
-            break
+    """`names_that_stay` once the scheduler has dropped the tasks, of whose release it hears after the client has results."""
+    deadline = time.monotonic() + HANGING_S
+    while (kept := client.run_on_scheduler(names_that_stay))["tasks"] and time.monotonic() < deadline:
         time.sleep(0.1)
     return dict(kept)
 

@@ -1,10 +1,9 @@
-"""Read, network and write overlap: wall time over network time, with real I/O of 30 % and 60 % of the network's time.
+"""Measures how reads, network and writes overlap: wall time over network time, with I/O of 30 % and 60 % of the network.
 
     python benchmarks/overlap.py [slabs=32] [side=128]
 
-One worker, with one slab in flight (sequential) and with two, in one run. The network sleeps while it holds the device;
-reading, encoding and writing are real and calibrated first, alone. 1.00 is the limit.
-"""
+One worker runs with one slab in flight (sequential) and with two, in turn. The network sleeps while it holds the
+device. Reading, encoding and writing are real; their time is measured first, without the network's. 1.00 is the limit."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""How long a finished ledger takes to load, and a finished run to say so.
+"""Measures how long a finished ledger takes to load, and how long `emsr run` takes to say that a run is finished.
 
     python benchmarks/resume.py [slabs=1000000] [loaded=10000000]
 
-The first ledger belongs to a real job: `emsr run` is called on it in a process of its own, imports included. No Dask client is
-made before something is left to do. Prints wall and CPU seconds.
-"""
+The first ledger belongs to a real job: `emsr run` is called on it in a process of its own, imports included. No Dask
+client is made before something is left to do. Printed are wall and CPU seconds."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A run on ten thousand workers, played by the scheduler's own code against an event queue instead of Dask.
+"""Simulates a run on ten thousand workers: the scheduler's own code with an event queue in place of Dask.
 
     python benchmarks/simulate.py [gpu|cpu|spot|refused|budget]
 
-FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang; the store refuses what rises
-too fast. `pipeline.schedule.leases` decides as in a real run, the ledger is the real one; simulated are Dask (leases go to whoever is
-free, those of the dead to others, up to the allowed failures), workers and the store. Prints days, requests, lost work.
-tests/test_simulate.py checks the model against a real run.
-"""
+The job is FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang.
+The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` decides as in a real run, and the ledger
+is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to another, up to
+the allowed failures), workers and the store. Printed are days, requests and lost work. tests/test_simulate.py checks
+the model against a real run."""
 
 from __future__ import annotations
 
@@ -305,7 +305,8 @@ def show(world: World, played: Played) -> None:
     worked = played.useful_s + played.lost_s + played.twice_s
     deaths, walltime = (f"{seconds / HOUR:.0f} h" for seconds in (world.death_s, world.walltime_s))
     lines = {
-        "world": f"{world.workers:,} workers, {world.task_s:.0f} s a slab and thread, a worker dies every {deaths}, walltime {walltime}",
+        "world": f"{world.workers:,} workers, {world.task_s:.0f} s a slab and thread, "
+        f"a worker dies every {deaths}, walltime {walltime}",
         "days": f"{played.wall_s / 86400:.2f}",
         "tasks": f"{played.written:,} written, {played.skipped:,} skipped, {played.quarantined:,} quarantined",
         "requests": f"{played.reads:,.0f} reads, {played.writes:,.0f} writes, {played.refused:,.0f} refused (429, 503)",

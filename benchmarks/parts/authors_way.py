@@ -1,9 +1,9 @@
-"""One window at a time, as the published inference computes it (network.md, sections 2, 3 and 6): what emsr is compared with.
+"""A stand-in for the published inference (network.md, sections 2, 3 and 6), one window at a time.
 
-For every centre all five sections are encoded anew, each pair's flow is computed twice, VGG19 is run through relu5_4 of which
-relu1_2 is read, and patches are laid out as vectors; contiguous layout, PyTorch's own operators. Written from that description
-over the weights of our modules; layers that nobody reads have random ones.
-"""
+emsr is compared with it; it is not the authors' module. For every centre all five sections are encoded again, the flow
+of each pair is computed twice, VGG19 is run through relu5_4 although only relu1_2 is read, and patches are laid out as
+vectors. The layout is contiguous and the operators are PyTorch's own. It was written from that description over the
+weights of our modules; layers that nobody reads have random weights."""
 
 from __future__ import annotations
 

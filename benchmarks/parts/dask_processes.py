@@ -1,4 +1,4 @@
-"""A Dask scheduler and workers in processes of their own, so that scheduler, client and workers are measured apart."""
+"""Runs a Dask scheduler and workers in processes of their own, so that scheduler, client and workers are measured apart."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from pipeline.config.volume import ClusterConfig
 BENCHMARKS = Path(__file__).resolve().parents[1]
 Usage = tuple[float, float]
 """CPU seconds and resident MB of a process."""
+HANGING_S = 1200
+"""A guard against processes that hang. It is longer than anything takes on a loaded machine."""
 
 
 def environment() -> dict[str, str]:
-    """For scheduler and workers: logs as short as the pipeline's own clusters keep them, the benchmarks' modules in reach."""
+    """For scheduler and workers: logs as short as in the pipeline's own clusters, and a path to the benchmarks' modules."""
     short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
     return {**os.environ, **short, "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{BENCHMARKS}"}
 
@@ -54,15 +56,15 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
         ]
         try:
             address = scheduler_address(place)
-            with Client(address, timeout=60) as first:
-                first.wait_for_workers(workers, timeout=60)
+            with Client(address, timeout=HANGING_S) as first:
+                first.wait_for_workers(workers, timeout=HANGING_S)
             with connect(ClusterConfig(kind="address", address=address), threads) as client:
                 yield client
         finally:
             for process in processes[::-1]:
                 process.terminate()
             for process in processes:
-                process.wait(30)
+                process.wait(HANGING_S)
 
 
 def usage(client: Client) -> dict[str, Usage]:

@@ -1,4 +1,4 @@
-"""Phantom tissue on disk, and the main job over it: prepared and driven as `pipeline.run` does it."""
+"""Writes phantom tissue to disk, and prepares and drives the main job over it as `pipeline.run` does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.config import volume as configuration
 from pipeline.prepare.prepare import Prepared, claim, prepare, sidecar
 from pipeline.schedule.schedule import Outcome, drive
 from pipeline.storage.kv import Store
-from pipeline.storage.ledger import Ledger
+from pipeline.storage.ledger import QUARANTINED, Ledger
 
 Shape = tuple[int, int, int]
 
@@ -72,7 +72,7 @@ class Driven:
 
 
 def drive_all(client: Client, prepared: Prepared) -> Driven:
-    """Every slab of a job of which nothing is done, through the real schedule and ledger; raises where a slab failed."""
+    """Runs every slab of a new job through the real schedule and ledger. Raises RuntimeError where a slab failed."""
     job = prepared.job
     store = Store(sidecar(job.target.url))
     ledger = Ledger(store, job.digest, job.plan.tasks, "benchmark")
@@ -81,7 +81,6 @@ def drive_all(client: Client, prepared: Prepared) -> Driven:
     outcome = drive(client, job, ledger, threading.Event())
     wall = time.perf_counter() - began
     if outcome.written != job.plan.tasks:
-        raise RuntimeError(
-            f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {[ledger.why(i)[:500] for i in ledger.indices(3)][:1]}"
-        )
+        error = next((ledger.why(i)[:500] for i in ledger.indices(QUARANTINED)), "")
+        raise RuntimeError(f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {error}")
     return Driven(outcome, wall)
