@@ -6,7 +6,8 @@ TISSUE is flyem-medulla or drosophila-vnc. WORK is the folder in which examples/
 stages flow, vqgan and indexer-x8. Every variant is trained for the same number of steps; its scores are those of the
 held-out windows after the last step. The variants are whole, alone, mpf, pod and three_da (default: all of them).
 `alone` shows the network the centre section five times. The last three replace a module by residual blocks with about
-as many parameters (paper, table 5)."""
+as many parameters (paper, table 5).
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ lattice. Halos are multiples of 8, as all sizes of the lattice. Printed for each
   seam       mean |difference| between neighbours across cell borders, over that across LR voxels' borders inside cells
   excess     seam over the whole section's at the same places, which leaves out the tissue's share
   cpu        CPU seconds per Mpx of SR in a long z column
-  area       tile over cell"""
+  area       tile over cell
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Computed:
-    """`sr` is (centres, rH, rW) in 0..1. `indices` are those of the first centre, `cpu_s` is for one of a long z column."""
+    """`sr` is (centres, rH, rW) in 0..1; `indices` are the first centre's; `cpu_s` is for one of a long z column."""
 
     sr: Floats
     indices: NDArray[np.int64]

@@ -4,7 +4,8 @@
 
 The scheduler has a process of its own. All workers share another: distributed.Worker instances of one thread on one
 event loop, with eight threads for the tasks of all (a thousand would mostly wait for Python's lock), without nannies,
-monitors and profilers. They cost less than 1024 machines would; scheduler and client are the real ones."""
+monitors and profilers. They cost less than 1024 machines would; scheduler and client are the real ones.
+"""
 
 from __future__ import annotations
 

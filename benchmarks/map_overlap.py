@@ -2,9 +2,10 @@
 
     python benchmarks/map_overlap.py [slabs=256] [side=64] [repeats=2]
 
-Both have the same source, sleeping network (20 ms a slab) behind a per-process lock, workers, threads, codec and chunks.
-They run in turn, each on a fresh cluster of two workers. Printed are wall seconds, the scheduler's CPU per slab, and by
-how much the peak of the worker that grew most exceeds its size before; then the ratios."""
+Both have the same source, sleeping network (20 ms a slab) behind a per-process lock, workers, threads, codec and
+chunks. They run in turn, each on a fresh cluster of two workers. Printed are wall seconds, the scheduler's CPU per
+slab, and by how much the peak of the worker that grew most exceeds its size before; then the ratios.
+"""
 
 from __future__ import annotations
 

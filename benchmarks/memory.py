@@ -4,7 +4,8 @@
 
 Each case has a fresh worker. `few` takes about two minutes, `all` about twenty. Printed for every case are the worker's
 size before its first slab, its peak (VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that
-the run reached), and peak over promise: 1.00 is wanted, a test holds 0.85 to 1.15."""
+the run reached), and peak over promise: 1.00 is wanted, a test holds 0.85 to 1.15.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/neighbours.py WEIGHTS STACK.tif [first=88] [stop=93] [side=512]
 
 STACK.tif holds HR sections. The upper left corner of `side` voxels is cut from each and reduced by antialiased bicubic.
-Printed is the PSNR of the centres first .. stop - 1 and their mean."""
+Printed is the PSNR of the centres first .. stop - 1 and their mean.
+"""
 
 from __future__ import annotations
 

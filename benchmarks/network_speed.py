@@ -7,12 +7,13 @@
 All use preset paper, random weights with offsets that move and a residual that matters, and one thread. "authors" is
 benchmarks/parts/authors_way.py, not the authors' module.
 
-`slab` computes the same centres three ways in turn, in CPU seconds of this process, and says how far the outputs differ.
-The two ways in which a centre's cost does not depend on those before it are run at every `every`-th centre only.
+`slab` computes the same centres three ways in turn, in CPU seconds of this process, and says how far the outputs
+differ. The two ways in which a centre's cost does not depend on those before it run at every `every`-th centre only.
 `peak` says what share of its time a slab would take if all its multiplications were done at the rate of 3x3 64->64
 convolutions (channels-last) on maps of the same widths, and how many times fewer multiplications a slab of 16 centres
 takes than our own forward per centre.
-`memory` is the peak resident size of one centre beyond the process with its weights, in a process of its own."""
+`memory` is the peak resident size of one centre beyond the process with its weights, in a process of its own.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python benchmarks/noop_slabs.py [slabs=100000] [workers=2]
 
-Printed are CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs, and
-how many names Dask keeps."""
+Printed are CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs,
+and how many names Dask keeps.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
 
 
 def settled(client: Client) -> dict[str, int]:
-    """`names_that_stay` once the scheduler has dropped the tasks, of whose release it hears after the client has results."""
+    """`names_that_stay` once the scheduler has dropped the tasks, of whose release it hears with a delay."""
     deadline = time.monotonic() + HANGING_S
     while (kept := client.run_on_scheduler(names_that_stay))["tasks"] and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,9 +1,10 @@
-"""Measures how reads, network and writes overlap: wall time over network time, with I/O of 30 % and 60 % of the network.
+"""Measures how reads, network and writes overlap: wall time over network time, for I/O of 30 % and 60 % of the latter.
 
     python benchmarks/overlap.py [slabs=32] [side=128]
 
 One worker runs with one slab in flight (sequential) and with two, in turn. The network sleeps while it holds the
-device. Reading, encoding and writing are real; their time is measured first, without the network's. 1.00 is the limit."""
+device. Reading, encoding and writing are real; their time is measured first, without a network. 1.00 is the limit.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Prints what FAFB would cost: requests, bytes, hours and storage, from the plan's arithmetic and compression of real EM.
+"""Prints what FAFB would cost in requests, bytes, hours and storage, from the plan and the compression of real EM.
 
     python benchmarks/price_of_fafb.py RAW.tif [MORE.tif ...]
 
 The files are real EM, uint8 (z, y, x), at least 8 sections of 128 x 128 voxels. The result is taken to be as hard to
 compress as the first, which should be ssTEM at about 4 nm. A second table shows how the others compress, and the first
 one reduced and enlarged again, which has as little grain as an interpolation's result. Everything is for the tissue
-only (fafb.TISSUE of the bounding box). docs/price-of-fafb.md holds what this prints."""
+only (fafb.TISSUE of the bounding box). docs/price-of-fafb.md holds what this prints.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     python benchmarks/resume.py [slabs=1000000] [loaded=10000000]
 
 The first ledger belongs to a real job: `emsr run` is called on it in a process of its own, imports included. No Dask
-client is made before something is left to do. Printed are wall and CPU seconds."""
+client is made before something is left to do. Printed are wall and CPU seconds.
+"""
 
 from __future__ import annotations
 

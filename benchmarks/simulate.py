@@ -6,7 +6,8 @@ The job is FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, r
 The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` decides as in a real run, and the ledger
 is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to another, up to
 the allowed failures), workers and the store. Printed are days, requests and lost work. tests/test_simulate.py checks
-the model against a real run."""
+the model against a real run.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@
 `crop` is in HR voxels, at least 128; the paper's crops are the default. Each stage runs in a fresh process, so that its
 peak (VmHWM) is its own. FLOPs are counted by torch (forward and backward, one multiply-add is two; sampling is not
 counted). The last column is an estimate: days for the paper's 480,000 steps of batch 8 on one GPU that does 312 TFLOP/s
-(bfloat16, dense) and is used to 30 %."""
+(bfloat16, dense) and is used to 30 %.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples' data: the phantom is the same every time and looks like serial-section EM by its statistics; LR follows from HR."""
+"""The examples' data: the phantom is the same every time and has the statistics of EM sections; LR follows from HR."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 emsr is compared with it; it is not the authors' module. For every centre all five sections are encoded again, the flow
 of each pair is computed twice, VGG19 is run through relu5_4 although only relu1_2 is read, and patches are laid out as
 vectors. The layout is contiguous and the operators are PyTorch's own. It was written from that description over the
-weights of our modules; layers that nobody reads have random weights."""
+weights of our modules; layers that nobody reads have random weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a Dask scheduler and workers in processes of their own, so that scheduler, client and workers are measured apart."""
+"""Runs a Dask scheduler and workers in processes of their own, so that each can be measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HANGING_S = 1200
 
 
 def environment() -> dict[str, str]:
-    """For scheduler and workers: logs as short as in the pipeline's own clusters, and a path to the benchmarks' modules."""
+    """For scheduler and workers: logs as short as in the pipeline's clusters, and a path to the benchmarks' modules."""
     short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
     return {**os.environ, **short, "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{BENCHMARKS}"}
 

@@ -1,7 +1,8 @@
-"""FAFB v14 as a job for plan and price: a whole fly brain, ssTEM, 40 nm sections, super-resolved to 4 nm from 32 or 64 nm.
+"""FAFB v14 as a job for plan and price: a whole fly brain, ssTEM, 40 nm sections, from 32 or 64 nm pixels to 4 nm.
 
 The bounding box is that of natverse/elmr, data/templatebrains.R (FAFB14). About 106 TB of it are tissue. The rest is
-skipped by a mask, which is taken to be the complement of an ellipse in every section."""
+skipped by a mask, which is taken to be the complement of an ellipse in every section.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Work(NamedTuple):
 
 @cache
 def work(scale: int, tile: int) -> Work:
-    """Operations are counted on meta tensors, which hold no data. Attention grows with the square of the tile's area."""
+    """Operations counted on meta tensors, which hold no data. Attention grows with the square of the tile's area."""
     network: Any = models.build("gpemsr", scale, "paper").to("meta").eval()
     with torch.inference_mode():
         with FlopCounterMode(display=False) as section:
