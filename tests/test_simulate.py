@@ -89,8 +89,8 @@ def test_a_store_that_refuses_slows_the_run_and_a_budget_avoids_the_refusals() -
 
 def test_the_model_predicts_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers, scheduler and ledger are real. What a task takes, and how long a thread waits for its next lease, are
-    measured in the same run, so both grow on a loaded machine. From them the model says how long the run takes, within a
-    factor of 1.5.
+    measured in the same run, so both grow on a loaded machine. From them the model says how long the run takes, within
+    a factor of 1.5.
     """
     monkeypatch.setenv("TASK_S", "0.25")
     with connect(ClusterConfig(workers=2), 2) as client:
