@@ -62,7 +62,7 @@ def load(weights: str, scale: int) -> SuperResolver:
 
 
 def tile(network: SuperResolver, sections: Bytes) -> Computed:
-    """One tile through its sections, (centres + 4, H, W)."""
+    """Computes one tile from its sections, (centres + 4, H, W)."""
     clock, seen = Clock(), []
     hook = network.prior.indexer.register_forward_hook(
         lambda _module, _inputs, logits: seen.append(logits.argmax(1)[0])
@@ -79,7 +79,7 @@ def tile(network: SuperResolver, sections: Bytes) -> Computed:
 
 
 def on_lattice(network: SuperResolver, sections: Bytes, lattice: Lattice, origin: ZYX) -> Computed:
-    """The sections as a volume whose first voxel is `origin`, tile by tile; CPU seconds are those of one tile."""
+    """Computes a volume whose first voxel is `origin`, tile by tile. CPU seconds are the mean of a tile."""
     scale, prior = network.params.scale, network.params.prior.patch
     box = Box.at(origin, ZYX.of(sections.shape))
     _, height, width = sections.shape
@@ -105,7 +105,7 @@ def psnr(image: Floats, truth: Floats) -> float:
 
 
 def steps(sr: Floats, scale: int) -> Iterator[Floats]:
-    """For rows, then columns: mean |difference| across every border between LR voxels, but for the outer ones."""
+    """Yields, for rows and then columns, the mean |difference| across every inner border between LR voxels."""
     for axis in (1, 2):
         moved = np.moveaxis(sr, axis, 0)
         at = np.arange(scale, len(moved), scale)
@@ -113,7 +113,7 @@ def steps(sr: Floats, scale: int) -> Iterator[Floats]:
 
 
 def seam(sr: Floats, scale: int, cell: int, origin: int) -> float:
-    """Steps across cell borders over steps inside cells."""
+    """Mean step across cell borders over mean step inside cells."""
     borders: list[float] = []
     inside: list[float] = []
     for row in steps(sr, scale):

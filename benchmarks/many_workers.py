@@ -51,8 +51,8 @@ async def _hold(address: str, count: int, folder: str) -> None:
 
 
 @contextmanager
-def crowd(count: int) -> Iterator[Client]:
-    """The pipeline's own client of a scheduler with `count` workers."""
+def many_workers(count: int) -> Iterator[Client]:
+    """Yields the pipeline's own client of a scheduler with `count` workers."""
     dask_scheduler = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "scheduler.json"
@@ -81,5 +81,5 @@ if __name__ == "__main__":
             asyncio.run(_hold(sys.argv[2], int(sys.argv[3]), sys.argv[4]))
     else:
         slabs, workers = (int(a) for a in sys.argv[1:] + ["100000", "1024"][len(sys.argv) - 1 :])
-        with crowd(workers) as client:
+        with many_workers(workers) as client:
             print({"workers": len(client.nthreads())} | measure(client, slabs))

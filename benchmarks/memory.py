@@ -46,13 +46,13 @@ class Case:
 
 
 GPEMSR = Case("blosc-zstd", 2, 2, "gpemsr", depth=2)
-"""Preset small, x8, random weights: what it holds does not depend on them."""
+"""Preset small, x8. The weights are random, for memory does not depend on them."""
 FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3), GPEMSR]
 ALL = [*(Case(*each) for each in itertools.product(TARGETS, (32, 64, 128), (1, 2, 3))), GPEMSR]
 
 
 def random_weights(folder: Path) -> dict[str, Any]:
-    """Keys of volume.yaml's `network`."""
+    """Writes random weights; returns keys for volume.yaml's `network`."""
     network = models.build("gpemsr", 8, "small")
     weights.save(folder / "random.safetensors", network, licence="CC0-1.0 (random)")
     return {"preset": "small", "weights": str(folder / "random.safetensors")}

@@ -63,7 +63,7 @@ def tissue(sections: int, lr: int, scale: int) -> Tensor:
 
 
 class Clock:
-    """CPU and wall seconds of this process by label."""
+    """Sums CPU and wall seconds of this process by label."""
 
     def __init__(self) -> None:
         self.cpu: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def slab(scale: int = 8, lr: int = 32, centres: int = 16, every: int = 1) -> dic
 
 
 class Widths(TorchDispatchMode):
-    """FLOPs of convolutions by the width of their output."""
+    """Counts FLOPs of convolutions by the width of their output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def peak(scale: int = 8, lr: int = 32, centres: int = 4) -> dict[str, float]:
 
 
 def high_water() -> int:
-    """Bytes: VmHWM of this process."""
+    """VmHWM of this process, in bytes."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 

@@ -82,7 +82,7 @@ def settled(client: Client) -> dict[str, int]:
 
 
 def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:
-    """What the scheduler keeps for ever: it must not grow with slabs."""
+    """Counts what the scheduler keeps for ever. The counts must not grow with the number of slabs."""
     spans = dask_scheduler.extensions["spans"].spans if "spans" in dask_scheduler.extensions else {}
     return {
         "prefixes": len(dask_scheduler.task_prefixes),

@@ -45,7 +45,7 @@ def lowered(precision: str) -> Callable[[SuperResolver, Tensor], Tensor]:
 
 
 def contiguous(net: SuperResolver, sections: Tensor) -> Tensor:
-    """Every map and kernel in PyTorch's default layout."""
+    """Computes with every map and kernel in PyTorch's default layout."""
     found = [module.channels_last for module in LAID_OUT]
     for module in LAID_OUT:
         module.channels_last = torch.Tensor.contiguous
@@ -74,7 +74,7 @@ def compiled_copy(net: SuperResolver) -> SuperResolver:
 
 
 def batch2(net: SuperResolver, sections: Tensor) -> Tensor:
-    """The tile with another one, its mirror image."""
+    """Computes the tile in one batch with its mirror image."""
     return centre(net, torch.cat([sections, sections.flip(-1)], 1))[:1]
 
 

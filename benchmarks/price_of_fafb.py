@@ -37,7 +37,7 @@ SLABS_PER_LEASE = 4
 
 
 def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
-    """Stored over raw bytes by level, the last one for all coarser: `hr` encoded by the target's own code."""
+    """Stored over raw bytes of each level of `hr`, encoded by the target's own code."""
     shape = ZYX.of(hr.shape)
     chosen = layout.choose(
         ZYX(shape.z, shape.y // 8, shape.x // 8), 8, target.model_copy(update={"fidelity": False}), None
@@ -54,7 +54,7 @@ def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
 
 
 def second_pass(plan: Plan) -> tuple[int, int, int]:
-    """(tasks, chunks read, objects put) of levels averaged from stored ones."""
+    """(tasks, chunks read, objects put) of the levels that are averaged from stored ones."""
     read = put = 0
     for k in plan.second_pass:
         finer, level = plan.levels[k - 1], plan.levels[k]
@@ -96,7 +96,7 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
 
 
 def read(path: str) -> np.ndarray:
-    """Whole chunks in z; laterally what 16 divides."""
+    """Reads a TIFF stack, cut to whole chunks of 8 in z and to multiples of 16 in y and x."""
     hr = tifffile.imread(path)
     return np.ascontiguousarray(hr[: len(hr) // 8 * 8, : hr.shape[1] // 16 * 16, : hr.shape[2] // 16 * 16])
 

@@ -28,7 +28,7 @@ from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, WRITT
 
 
 class Finished(Ledger):
-    """Writes the segments and snapshots that a run would have left, a block of records at a time."""
+    """A ledger that writes the segments and snapshots of a finished run, a block of records at a time."""
 
     def finish(self) -> None:
         for start in range(0, self.tasks, FLUSH_RECORDS):
@@ -55,7 +55,7 @@ def load(folder: str, tasks: int) -> dict[str, float]:
 
 
 def run_again(folder: Path, slabs: int) -> dict[str, float]:
-    """`emsr run` of a finished job of about this many slabs, each of 8 x 8 voxels; its source holds no voxels."""
+    """Times `emsr run` of a finished job of about this many slabs of 8 x 8 voxels. Its source holds no voxels."""
     side = round(slabs**0.5)
     zarr.create_array(folder / "lr", shape=(1, 8 * side, 8 * side), chunks=(1, 1024, 1024), dtype="uint8")
     body = {

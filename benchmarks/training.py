@@ -32,7 +32,7 @@ class Cost:
 
 
 def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int) -> Cost:
-    """One stage in this process: mean seconds of `steps` steps after one that is not counted."""
+    """Measures one stage in this process: mean seconds of `steps` steps after one that is not counted."""
     import torch
     from lightning_fabric import Fabric
     from torch.utils.flop_counter import FlopCounterMode
@@ -64,9 +64,8 @@ def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int
         torch.rand(1, stage.sections, 1, crop, crop),
     )
     before = resident("VmRSS")
-    loop.step = (
-        1  # every sixteenth step, from 0 on, regularises the critic by a gradient that the counter cannot follow
-    )
+    # Every sixteenth step, from 0 on, regularises the critic by a gradient that the counter cannot follow.
+    loop.step = 1
     with FlopCounterMode(display=False) as counter:
         loop._one_step((lr, hr), 1e-4)
     began = time.perf_counter()

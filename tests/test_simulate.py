@@ -16,7 +16,7 @@ from distributed import Client
 from sleepy import job_of, sleep_and_put
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
-from simulate import World, simulate
+from simulate import Scenario, simulate
 
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
@@ -25,7 +25,7 @@ from pipeline.schedule.schedule import drive
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import RECORD, Ledger
 
-QUIET = World(
+QUIET = Scenario(
     workers=4,
     threads=1,
     arrival_s=0,
@@ -44,8 +44,8 @@ QUIET = World(
 pytestmark = pytest.mark.timeout(1200)  # a guard against hanging: real runs take minutes on a loaded machine
 
 
-def changed(**values: object) -> World:
-    return World(**{**QUIET.__dict__, **values})  # type: ignore[arg-type]
+def changed(**values: object) -> Scenario:
+    return Scenario(**{**QUIET.__dict__, **values})  # type: ignore[arg-type]
 
 
 def plan_of(columns: int, depth: int) -> Plan:
@@ -54,26 +54,26 @@ def plan_of(columns: int, depth: int) -> Plan:
 
 def test_an_undisturbed_run_takes_tasks_over_threads() -> None:
     """400 tasks of 10 s on 4 threads: 1000 s, and nothing lost."""
-    played = simulate(plan_of(40, 10), QUIET)
-    assert (played.written, played.deaths, played.lost_s, played.twice_s) == (400, 0, 0, 0)
-    assert played.useful_s == pytest.approx(4000)
-    assert 1000 <= played.wall_s < 1025
-    assert (played.reads, played.writes) == (400 * QUIET.reads, 400 * QUIET.writes)
+    result = simulate(plan_of(40, 10), QUIET)
+    assert (result.written, result.deaths, result.lost_s, result.twice_s) == (400, 0, 0, 0)
+    assert result.useful_s == pytest.approx(4000)
+    assert 1000 <= result.wall_s < 1025
+    assert (result.reads, result.writes) == (400 * QUIET.reads, 400 * QUIET.writes)
 
 
 def test_the_dead_lose_their_leases_and_others_do_them() -> None:
-    played = simulate(plan_of(40, 10), changed(death_s=500, back_s=50))
-    assert played.written == 400
-    assert played.deaths > 0
-    assert 0 < played.lost_s <= played.deaths * 40, "at most the leases that ran"
-    assert played.wall_s > 1000
+    result = simulate(plan_of(40, 10), changed(death_s=500, back_s=50))
+    assert result.written == 400
+    assert result.deaths > 0
+    assert 0 < result.lost_s <= result.deaths * 40, "at most the leases that ran"
+    assert result.wall_s > 1000
 
 
 def test_a_thread_that_hangs_is_not_waited_for() -> None:
     """One of two hundred tasks hangs, about: without second starts the run would not end."""
-    played = simulate(plan_of(40, 10), changed(workers=16, hang_s=2000), seed=1)
-    assert played.written == 400
-    assert played.started_again >= 1
+    result = simulate(plan_of(40, 10), changed(workers=16, hang_s=2000), seed=1)
+    assert result.written == 400
+    assert result.started_again >= 1
 
 
 def test_a_store_that_refuses_slows_the_run_and_a_budget_avoids_the_refusals() -> None:
@@ -83,8 +83,8 @@ def test_a_store_that_refuses_slows_the_run_and_a_budget_avoids_the_refusals() -
     paced = simulate(plan_of(40, 10), changed(**busy, budget_writes=2))
     assert refused.refused > 0
     assert paced.refused == 0
-    for played in (refused, paced):
-        assert 1.7 * 1000 < played.wall_s < 2.3 * 1000
+    for result in (refused, paced):
+        assert 1.7 * 1000 < result.wall_s < 2.3 * 1000
 
 
 def test_the_model_predicts_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +95,11 @@ def test_the_model_predicts_a_real_run(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TASK_S", "0.25")
     with connect(ClusterConfig(workers=2), 2) as client:
         real = real_run(client, tmp_path, 24)
-    played = simulate(
+    result = simulate(
         plan_of(24, 10),
         changed(workers=2, threads=2, task_s=real.task_s, lease_s=real.lease_s, open_s=real.open_s),
     )
-    assert played.wall_s / 1.5 < real.wall_s < 1.5 * played.wall_s
+    assert result.wall_s / 1.5 < real.wall_s < 1.5 * result.wall_s
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ HANGING_S = 1200
 
 
 def environment() -> dict[str, str]:
-    """For scheduler and workers: logs as short as in the pipeline's clusters, and a path to the benchmarks' modules."""
+    """Environment of scheduler and workers: logs as short as in the pipeline's clusters, and a path to benchmarks."""
     short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
     return {**os.environ, **short, "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{BENCHMARKS}"}
 
 
 def scheduler_address(place: Path) -> str:
-    """Of the scheduler that writes this file when it is ready."""
+    """The address of the scheduler that writes this file when it is ready. Waits for it."""
     while not (place.exists() and place.read_text().rstrip().endswith("}")):
         time.sleep(0.05)
     return str(json.loads(place.read_text())["address"])
@@ -40,7 +40,7 @@ def scheduler_address(place: Path) -> str:
 
 @contextmanager
 def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]:
-    """The pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
+    """Yields the pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
     environ = environment()
     dask = [sys.executable, "-m", "dask"]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
 
 
 def usage(client: Client) -> dict[str, Usage]:
-    """Of scheduler and client."""
+    """Usage of scheduler and client."""
     return {"scheduler": client.run_on_scheduler(_usage), "client": _usage()}
 
 

@@ -21,7 +21,7 @@ from pipeline.prepare import layout
 SECTIONS = 7062
 FINE = ZYX(SECTIONS, 155_648, 253_952)
 TISSUE = 106e12 / FINE.product
-"""Share of the bounding box."""
+"""Share of the bounding box that is tissue."""
 SOURCE_CHUNK = ZYX(8, 256, 256)
 
 
@@ -47,11 +47,11 @@ def work(scale: int, tile: int) -> Work:
 
 
 PEAK_TFLOPS = {"A100": 19.5, "H100": 67.0}
-"""float32 without tensor cores, as their makers state."""
+"""float32 without tensor cores, as stated by the makers of the GPUs."""
 UTILISATION = 0.35
 """Share of PEAK_TFLOPS. It is assumed, not measured. The reference reaches 0.53 to 0.70 of a CPU core's peak."""
 CPU_CORE_TFLOPS = 0.090 * 0.6
-"""One core: 90 GFLOP/s at best, 0.6 of it reached."""
+"""A core does 90 GFLOP/s at best, and 0.6 of that is reached."""
 
 
 def plan_of(scale: int, target: TargetConfig) -> Plan:
@@ -74,7 +74,7 @@ def slab_flop(plan: Plan, slabs_per_lease: float) -> float:
 
 
 def is_tissue(plan: Plan, index: int) -> bool:
-    """Whether the slab's column stands in the ellipse that covers TISSUE of every section."""
+    """Whether the slab's column lies in the ellipse that covers TISSUE of every section."""
     iy, ix = divmod(index // plan.grid.z, plan.grid.x)
     y, x = 2 * (iy + 0.5) / plan.grid.y - 1, 2 * (ix + 0.5) / plan.grid.x - 1
     return y * y + x * x < TISSUE * 4 / 3.141592653589793

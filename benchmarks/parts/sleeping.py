@@ -33,7 +33,7 @@ models.build = lambda name, scale, preset=None: Sleeping(scale)
 
 
 def whole_slab(block: np.ndarray) -> np.ndarray:
-    """The same network as dask.array calls it: a slab with its halo, which is cut off again."""
+    """The same network for dask.array, which gives it a slab with its halo; the halo is cut off."""
     z, y, x = HALO
     own = block[z : block.shape[0] - z, y : block.shape[1] - y, x : block.shape[2] - x]
     with DEVICE:

@@ -23,7 +23,7 @@ from pipeline.storage.ledger import QUARANTINED, Ledger
 Shape = tuple[int, int, int]
 
 PATCH = (4, 512, 512)
-"""What is drawn; larger volumes are mirrored from it, smaller ones cut."""
+"""Shape of the phantom that is drawn. Larger volumes mirror it, smaller ones are cut from it."""
 
 
 def tissue(shape: Shape) -> np.ndarray:
@@ -51,7 +51,7 @@ def write_source(path: Path, shape: Shape, chunk: Shape) -> Path:
 def ready(
     folder: Path, source: Path, name: str, slab: Shape, network: dict[str, Any], in_flight: int = 2, **target: Any
 ) -> Prepared:
-    """The job that folder/name.yaml states, its target claimed. `target` and `network` are keys of volume.yaml."""
+    """Writes folder/name.yaml, prepares its job, claims the target. `target` and `network` are keys of volume.yaml."""
     body = {
         "source": {"url": str(source), "voxel_size_nm": [45, 32, 32]},
         "target": {"url": str(folder / name), **target},
