@@ -13,11 +13,11 @@ import pytest
 import tifffile
 from conftest import REPOSITORY, SHARED
 
-from examples.make_phantom import phantom
 from models import read_metadata
 
-sys.path += [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "examples" / "train")]
+sys.path += [str(REPOSITORY / folder) for folder in ("benchmarks", "examples", "examples/train")]
 import builtin_weights
+from make_phantom import phantom
 from parts import fafb
 
 from pipeline import train
