@@ -1,9 +1,12 @@
-"""What the neighbours and the prior are worth: the network stage of a built-in recipe, whole and with parts of it off, the same steps each.
+"""Measures what the neighbouring sections and the prior gain: the network stage of a recipe, with parts replaced.
 
-    PYTHONPATH=.:examples/train EMSR_SHARED=... python benchmarks/ablation.py flyem-medulla WORK [steps=700] [whole alone mpf pod three_da]
+    PYTHONPATH=.:examples/train EMSR_SHARED=... python benchmarks/ablation.py TISSUE WORK [steps=700] [VARIANT ...]
 
-WORK is the folder in which examples/train/builtin_weights.py has trained flow, vqgan and indexer-x8. Scores are those of the held-out windows after the
-last step. `alone` shows the network the centre section five times; the others put residual blocks with as many parameters in a module's place (paper, table 5).
+TISSUE is flyem-medulla or drosophila-vnc. WORK is the folder in which examples/train/builtin_weights.py has trained the
+stages flow, vqgan and indexer-x8. Every variant is trained for the same number of steps; its scores are those of the
+held-out windows after the last step. The variants are whole, alone, mpf, pod and three_da (default: all of them).
+`alone` shows the network the centre section five times. The last three replace a module by residual blocks with about
+as many parameters (paper, table 5).
 """
 
 from __future__ import annotations
@@ -38,10 +41,8 @@ def main(tissue: str, work: str, steps: str = "700", *variants: str) -> None:
         if train.main([str(write(Path(work) / f"ablation-{name}.yaml", body))]):
             raise SystemExit(1)
         last = json.loads((Path(work) / f"ablation-{name}" / "metrics.jsonl").read_text().splitlines()[-1])
-        print(
-            f"| {name} | {steps} | {last['psnr']:.3f} | {last['psnr'] - last['bicubic_psnr']:+.3f} | {last['lpips']:.4f} |",
-            flush=True,
-        )
+        gain = last["psnr"] - last["bicubic_psnr"]
+        print(f"| {name} | {steps} | {last['psnr']:.3f} | {gain:+.3f} | {last['lpips']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

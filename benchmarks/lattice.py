@@ -1,16 +1,20 @@
-"""What a tile's extent does to the output: the tile lattice against the whole section.
+"""Measures what a tile's extent does to the output: the tile lattice against the whole section.
 
-    python benchmarks/lattice.py [weights=small] [volume=phantom] [scale=8] [side=128] [centres=1] [cells=32,48,64,96,128] [halos=8,16,24,32]
+    python benchmarks/lattice.py [weights=small] [volume=phantom] [scale=8] [side=128] [centres=1]
+                                 [cells=32,48,64,96,128] [halos=8,16,24,32]
 
-`weights` is a .safetensors file, or `small` or `paper` for random weights; `volume` is a zarr array of HR sections, or `phantom`.
-The first sections' first side x side LR voxels, made from HR, are computed whole and then on every lattice. Halos are multiples
-of 8, as all sizes of the lattice. Per lattice:
+`weights` is a .safetensors file, or `small` or `paper` for random weights. `volume` is a zarr array of HR sections, or
+`phantom`. The first side x side LR voxels of its first sections, made from HR, are computed whole and then on every
+lattice. Halos are multiples of 8, as all sizes of the lattice. Printed for each lattice:
 
-  psnr       against the whole section's output, dB          truth      against HR, dB (whole: of the whole section's output)
-  changed    share of the reference's indices that differ    of whole   PSNR against HR that tiles cost, dB
-  seam       mean |difference| between neighbours across cell borders over that at as many LR voxels' borders inside cells
-  excess     the same over the whole section's at the same places: the tissue's share is out
-  cpu        CPU seconds per Mpx of SR in a long z column     area       tile over cell
+  psnr       PSNR against the whole section's output, dB
+  truth      PSNR against HR, dB; in the line of the whole section that of its output
+  of_whole   truth minus the whole section's, dB: what tiles cost
+  changed    share of the reference's indices that differ
+  seam       mean |difference| between neighbours across cell borders, over that across LR voxels' borders inside cells
+  excess     seam over the whole section's at the same places, which leaves out the tissue's share
+  cpu        CPU seconds per Mpx of SR in a long z column
+  area       tile over cell
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Computed:
-    """`sr` is (centres, rH, rW) in 0..1, `indices` those of the first centre, `cpu_s` of one centre in a long z column."""
+    """`sr` is (centres, rH, rW) in 0..1; `indices` are the first centre's; `cpu_s` is for one of a long z column."""
 
     sr: Floats
     indices: NDArray[np.int64]
@@ -58,7 +62,7 @@ def load(weights: str, scale: int) -> SuperResolver:
 
 
 def tile(network: SuperResolver, sections: Bytes) -> Computed:
-    """One tile through its sections, (centres + 4, H, W)."""
+    """Computes one tile from its sections, (centres + 4, H, W)."""
     clock, seen = Clock(), []
     hook = network.prior.indexer.register_forward_hook(
         lambda _module, _inputs, logits: seen.append(logits.argmax(1)[0])
@@ -75,7 +79,7 @@ def tile(network: SuperResolver, sections: Bytes) -> Computed:
 
 
 def on_lattice(network: SuperResolver, sections: Bytes, lattice: Lattice, origin: ZYX) -> Computed:
-    """The sections as a volume whose first voxel is `origin`, tile by tile; CPU seconds are those of one tile."""
+    """Computes a volume whose first voxel is `origin`, tile by tile. CPU seconds are the mean of a tile."""
     scale, prior = network.params.scale, network.params.prior.patch
     box = Box.at(origin, ZYX.of(sections.shape))
     _, height, width = sections.shape
@@ -101,7 +105,7 @@ def psnr(image: Floats, truth: Floats) -> float:
 
 
 def steps(sr: Floats, scale: int) -> Iterator[Floats]:
-    """For rows, then columns: mean |difference| across every border between LR voxels, but for the outer ones."""
+    """Yields, for rows and then columns, the mean |difference| across every inner border between LR voxels."""
     for axis in (1, 2):
         moved = np.moveaxis(sr, axis, 0)
         at = np.arange(scale, len(moved), scale)
@@ -109,7 +113,7 @@ def steps(sr: Floats, scale: int) -> Iterator[Floats]:
 
 
 def seam(sr: Floats, scale: int, cell: int, origin: int) -> float:
-    """Steps across cell borders over steps inside cells."""
+    """Mean step across cell borders over mean step inside cells."""
     borders: list[float] = []
     inside: list[float] = []
     for row in steps(sr, scale):

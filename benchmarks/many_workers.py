@@ -1,10 +1,10 @@
-"""One scheduler and 1024 workers: no-op slabs through the real schedule and ledger.
+"""Measures one scheduler with 1024 workers: no-op slabs through the real schedule and ledger.
 
     python benchmarks/many_workers.py [slabs=100000] [workers=1024]
 
-The scheduler is a process of its own, and so is the one that holds all workers: distributed.Worker instances of one thread on
-one event loop and eight threads for the tasks of all (a thousand threads would wait for Python's lock most of the time), without
-nannies, monitors and profilers. What they cost together is not what 1024 machines would; scheduler and client are the real ones.
+The scheduler has a process of its own. All workers share another: distributed.Worker instances of one thread on one
+event loop, with eight threads for the tasks of all (a thousand would mostly wait for Python's lock), without nannies,
+monitors and profilers. They cost less than 1024 machines would; scheduler and client are the real ones.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dask
-from dask_processes import environment, scheduler_address
 from distributed import Client, Worker
 from noop_slabs import measure
+from parts.dask_processes import environment, scheduler_address
 
 from pipeline.cluster.connect import LOGS, connect
 from pipeline.config.volume import ClusterConfig
@@ -51,8 +51,8 @@ async def _hold(address: str, count: int, folder: str) -> None:
 
 
 @contextmanager
-def crowd(count: int) -> Iterator[Client]:
-    """The pipeline's own client of a scheduler with `count` workers."""
+def many_workers(count: int) -> Iterator[Client]:
+    """Yields the pipeline's own client of a scheduler with `count` workers."""
     dask_scheduler = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "scheduler.json"
@@ -72,7 +72,7 @@ def crowd(count: int) -> Iterator[Client]:
             for process in (holder, scheduler):
                 if process is not None:
                     process.kill()
-                    process.wait(30)
+                    process.wait()
 
 
 if __name__ == "__main__":
@@ -81,5 +81,5 @@ if __name__ == "__main__":
             asyncio.run(_hold(sys.argv[2], int(sys.argv[3]), sys.argv[4]))
     else:
         slabs, workers = (int(a) for a in sys.argv[1:] + ["100000", "1024"][len(sys.argv) - 1 :])
-        with crowd(workers) as client:
+        with many_workers(workers) as client:
             print({"workers": len(client.nthreads())} | measure(client, slabs))

@@ -1,10 +1,10 @@
-"""The main job against `dask.array`: from_zarr -> map_overlap -> to_zarr, as one would write it first.
+"""Measures the main job against `dask.array`: from_zarr -> map_overlap -> to_zarr, as one would write it first.
 
     python benchmarks/map_overlap.py [slabs=256] [side=64] [repeats=2]
 
-Same source, same sleeping network (20 ms a slab) behind a per-process lock, same workers and threads, same codec and chunks,
-in turn in one run, each on a fresh cluster of two workers. Prints wall, the scheduler's CPU per slab and the larger worker's
-peak beyond its size before; then the ratios.
+Both have the same source, sleeping network (20 ms a slab) behind a per-process lock, workers, threads, codec and
+chunks. They run in turn, each on a fresh cluster of two workers. Printed are wall seconds, the scheduler's CPU per
+slab, and by how much the peak of the worker that grew most exceeds its size before; then the ratios.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 import dask
 import numpy as np
-import sleeping
 import zarr
-from dask_processes import apart, usage, worker_memory
 from distributed import Client
-from tissue_job import drive_all, ready, write_source
+from parts import sleeping
+from parts.dask_processes import apart, usage, worker_memory
+from parts.tissue_job import drive_all, ready, write_source
 
 SCALE = 8
 CODEC = zarr.codecs.BloscCodec(typesize=1, cname="zstd", clevel=1, shuffle="bitshuffle")
@@ -67,7 +67,7 @@ def measure(slabs: int, side: int, repeats: int) -> dict[str, float]:
         few = write_source(folder / "few", slab, slab)
         for repeat in range(repeats):
             for way, found in rows.items():
-                with apart(2, preload="sleeping") as client:
+                with apart(2, preload="parts.sleeping") as client:
                     shard = {
                         "chunk_shape": [depth, side * SCALE, side * SCALE],
                         "shard_shape": [depth, side * SCALE, side * SCALE],

@@ -1,10 +1,10 @@
-"""A worker's peak memory against the plan's promise: several slab sizes, encodings and slabs in flight, each on a fresh worker.
+"""Measures a worker's peak memory against the plan's promise, for several slab sizes, encodings and slabs in flight.
 
     python benchmarks/memory.py [few|all] [slabs=6]
 
-`few` takes about two minutes, `all` about twenty. Prints for every case the worker's size before its first slab, its peak
-(VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that the run reached) and peak over promise: 1.00 is wanted,
-0.85 to 1.15 is kept by a test.
+Each case has a fresh worker. `few` takes about two minutes, `all` about twenty. Printed for every case are the worker's
+size before its first slab, its peak (VmHWM), the promise (pipeline.plan.price.memory_bytes, with the compression that
+the run reached), and peak over promise: 1.00 is wanted, a test holds 0.85 to 1.15.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tissue_job import drive_all, ready, write_source
+from parts.tissue_job import drive_all, ready, write_source
 
 import models
 from models import weights
@@ -46,13 +46,13 @@ class Case:
 
 
 GPEMSR = Case("blosc-zstd", 2, 2, "gpemsr", depth=2)
-"""Preset small, x8, random weights: what it holds does not depend on them."""
+"""Preset small, x8. The weights are random, for memory does not depend on them."""
 FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3), GPEMSR]
 ALL = [*(Case(*each) for each in itertools.product(TARGETS, (32, 64, 128), (1, 2, 3))), GPEMSR]
 
 
 def random_weights(folder: Path) -> dict[str, Any]:
-    """Keys of volume.yaml's `network`."""
+    """Writes random weights; returns keys for volume.yaml's `network`."""
     network = models.build("gpemsr", 8, "small")
     weights.save(folder / "random.safetensors", network, licence="CC0-1.0 (random)")
     return {"preset": "small", "weights": str(folder / "random.safetensors")}
@@ -66,17 +66,17 @@ def measure(case: Case, slabs: int) -> dict[str, float]:
         network = {"name": case.network} | (random_weights(folder) if case.network == "gpemsr" else {})
         prepared = ready(folder, source, "sr", (case.depth, y, x), network, case.in_flight, **TARGETS[case.target])
         with connect(ClusterConfig(workers=1), case.in_flight) as client:
-            outcome = drive_all(client, prepared).outcome
+            totals = drive_all(client, prepared).totals
     plan = prepared.job.plan
-    share = stored_share(plan, outcome.bytes, outcome.voxels)
-    promise = memory_bytes(plan, case.in_flight, outcome.base_bytes, share, outcome.network)
+    share = stored_share(plan, totals.bytes, totals.voxels)
+    promise = memory_bytes(plan, case.in_flight, totals.base_bytes, share, totals.network)
     return {
-        "base_mib": outcome.base_bytes / MIB,
-        "peak_mib": outcome.peak_bytes / MIB,
+        "base_mib": totals.base_bytes / MIB,
+        "peak_mib": totals.peak_bytes / MIB,
         "promise_mib": promise / MIB,
         "stored_share": share,
-        "slabs_above_base": (outcome.peak_bytes - outcome.base_bytes) / MIB / case.slab_mib,
-        "peak_over_promise": outcome.peak_bytes / promise,
+        "slabs_above_base": (totals.peak_bytes - totals.base_bytes) / MIB / case.slab_mib,
+        "peak_over_promise": totals.peak_bytes / promise,
     }
 
 

@@ -1,8 +1,9 @@
-"""What the neighbouring sections are worth: trained weights shown the window, and the centre section five times.
+"""Measures what the neighbouring sections gain: trained weights see the window, and then the centre section five times.
 
     PYTHONPATH=. python benchmarks/neighbours.py WEIGHTS STACK.tif [first=88] [stop=93] [side=512]
 
-PSNR over the centres first .. stop - 1 of a stack of HR sections, their upper left corner of `side` voxels, reduced by antialiased bicubic.
+STACK.tif holds HR sections. The upper left corner of `side` voxels is cut from each and reduced by antialiased bicubic.
+Printed is the PSNR of the centres first .. stop - 1 and their mean.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""The network's cost: against the authors' loop, against our own whole forward per centre, and against the processor's peak.
+"""Measures the network against a stand-in for the authors' loop, our own forward per centre, and the processor's peak.
 
     python benchmarks/network_speed.py slab [scale=8] [lr=32] [centres=16] [every=1]
     python benchmarks/network_speed.py peak [scale=8] [lr=32] [centres=4]
     python benchmarks/network_speed.py memory [scale=16] [lr=64] [ours|authors]
 
-Preset paper, random weights with offsets that move and a residual that matters, one thread. `slab` computes the same centres
-three ways, turn by turn, in CPU seconds of this process, and says how far their outputs differ; the two ways in which a centre's
-cost does not depend on those before it can be sampled at every so-many-th centre. `peak` says what share of
-the time 3x3 64->64 convolutions (channels-last) would need for the multiplications of a slab, done at the same map widths, and how
-many times fewer multiplications a slab of 16 centres takes than our own forward per centre.
+All use preset paper, random weights with offsets that move and a residual that matters, and one thread. "authors" is
+benchmarks/parts/authors_way.py, not the authors' module.
+
+`slab` computes the same centres three ways in turn, in CPU seconds of this process, and says how far the outputs
+differ. The two ways in which a centre's cost does not depend on those before it run at every `every`-th centre only.
+`peak` says what share of its time a slab would take if all its multiplications were done at the rate of 3x3 64->64
+convolutions (channels-last) on maps of the same widths, and how many times fewer multiplications a slab of 16 centres
+takes than our own forward per centre.
 `memory` is the peak resident size of one centre beyond the process with its weights, in a process of its own.
 """
 
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from authors_way import AuthorsWay
+from parts.authors_way import AuthorsWay
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +41,7 @@ GIB = 1 << 30
 
 
 def live_network(scale: int, preset: str = "paper", seed: int = 3) -> SuperResolver:
-    """Random weights, but the offset heads are not zero and the residual is as large as the image."""
+    """A network with random weights, whose offset heads are not zero and whose residual is as large as the image."""
     torch.manual_seed(seed)
     network = models.build("gpemsr", scale, preset)
     assert isinstance(network, SuperResolver)
@@ -60,7 +63,7 @@ def tissue(sections: int, lr: int, scale: int) -> Tensor:
 
 
 class Clock:
-    """CPU and wall seconds of this process by label."""
+    """Sums CPU and wall seconds of this process by label."""
 
     def __init__(self) -> None:
         self.cpu: Counter[str] = Counter()
@@ -75,7 +78,7 @@ class Clock:
 
 
 def slide(network: SuperResolver, sections: Tensor, states: list[SectionState], centre: int) -> Tensor:
-    """SR of one centre; `states` are those of all sections up to its window, and grow."""
+    """SR of one centre. `states` holds the states of all sections encoded so far; those that are missing are added."""
     with torch.inference_mode():
         while len(states) < centre + 5:
             states.append(network.encode_section(sections[len(states)][None]))
@@ -87,7 +90,7 @@ def slab(scale: int = 8, lr: int = 32, centres: int = 16, every: int = 1) -> dic
     authors = AuthorsWay(network)
     clock, states, differences, residual, equal = Clock(), list[SectionState](), [], [], True
     with torch.inference_mode():
-        slide(network, sections, [], 0)  # what first calls cost is nobody's
+        slide(network, sections, [], 0)  # first calls cost more, and are not counted
         network(sections[None, :5])
         for centre in range(centres):
             ours = clock("ours", slide, network, sections, states, centre)
@@ -124,7 +127,7 @@ def slab(scale: int = 8, lr: int = 32, centres: int = 16, every: int = 1) -> dic
 
 
 class Widths(TorchDispatchMode):
-    """FLOPs of convolutions by the width of their output."""
+    """Counts FLOPs of convolutions by the width of their output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +193,7 @@ def peak(scale: int = 8, lr: int = 32, centres: int = 4) -> dict[str, float]:
 
 
 def high_water() -> int:
-    """Bytes: VmHWM of this process."""
+    """VmHWM of this process, in bytes."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
@@ -201,9 +204,7 @@ def measure_memory(scale: int, lr: int, way: str) -> None:
     network, sections = live_network(scale), tissue(5, lr, scale)
     run: Any = AuthorsWay(network) if way == "authors" else lambda window: slide(network, window[0], [], 0)
     network.features(torch.zeros(1, 1, 8, 8))
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the peak of building network and phantom is forgotten, or it would hide the run's
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, or the peak of building the network hides the run's
     before = high_water()
     run(sections[None])
     print(high_water() - before)

@@ -1,21 +1,20 @@
-"""What the control plane costs: no-op slabs through a real local cluster, ledger included.
+"""Measures the control plane: no-op slabs through a real local cluster, ledger included.
 
     python benchmarks/noop_slabs.py [slabs=100000] [workers=2]
 
-Prints CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs, and how many
-names Dask will keep.
+Printed are CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs,
+and how many names Dask keeps.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
-from dask_processes import Usage, apart, usage
 from distributed import Client, Scheduler
+from parts.dask_processes import HANGING_S, Usage, apart, usage
 
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig, SourceConfig, TargetConfig
@@ -24,6 +23,8 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import WRITTEN, Receipt
 from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare.layout import choose
+from pipeline.schedule.execute import execute
+from pipeline.schedule.run_state import RunState
 from pipeline.schedule.totals import RunTotals
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
@@ -53,12 +54,12 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Store(f"file://{folder}"), job.digest, job.plan.tasks, "bench")
 
-        def watch(outcome: RunTotals) -> None:
-            if due and outcome.written >= due[0]:
+        def watch(totals: RunTotals) -> None:
+            if due and totals.written >= due[0]:
                 marks[due.pop(0)] = usage(client)
 
         began, first = time.perf_counter(), usage(client)
-        drive(client, job, ledger, threading.Event(), progress=watch, work=noop)
+        execute(client, RunState(job, ledger), noop, watch)
         wall, last = time.perf_counter() - began, usage(client)
         assert ledger.counts()["written"] == job.plan.tasks
     marks[job.plan.tasks] = last
@@ -75,17 +76,15 @@ def measure(client: Client, slabs: int) -> dict[str, Any]:
 
 
 def settled(client: Client) -> dict[str, int]:
-    """`names_that_stay` once the scheduler has let go of what was released, which it hears of after the client has its results."""
-    for _ in range(100):
-        kept = client.run_on_scheduler(names_that_stay)
-        if not kept["tasks"]:
-            break
+    """`names_that_stay` once the scheduler has dropped the tasks, of whose release it hears with a delay."""
+    deadline = time.monotonic() + HANGING_S
+    while (kept := client.run_on_scheduler(names_that_stay))["tasks"] and time.monotonic() < deadline:
         time.sleep(0.1)
     return dict(kept)
 
 
 def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:
-    """What the scheduler keeps for ever: it must not grow with slabs."""
+    """Counts what the scheduler keeps for ever. The counts must not grow with the number of slabs."""
     spans = dask_scheduler.extensions["spans"].spans if "spans" in dask_scheduler.extensions else {}
     return {
         "prefixes": len(dask_scheduler.task_prefixes),

@@ -1,9 +1,9 @@
-"""Read, network and write overlap: wall time over network time, with real I/O of 30 % and 60 % of the network's time.
+"""Measures how reads, network and writes overlap: wall time over network time, for I/O of 30 % and 60 % of the latter.
 
     python benchmarks/overlap.py [slabs=32] [side=128]
 
-One worker, with one slab in flight (sequential) and with two, in one run. The network sleeps while it holds the device;
-reading, encoding and writing are real and calibrated first, alone. 1.00 is the limit.
+One worker runs with one slab in flight (sequential) and with two, in turn. The network sleeps while it holds the
+device. Reading, encoding and writing are real; their time is measured first, without a network. 1.00 is the limit.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import sleeping
-from tissue_job import Driven, drive_all, ready, write_source
+from parts import sleeping
+from parts.tissue_job import Driven, drive_all, ready, write_source
 
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
@@ -41,13 +41,13 @@ def measure(slabs: int, side: int) -> list[dict[str, float]]:
                 )
 
         sleep_s = 0.0
-        alone = drive("alone", source, 1).outcome
+        alone = drive("alone", source, 1).totals
         io_s = (alone.seconds["read"] + alone.seconds["write"]) / alone.written
         for share in (0.3, 0.6):
             sleep_s = io_s / share
             for in_flight in (1, 2):
                 driven = drive(f"{share}-{in_flight}", source, in_flight)
-                seconds = driven.outcome.seconds
+                seconds = driven.totals.seconds
                 row = {
                     "io_over_network": share,
                     "in_flight": in_flight,

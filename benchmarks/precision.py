@@ -1,10 +1,12 @@
-"""What precision, memory layout, batches and torch.compile do to the output and to its cost, against the default path.
+"""Measures what precision, memory layout, batches and torch.compile do to the output and its cost.
 
-    python benchmarks/precision.py [weights=small] [volume=phantom] [scale=8] [lr=64] [turns=3] [ways=bfloat16,float16,contiguous,batch2,compile]
+    python benchmarks/precision.py [weights=small] [volume=phantom] [scale=8] [lr=64] [turns=3]
+                                   [ways=bfloat16,float16,contiguous,batch2,compile]
 
-`weights` is a .safetensors file, or `small` or `paper` for random weights; `volume` a zarr array of HR sections, or `phantom`.
-One thread. Each way computes the same centre (five sections encoded, one window fused), turn by turn. Printed: PSNR against the
-default path, the largest difference (grey 0..1), the share of the reference's indices that differ, CPU seconds over the default's.
+`weights` is a .safetensors file, or `small` or `paper` for random weights. `volume` is a zarr array of HR sections, or
+`phantom`. One thread computes the same centre (five sections encoded, one window fused) in each way, in turn. Printed
+against the default way: PSNR, the largest difference (grey 0..1), the share of the reference's indices that differ, and
+CPU seconds over the default's.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def lowered(precision: str) -> Callable[[SuperResolver, Tensor], Tensor]:
 
 
 def contiguous(net: SuperResolver, sections: Tensor) -> Tensor:
-    """Every map and kernel in PyTorch's default layout."""
+    """Computes with every map and kernel in PyTorch's default layout."""
     found = [module.channels_last for module in LAID_OUT]
     for module in LAID_OUT:
         module.channels_last = torch.Tensor.contiguous
@@ -72,7 +74,7 @@ def compiled_copy(net: SuperResolver) -> SuperResolver:
 
 
 def batch2(net: SuperResolver, sections: Tensor) -> Tensor:
-    """The tile with another one, its mirror image."""
+    """Computes the tile in one batch with its mirror image."""
     return centre(net, torch.cat([sections, sections.flip(-1)], 1))[:1]
 
 

@@ -1,10 +1,11 @@
-"""What FAFB would cost: requests, bytes, hours and storage, from the plan's own arithmetic and shares measured on real EM.
+"""Prints what FAFB would cost in requests, bytes, hours and storage, from the plan and the compression of real EM.
 
     python benchmarks/price_of_fafb.py RAW.tif [MORE.tif ...]
 
-The files are real EM, uint8 (z, y, x). The result is taken to be as hard to compress as the first, which should be ssTEM at about
-4 nm; how the others compress is shown beside, and the first one reduced and enlarged again, as a result without grain would.
-Everything is for the tissue only (fafb.TISSUE of the bounding box). docs/price-of-fafb.md holds what this prints.
+The files are real EM, uint8 (z, y, x), at least 8 sections of 128 x 128 voxels. The result is taken to be as hard to
+compress as the first, which should be ssTEM at about 4 nm. A second table shows how the others compress, and the first
+one reduced and enlarged again, which has as little grain as an interpolation's result. Everything is for the tissue
+only (fafb.TISSUE of the bounding box). docs/price-of-fafb.md holds what this prints.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fafb
 import numpy as np
 import tifffile
+from parts import fafb
 from PIL import Image
 
 from pipeline.base.geometry import ZYX, Box
@@ -36,7 +37,7 @@ SLABS_PER_LEASE = 4
 
 
 def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
-    """Stored over raw bytes by level, the last one for all coarser: `hr` encoded by the target's own code."""
+    """Stored over raw bytes of each level of `hr`, encoded by the target's own code."""
     shape = ZYX.of(hr.shape)
     chosen = layout.choose(
         ZYX(shape.z, shape.y // 8, shape.x // 8), 8, target.model_copy(update={"fidelity": False}), None
@@ -53,7 +54,7 @@ def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
 
 
 def second_pass(plan: Plan) -> tuple[int, int, int]:
-    """(tasks, chunks read, objects put) of levels averaged from stored ones."""
+    """(tasks, chunks read, objects put) of the levels that are averaged from stored ones."""
     read = put = 0
     for k in plan.second_pass:
         finer, level = plan.levels[k - 1], plan.levels[k]
@@ -95,7 +96,7 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
 
 
 def read(path: str) -> np.ndarray:
-    """Whole chunks in z; laterally what 16 divides."""
+    """Reads a TIFF stack, cut to whole chunks of 8 in z and to multiples of 16 in y and x."""
     hr = tifffile.imread(path)
     return np.ascontiguousarray(hr[: len(hr) // 8 * 8, : hr.shape[1] // 16 * 16, : hr.shape[2] // 16 * 16])
 

@@ -1,9 +1,9 @@
-"""How long a finished ledger takes to load, and a finished run to say so.
+"""Measures how long a finished ledger takes to load, and how long `emsr run` takes to say that a run is finished.
 
     python benchmarks/resume.py [slabs=1000000] [loaded=10000000]
 
-The first ledger belongs to a real job: `emsr run` is called on it in a process of its own, imports included. No Dask client is
-made before something is left to do. Prints wall and CPU seconds.
+The first ledger belongs to a real job: `emsr run` is called on it in a process of its own, imports included. No Dask
+client is made before something is left to do. Printed are wall and CPU seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 import zarr
-from dask_processes import environment
+from parts.dask_processes import environment
 
 from pipeline.config import volume as configuration
 from pipeline.config.urls import sidecar
@@ -31,7 +31,7 @@ from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, Ledge
 
 
 class Finished(Ledger):
-    """Writes the segments and snapshots that a run would have left, a block of records at a time."""
+    """A ledger that writes the segments and snapshots of a finished run, a block of records at a time."""
 
     def finish(self) -> None:
         for start in range(0, self.tasks, FLUSH_RECORDS):
@@ -39,9 +39,9 @@ class Finished(Ledger):
             records["index"], records["state"] = np.arange(start, start + len(records)), WRITTEN
             self._apply(records)
             self._seq += 1
-            self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self._run}", stored._pack_segment(records))
+            self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self.run_id}", stored._pack_segment(records))
             if self._seq % SNAPSHOT_EVERY == 0:
-                self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self._run}", self._pack_snapshot())
+                self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
 
 
 def load(folder: str, tasks: int) -> dict[str, float]:
@@ -58,7 +58,7 @@ def load(folder: str, tasks: int) -> dict[str, float]:
 
 
 def run_again(folder: Path, slabs: int) -> dict[str, float]:
-    """`emsr run` of a finished job of about this many slabs, each of 8 x 8 voxels; its source holds no voxels."""
+    """Times `emsr run` of a finished job of about this many slabs of 8 x 8 voxels. Its source holds no voxels."""
     side = round(slabs**0.5)
     zarr.create_array(folder / "lr", shape=(1, 8 * side, 8 * side), chunks=(1, 1024, 1024), dtype="uint8")
     body = {

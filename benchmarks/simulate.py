@@ -1,11 +1,12 @@
-"""A run on ten thousand workers, played by the scheduler's own code against an event queue instead of Dask.
+"""Simulates a run on ten thousand workers: the scheduler's own code with an event queue in place of Dask.
 
     python benchmarks/simulate.py [gpu|cpu|spot|refused|budget]
 
-FAFB at x8 (benchmarks/fafb.py). Workers come over time, die, reach their walltime, are slow or hang; the store refuses what rises
-too fast. `pipeline.schedule.leases` decides as in a real run, the ledger is the real one; simulated are Dask (leases go to whoever is
-free, those of the dead to others, up to the allowed failures), workers and the store. Prints days, requests, lost work.
-tests/test_simulate.py checks the model against a real run.
+The job is FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang.
+The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` decides as in a real run, and the ledger
+is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to another, up to
+the allowed failures), workers and the store. Printed are days, requests and lost work. tests/test_simulate.py checks
+the model against a real run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import fafb
+from parts import fafb
 
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.plan import Plan
@@ -35,53 +36,53 @@ HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class World:
-    """What is assumed. Seconds; a mean time of infinity: never."""
+class Scenario:
+    """The assumptions of a simulation. Times are in seconds; a mean time of infinity means never."""
 
     workers: int = 10_000
     threads: int = 2
     arrival_s: float = 600.0
     """Workers come evenly over this time."""
     task_s: float = 10.0
-    """One slab in one thread, while the others of its worker are busy too."""
+    """Mean time of a slab in one thread, while the other threads of its worker are busy too."""
     spread: float = 0.1
-    """Standard deviation of the logarithm of it."""
+    """Standard deviation of the logarithm of a task's time."""
     skipped_s: float = 0.05
     block_s: float = 2.0
-    """One task of the second pass."""
+    """Mean time of a task of the second pass."""
     open_s: float = 20.0
-    """What the first lease of a worker takes beyond its tasks ..."""
+    """Time that the first lease of a worker takes beyond its tasks."""
     lease_s: float = 0.05
-    """... and every lease: receipts on their way, the next lease on its way."""
+    """Time that every further lease takes beyond its tasks, for receipts and the next lease to be sent."""
     lease_cost_s: float = 0.003
-    """Of scheduler and client, one lease after another."""
+    """Time of scheduler and client per lease. They handle one lease after another."""
     slow_share: float = 0.005
     slow_factor: float = 6.0
     hang_s: float = 1000 * HOUR
-    """Mean time until a thread hangs for ever, in time that it works."""
+    """Mean working time until a thread hangs for ever."""
     death_s: float = 200 * HOUR
-    """Mean time to a worker's crash or preemption, after which another comes in `back_s`."""
+    """Mean time to a worker's crash or preemption. Another worker replaces it after `back_s`."""
     walltime_s: float = math.inf
     back_s: float = 300.0
     reads: float = 5.0
-    """Requests of a slab."""
+    """Read requests of a slab."""
     writes: float = 7.0
     store_per_s: float = 1000.0
-    """Writes a second that the store takes at first; it doubles this every `doubling_s`."""
+    """Writes a second that the store accepts at first. It accepts twice as many after every `doubling_s`."""
     doubling_s: float = 1200.0
     budget_writes: float = math.inf
 
 
 @dataclass
-class Played:
-    """What came of it. Thread seconds unless said."""
+class Result:
+    """The counts of a simulation. Seconds are summed over threads, but for wall_s and scheduler_s."""
 
     wall_s: float = 0.0
     useful_s: float = 0.0
     lost_s: float = 0.0
-    """Of workers that died."""
+    """Time spent on leases whose worker died."""
     twice_s: float = 0.0
-    """Of leases that another copy had closed."""
+    """Time spent on leases that another copy had closed."""
     scheduler_s: float = 0.0
     leases: int = 0
     started_again: int = 0
@@ -96,7 +97,7 @@ class Played:
 
 @dataclass(eq=False)
 class _Worker:
-    """`life` tells its successors apart."""
+    """A worker and those that replace it; `life` numbers them."""
 
     speed: float
     life: int = 0
@@ -107,7 +108,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Copy:
-    """One copy of a lease, as Dask sees it."""
+    """One copy of a lease: a task of Dask."""
 
     lease: Lease
     failures: int = 0
@@ -117,8 +118,10 @@ class _Copy:
 
 
 class Simulation:
-    def __init__(self, plan: Plan, ledger: Ledger, world: World, skip: Callable[[int], bool], seed: int = 0) -> None:
-        self._plan, self._ledger, self._world, self._skip = plan, ledger, world, skip
+    def __init__(
+        self, plan: Plan, ledger: Ledger, scenario: Scenario, skip: Callable[[int], bool], seed: int = 0
+    ) -> None:
+        self._plan, self._ledger, self._scenario, self._skip = plan, ledger, scenario, skip
         self._random = random.Random(seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -128,40 +131,40 @@ class Simulation:
         self._alive = self._busy = 0
         self._scheduler_free = 0.0
         self._leases: Leases
-        self.played = Played()
+        self.result = Result()
 
-    def run(self) -> Played:
-        """Until every stage is closed. One thread of Python, no clock."""
-        world = self._world
-        for n in range(world.workers):
-            slow = self._random.random() < world.slow_share
-            worker = _Worker(world.slow_factor if slow else 1.0)
-            self._at(world.arrival_s * n / world.workers, lambda worker=worker: self._come(worker))  # type: ignore[misc]
+    def run(self) -> Result:
+        """Runs until every stage is closed, in one thread and without a clock."""
+        scenario = self._scenario
+        for n in range(scenario.workers):
+            slow = self._random.random() < scenario.slow_share
+            worker = _Worker(scenario.slow_factor if slow else 1.0)
+            self._at(scenario.arrival_s * n / scenario.workers, lambda worker=worker: self._come(worker))  # type: ignore[misc]
         for stage in self._plan.stages():
             self._leases = Leases(self._plan, self._ledger, stage, began=0.0)
             self._hand_out()
             while self._leases.out:
                 due = self._events[0][0] if self._events else math.inf
-                if due > self._now + 0.5:  # the schedule looks up twice a second
+                if due > self._now + 0.5:  # the schedule runs at least twice a second
                     self._now += 0.5
                 else:
                     self._now, _, event = heapq.heappop(self._events)
                     event()
                 self._hand_out()
             self._waiting.clear()
-        self.played.wall_s = self._now
-        return self.played
+        self.result.wall_s = self._now
+        return self.result
 
     def _at(self, time: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time, next(self._order), event))
 
     def _hand_out(self) -> None:
-        capacity = Capacity(self._alive, self._alive * self._world.threads)
+        capacity = Capacity(self._alive, self._alive * self._scenario.threads)
         while (lease := self._leases.next(self._now, capacity)) is not None:
-            self._scheduler_free = max(self._now, self._scheduler_free) + self._world.lease_cost_s
-            self.played.scheduler_s += self._world.lease_cost_s
-            self.played.leases += 1
-            self.played.started_again += lease.starts > 1
+            self._scheduler_free = max(self._now, self._scheduler_free) + self._scenario.lease_cost_s
+            self.result.scheduler_s += self._scenario.lease_cost_s
+            self.result.leases += 1
+            self.result.started_again += lease.starts > 1
             copy = _Copy(lease)
             self._at(self._scheduler_free, lambda copy=copy: self._place(copy))  # type: ignore[misc]
 
@@ -170,7 +173,7 @@ class Simulation:
         self._assign()
 
     def _assign(self) -> None:
-        """Waiting copies to idle threads; not to a worker that has a copy of the same lease."""
+        """Gives waiting copies to idle threads, but never two copies of a lease to one worker."""
         for _ in range(len(self._waiting)):
             if not self._waiting or not self._idle:
                 return
@@ -187,38 +190,40 @@ class Simulation:
                 self._begin(copy, worker)
 
     def _begin(self, copy: _Copy, worker: _Worker) -> None:
-        """What the worker will do with the lease: tasks until `max_s` is over, as process_lease does."""
-        world = self._world
+        """Computes what the worker does with the lease: tasks until `max_s` is over, as in process_lease."""
+        scenario = self._scenario
         copy.worker, copy.began, copy.receipts = worker, self._now, []
         worker.running.add(copy)
         self._busy += 1
-        crowded = self._crowded()
+        slowdown = self._slowdown()
         seconds = 0.0
         for index in copy.lease.span:
             if copy.receipts and seconds >= copy.lease.max_s:
                 break
             skipped = index < self._plan.slabs and self._skip(index)
-            mean = world.skipped_s if skipped else world.task_s if index < self._plan.slabs else world.block_s
-            took = mean * worker.speed * self._random.lognormvariate(0, world.spread) * (1.0 if skipped else crowded)
+            mean = scenario.skipped_s if skipped else scenario.task_s if index < self._plan.slabs else scenario.block_s
+            took = (
+                mean * worker.speed * self._random.lognormvariate(0, scenario.spread) * (1.0 if skipped else slowdown)
+            )
             copy.receipts.append(Receipt(index, SKIPPED if skipped else WRITTEN, seconds=took))
             seconds += took
         written = sum(r.state == WRITTEN for r in copy.receipts)
-        self.played.reads += written * world.reads
-        self.played.writes += written * world.writes
-        seconds += world.lease_s if worker.opened else world.open_s
+        self.result.reads += written * scenario.reads
+        self.result.writes += written * scenario.writes
+        seconds += scenario.lease_s if worker.opened else scenario.open_s
         worker.opened = True
-        if self._random.random() < seconds / world.hang_s:
-            return  # it never comes back, unless its worker dies
+        if self._random.random() < seconds / scenario.hang_s:
+            return  # the lease ends only when its worker dies
         self._at(self._now + seconds, lambda life=worker.life: self._end(copy, worker, life))  # type: ignore[misc]
 
-    def _crowded(self) -> float:
-        """By how much the store stretches a task now; what it refuses is asked again."""
-        world = self._world
-        wanted = self._busy * world.writes / world.task_s
-        paced = min(wanted, world.budget_writes)
-        taken = world.store_per_s * 2 ** min(50.0, self._now / world.doubling_s)
+    def _slowdown(self) -> float:
+        """The factor by which the store slows a task down now. Refused writes are sent again, and counted."""
+        scenario = self._scenario
+        wanted = self._busy * scenario.writes / scenario.task_s
+        paced = min(wanted, scenario.budget_writes)
+        taken = scenario.store_per_s * 2 ** min(50.0, self._now / scenario.doubling_s)
         if paced > taken:
-            self.played.refused += (paced / taken - 1) * world.writes
+            self.result.refused += (paced / taken - 1) * scenario.writes
         return max(1.0, wanted / min(paced, taken)) if wanted else 1.0
 
     def _end(self, copy: _Copy, worker: _Worker, life: int) -> None:
@@ -229,28 +234,29 @@ class Simulation:
         self._idle.append((worker, life))
         spent = self._now - copy.began
         if copy.lease.closed:
-            self.played.twice_s += spent
+            self.result.twice_s += spent
         else:
             self._count(self._leases.ended(copy.lease, copy.receipts))
-            self.played.useful_s += spent
+            self.result.useful_s += spent
         self._assign()
 
     def _count(self, receipts: object) -> None:
         for receipt in receipts:  # type: ignore[attr-defined]
-            self.played.written += receipt.state == WRITTEN
-            self.played.skipped += receipt.state == SKIPPED
-            self.played.quarantined += receipt.state == QUARANTINED
+            self.result.written += receipt.state == WRITTEN
+            self.result.skipped += receipt.state == SKIPPED
+            self.result.quarantined += receipt.state == QUARANTINED
         self._ledger.record(receipts)  # type: ignore[arg-type]
         self._ledger.tick()
 
     def _come(self, worker: _Worker) -> None:
-        world = self._world
+        scenario = self._scenario
         worker.life += 1
         worker.alive, worker.opened = True, False
         self._alive += 1
-        self._idle.extend([(worker, worker.life)] * world.threads)
+        self._idle.extend([(worker, worker.life)] * scenario.threads)
         ends = min(
-            world.walltime_s, self._random.expovariate(1 / world.death_s) if world.death_s < math.inf else math.inf
+            scenario.walltime_s,
+            self._random.expovariate(1 / scenario.death_s) if scenario.death_s < math.inf else math.inf,
         )
         if ends < math.inf:
             self._at(self._now + ends, lambda life=worker.life: self._die(worker, life))  # type: ignore[misc]
@@ -261,10 +267,10 @@ class Simulation:
             return
         worker.alive = False
         self._alive -= 1
-        self.played.deaths += 1
+        self.result.deaths += 1
         for copy in worker.running:
             self._busy -= 1
-            self.played.lost_s += self._now - copy.began
+            self.result.lost_s += self._now - copy.began
             copy.failures += 1
             if copy.lease.closed:
                 continue
@@ -273,46 +279,51 @@ class Simulation:
             else:
                 self._waiting.appendleft(copy)
         worker.running.clear()
-        self._at(self._now + self._world.back_s, lambda: self._come(worker))
+        self._at(self._now + self._scenario.back_s, lambda: self._come(worker))
         self._assign()
 
 
-def simulate(plan: Plan, world: World, skip: Callable[[int], bool] = lambda index: False, seed: int = 0) -> Played:
+def simulate(
+    plan: Plan, scenario: Scenario, skip: Callable[[int], bool] = lambda index: False, seed: int = 0
+) -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        played = Simulation(
-            plan, Ledger(Store(f"file://{folder}"), "0" * 64, plan.tasks, "simulated"), world, skip, seed
+        result = Simulation(
+            plan, Ledger(Store(f"file://{folder}"), "0" * 64, plan.tasks, "simulated"), scenario, skip, seed
         ).run()
-    assert played.written + played.skipped + played.quarantined == plan.tasks
-    return played
+    assert result.written + result.skipped + result.quarantined == plan.tasks
+    return result
 
 
-def fafb_world(plan: Plan, tflops: float) -> World:
+def fafb_scenario(plan: Plan, tflops: float) -> Scenario:
     """Workers of one device that reaches `tflops`, shared by two threads."""
     leases = 4.0
     read = input_voxels(plan, fafb.SOURCE_CHUNK).decoded / fafb.SOURCE_CHUNK.product / plan.slabs
-    return World(task_s=2 * fafb.slab_flop(plan, leases) / (tflops * 1e12), reads=read, writes=fafb.puts_per_slab(plan))
+    return Scenario(
+        task_s=2 * fafb.slab_flop(plan, leases) / (tflops * 1e12), reads=read, writes=fafb.puts_per_slab(plan)
+    )
 
 
-def worlds(plan: Plan) -> dict[str, World]:
-    gpu = fafb_world(plan, fafb.PEAK_TFLOPS["A100"] * fafb.UTILISATION)
-    cpu = replace(fafb_world(plan, fafb.CPU_CORE_TFLOPS), walltime_s=24 * HOUR, death_s=1000 * HOUR)
+def scenarios(plan: Plan) -> dict[str, Scenario]:
+    gpu = fafb_scenario(plan, fafb.PEAK_TFLOPS["A100"] * fafb.UTILISATION)
+    cpu = replace(fafb_scenario(plan, fafb.CPU_CORE_TFLOPS), walltime_s=24 * HOUR, death_s=1000 * HOUR)
     spot = replace(gpu, death_s=4 * HOUR, back_s=900)
     many = replace(gpu, writes=256.0)  # unsharded: an object per chunk
     return {"gpu": gpu, "cpu": cpu, "spot": spot, "refused": many, "budget": replace(many, budget_writes=1000.0)}
 
 
-def show(world: World, played: Played) -> None:
-    worked = played.useful_s + played.lost_s + played.twice_s
-    deaths, walltime = (f"{seconds / HOUR:.0f} h" for seconds in (world.death_s, world.walltime_s))
+def show(scenario: Scenario, result: Result) -> None:
+    worked = result.useful_s + result.lost_s + result.twice_s
+    deaths, walltime = (f"{seconds / HOUR:.0f} h" for seconds in (scenario.death_s, scenario.walltime_s))
     lines = {
-        "world": f"{world.workers:,} workers, {world.task_s:.0f} s a slab and thread, a worker dies every {deaths}, walltime {walltime}",
-        "days": f"{played.wall_s / 86400:.2f}",
-        "tasks": f"{played.written:,} written, {played.skipped:,} skipped, {played.quarantined:,} quarantined",
-        "requests": f"{played.reads:,.0f} reads, {played.writes:,.0f} writes, {played.refused:,.0f} refused (429, 503)",
-        "lost work": f"{played.lost_s / worked:.2%} to {played.deaths:,} deaths",
-        "done twice": f"{played.twice_s / worked:.2%}, {played.started_again:,} leases started again",
-        "busy": f"{worked / (world.workers * world.threads * played.wall_s):.1%} of all threads",
-        "scheduler": f"{played.scheduler_s / played.wall_s:.1%} busy with {played.leases:,} leases",
+        "scenario": f"{scenario.workers:,} workers, {scenario.task_s:.0f} s a slab and thread, "
+        f"a worker dies every {deaths}, walltime {walltime}",
+        "days": f"{result.wall_s / 86400:.2f}",
+        "tasks": f"{result.written:,} written, {result.skipped:,} skipped, {result.quarantined:,} quarantined",
+        "requests": f"{result.reads:,.0f} reads, {result.writes:,.0f} writes, {result.refused:,.0f} refused (429, 503)",
+        "lost work": f"{result.lost_s / worked:.2%} to {result.deaths:,} deaths",
+        "done twice": f"{result.twice_s / worked:.2%}, {result.started_again:,} leases started again",
+        "busy": f"{worked / (scenario.workers * scenario.threads * result.wall_s):.1%} of all threads",
+        "scheduler": f"{result.scheduler_s / result.wall_s:.1%} busy with {result.leases:,} leases",
     }
     for name, line in lines.items():
         print(f"  {name:<11}{line}", flush=True)
@@ -321,10 +332,10 @@ def show(world: World, played: Played) -> None:
 def main(names: list[str]) -> None:
     plan = fafb.plan_of(8, TargetConfig(url="x"))
     columns = [fafb.is_tissue(plan, column * plan.grid.z) for column in range(plan.slabs // plan.grid.z)]
-    for name, world in worlds(plan).items():
+    for name, scenario in scenarios(plan).items():
         if name in names or not names:
             print(name)
-            show(world, simulate(plan, world, lambda index: not columns[index // plan.grid.z]))
+            show(scenario, simulate(plan, scenario, lambda index: not columns[index // plan.grid.z]))
 
 
 if __name__ == "__main__":

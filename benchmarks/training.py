@@ -1,10 +1,11 @@
-"""What a training step costs: seconds, FLOPs and memory of each stage at the paper's crops, one sample a step, random weights and images.
+"""Measures a training step: seconds, FLOPs and memory of each stage, one sample a step, random weights and images.
 
-    python benchmarks/training.py [paper|small] [scale=8] [steps=2] [crop=the paper's, at least 128]
+    python benchmarks/training.py [paper|small] [scale=8] [steps=2] [crop=] [stages=flow,vqgan,indexer,network]
 
-Each stage runs in a fresh process, so that its peak (VmHWM) is its own. FLOPs are counted by torch (forward and backward, one multiply-add is two;
-sampling is not counted). The last column is no measurement: days for the paper's 480,000 steps of batch 8 on one GPU that does 312 TFLOP/s (bfloat16,
-dense) and is used to 30 %.
+`crop` is in HR voxels, at least 128; the paper's crops are the default. Each stage runs in a fresh process, so that its
+peak (VmHWM) is its own. FLOPs are counted by torch (forward and backward, one multiply-add is two; sampling is not
+counted). The last column is an estimate: days for the paper's 480,000 steps of batch 8 on one GPU that does 312 TFLOP/s
+(bfloat16, dense) and is used to 30 %.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STAGES = {"flow": 256, "vqgan": 512, "indexer": 1024, "network": 256}
-"""HR voxels across a crop (network.md, section 4); the paper does not train the flow."""
+"""Side of a crop in HR voxels (network.md, section 4). The paper does not train the flow."""
 PAPER_STEPS, PAPER_BATCH = 480_000, 8
 GPU_FLOPS, UTILISATION = 312e12, 0.30
 
@@ -31,7 +32,7 @@ class Cost:
 
 
 def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int) -> Cost:
-    """One stage in this process: mean seconds of `steps` steps after one that is not counted."""
+    """Measures one stage in this process: mean seconds of `steps` steps after one that is not counted."""
     import torch
     from lightning_fabric import Fabric
     from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +64,8 @@ def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int
         torch.rand(1, stage.sections, 1, crop, crop),
     )
     before = resident("VmRSS")
-    loop.step = 1  # not one of those, every sixteenth, that regularise the critic: the counter cannot follow them
+    # Every sixteenth step, from 0 on, regularises the critic by a gradient that the counter cannot follow.
+    loop.step = 1
     with FlopCounterMode(display=False) as counter:
         loop._one_step((lr, hr), 1e-4)
     began = time.perf_counter()
@@ -77,19 +79,20 @@ def resident(which: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{which}:"))
 
 
-def main(preset_name: str = "paper", scale: str = "8", steps: str = "2", crop: str = "") -> None:
+def main(
+    preset_name: str = "paper", scale: str = "8", steps: str = "2", crop: str = "", stages: str = ",".join(STAGES)
+) -> None:
     print(f"preset {preset_name}, x{scale}, batch 1, float32, {multiprocessing.cpu_count()} cores")
-    print(
-        "| stage | crop, HR voxels | s per step | TFLOP per step | GFLOP/s | process before | peak | GPU days (estimate) |"
-    )
+    print("| stage | crop, HR voxels | s per step | TFLOP per step | GFLOP/s | before | peak | GPU days (estimate) |")
     print("|---|---|---|---|---|---|---|---|")
-    for stage, paper_crop in STAGES.items():
-        side = int(crop or paper_crop)
+    for stage in stages.split(","):
+        side = int(crop or STAGES[stage])
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             cost = pool.submit(measure, stage, preset_name, int(scale), int(steps), side).result()
         days = cost.flops * PAPER_BATCH * PAPER_STEPS / (GPU_FLOPS * UTILISATION) / 86400
         print(
-            f"| {stage} | {side} | {cost.seconds:.2f} | {cost.flops / 1e12:.3f} | {cost.flops / cost.seconds / 1e9:.0f} "
+            f"| {stage} | {side} | {cost.seconds:.2f} | {cost.flops / 1e12:.3g} "
+            f"| {cost.flops / cost.seconds / 1e9:.0f} "
             f"| {cost.before / 2**30:.2f} GiB | {cost.peak / 2**30:.2f} GiB | {days:.1f} |",
             flush=True,
         )

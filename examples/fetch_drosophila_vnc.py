@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from make_phantom import MARK, SCALE, degrade, holds
+from make_phantom import MARK, SCALE, holds
 from numpy.typing import NDArray
 
+from models.degrade import degrade
 from pipeline.base.command import guarded
 from pipeline.base.errors import SourceError
 from pipeline.convert import convert
@@ -81,7 +82,7 @@ def make(out: Path) -> bool:
     recipe = {"made_from": VOXELS_SHA256, "reduced": SCALE, "licence": LICENCE, "credit": CREDIT}
     if holds(out / NAME, recipe):
         return False
-    lr = degrade(read_checked(stack_files()))
+    lr = np.stack([degrade(section, SCALE) for section in read_checked(stack_files())])
     convert(
         lr, out / NAME, LR_VOXEL_NM, attributes={MARK: {**recipe, "sha256": hashlib.sha256(lr.tobytes()).hexdigest()}}
     )

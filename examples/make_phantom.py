@@ -3,7 +3,8 @@
     python examples/make_phantom.py [--out DIR] [--shape Z Y X]
 
 `hr.zarr` is what a microscope at full resolution would have seen, `lr.zarr` the same tissue 8 times coarser in y and x.
-Nothing in it is recorded tissue: profiles, membranes and organelles are drawn by the rules below, the same ones every time.
+Nothing in it is recorded tissue: profiles, membranes and organelles are drawn by the rules below, the same ones every
+time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.degrade import degrade
 from pipeline.base.command import guarded
 from pipeline.base.errors import TargetError, UserError
 from pipeline.convert import convert
@@ -71,7 +73,7 @@ def make(out: Path, shape: tuple[int, int, int] = SHAPE, seed: int = SEED) -> bo
         return False
     hr = phantom(shape, seed)
     for path in missing:
-        voxels = hr if path.name == "hr.zarr" else degrade(hr)
+        voxels = hr if path.name == "hr.zarr" else np.stack([degrade(section, SCALE) for section in hr])
         convert(
             voxels,
             path,
@@ -128,12 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(out: Path, made: bool) -> int:
     print(f"{out / 'lr.zarr'} and {out / 'hr.zarr'} {'are written' if made else 'are there already, nothing to do'}")
     return 0
-
-
-def degrade(hr: NDArray[np.uint8], scale: int = SCALE) -> NDArray[np.uint8]:
-    """LR from HR: each section laterally reduced by Pillow's antialiased bicubic, rounded to uint8."""
-    size = (hr.shape[2] // scale, hr.shape[1] // scale)
-    return np.stack([np.asarray(Image.fromarray(section).resize(size, Image.Resampling.BICUBIC)) for section in hr])
 
 
 def _step(low: float, high: float, value: Float) -> Float:
@@ -216,7 +212,7 @@ class Tissue:
         return cls(shape, seed, neurites, mitochondria, synapses, drift - drift.mean(axis=0))
 
     def noise(self, key: int, z: float, shape: tuple[int, int], wavelength: float, persistence: float = 1.0) -> Float:
-        """A smooth random field (y, x) of unit variance; fields of sections closer than `persistence` resemble each other."""
+        """A smooth random field (y, x) of unit variance; sections closer than `persistence` have similar fields."""
         layer, t = divmod(z / persistence, 1.0)
         out = np.zeros(shape, np.float32)
         for k, weight in ((int(layer), 1 - t), (int(layer) + 1, t)):
@@ -234,7 +230,9 @@ class Tissue:
         return out / np.float32(0.72)
 
     def positions(self, z: int, at: float, step: int) -> Float:
-        """Where in the tissue the pixels of section `z` lie, (2, y, x) on every `step`-th pixel: drift, cutting, wrinkles at depth `at`."""
+        """Where in the tissue the pixels of section `z` lie, (2, y, x) on every `step`-th pixel: drift, cutting, and
+        wrinkles at depth `at`.
+        """
         shape = (self.shape[1] // step, self.shape[2] // step)
         rows, columns = (np.arange(n, dtype=np.float32) * step + (step - 1) / 2 for n in shape)
         grid = np.stack(np.broadcast_arrays(rows[:, None], columns))
@@ -311,7 +309,7 @@ class Tissue:
         return 48 * line * _step(0.35, 0.9, self.noise(61, z, wall.shape, 60, 4)) * _step(5, 9, wall)
 
     def _vesicles(self, rng: np.random.Generator, density: Float, wall: Float) -> Float:
-        """SectionCaches of about 40 nm where `density` (0..1) is high, a few of them with a dense core; they last one section."""
+        """SectionCaches of about 40 nm where `density` (0..1) is high, a few with a dense core. They last one section."""
         pad = 12
         canvas = np.zeros((wall.shape[0] + 2 * pad, wall.shape[1] + 2 * pad), np.float32)
         grid = np.mgrid[-pad : pad + 1, -pad : pad + 1].astype(np.float32)
@@ -392,7 +390,9 @@ def _soft(image: Float, times: int) -> Float:
 
 
 def _capsule(points: Float, start: Float, axis: Float, length: Float, radius: Float) -> Float:
-    """Signed distance of points to capsules; the leading axis of `points`, `start` and `axis` is (y, x), the rest broadcast."""
+    """Signed distance of points to capsules. The leading axis of `points`, `start` and `axis` is (y, x), the rest
+    broadcasts.
+    """
     dy, dx = points[0] - start[0], points[1] - start[1]
     t = np.clip(dy * axis[0] + dx * axis[1], 0, length)
     return np.hypot(dy - t * axis[0], dx - t * axis[1]) - radius

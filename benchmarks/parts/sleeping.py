@@ -1,7 +1,7 @@
-"""A network that takes time and no processor, as one on a GPU does: it sleeps SLEEPING_S per slab and repeats voxels.
+"""A network that takes time but no processor, like one on a GPU: it sleeps SLEEPING_S per slab and repeats voxels.
 
-It takes the place of `nearest` in every process that imports this module: a benchmark's own, spawned workers (which import
-the main module again), and workers with `--preload sleeping`.
+It replaces `nearest` in every process that imports this module: a benchmark's own, spawned workers (which import the
+main module again), and workers with `--preload parts.sleeping`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ models.build = lambda name, scale, preset=None: Sleeping(scale)
 
 
 def whole_slab(block: np.ndarray) -> np.ndarray:
-    """The same network as dask.array calls it: a slab with its halo, which is cut off again."""
+    """The same network for dask.array, which gives it a slab with its halo; the halo is cut off."""
     z, y, x = HALO
     own = block[z : block.shape[0] - z, y : block.shape[1] - y, x : block.shape[2] - x]
     with DEVICE:

@@ -1,8 +1,7 @@
-"""Phantom tissue on disk, and the main job over it: prepared and driven as `pipeline.run` does it."""
+"""Writes phantom tissue to disk, and prepares and drives the main job over it as `pipeline.run` does."""
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,21 @@ from distributed import Client
 from examples.make_phantom import phantom
 from pipeline.config import volume as configuration
 from pipeline.config.urls import sidecar
+from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare.place import claim
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
+from pipeline.schedule.execute import execute
+from pipeline.schedule.run_state import RunState
 from pipeline.schedule.totals import RunTotals
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
+from pipeline.worker.lease import process_lease
 
 Shape = tuple[int, int, int]
 
 PATCH = (4, 512, 512)
-"""What is drawn; larger volumes are mirrored from it, smaller ones cut."""
+"""Shape of the phantom that is drawn. Larger volumes mirror it, smaller ones are cut from it."""
 
 
 def tissue(shape: Shape) -> np.ndarray:
@@ -54,7 +57,7 @@ def write_source(path: Path, shape: Shape, chunk: Shape) -> Path:
 def ready(
     folder: Path, source: Path, name: str, slab: Shape, network: dict[str, Any], in_flight: int = 2, **target: Any
 ) -> Prepared:
-    """The job that folder/name.yaml states, its target claimed. `target` and `network` are keys of volume.yaml."""
+    """Writes folder/name.yaml, prepares its job, claims the target. `target` and `network` are keys of volume.yaml."""
     body = {
         "source": {"url": str(source), "voxel_size_nm": [45, 32, 32]},
         "target": {"url": str(folder / name), **target},
@@ -70,21 +73,21 @@ def ready(
 
 @dataclass(frozen=True)
 class Driven:
-    outcome: RunTotals
+    totals: RunTotals
     wall_s: float
 
 
 def drive_all(client: Client, prepared: Prepared) -> Driven:
-    """Every slab of a job of which nothing is done, through the real schedule and ledger; raises where a slab failed."""
+    """Runs every slab of a new job through the real schedule and ledger. Raises RuntimeError where a slab failed."""
     job = prepared.job
     store = Store(sidecar(job.target.url))
     ledger = Ledger(store, job.digest, job.plan.tasks, "benchmark")
     ledger.load()
     began = time.perf_counter()
-    outcome = drive(client, job, ledger, threading.Event())
+    run = RunState(job, ledger)
+    execute(client, run, process_lease)
     wall = time.perf_counter() - began
-    if outcome.written != job.plan.tasks:
-        raise RuntimeError(
-            f"{outcome.quarantined} of {job.plan.tasks} tasks failed: {[ledger.why(i)[:500] for i in ledger.indices(3)][:1]}"
-        )
-    return Driven(outcome, wall)
+    if run.totals.written != job.plan.tasks:
+        error = next((ledger.why(i)[:500] for i in ledger.indices(QUARANTINED)), "")
+        raise RuntimeError(f"{run.totals.quarantined} of {job.plan.tasks} tasks failed: {error}")
+    return Driven(run.totals, wall)

@@ -1,7 +1,7 @@
-"""FAFB v14 as a job for plan and price: a whole fly brain, ssTEM, 40 nm sections, 4 nm pixels, reached from 8 or 16 times coarser ones.
+"""FAFB v14 as a job for plan and price: a whole fly brain, ssTEM, 40 nm sections, from 32 or 64 nm pixels to 4 nm.
 
-The bounding box is that of natverse/elmr, data/templatebrains.R (FAFB14). 106 TB of it are tissue, about: the rest is skipped by
-a mask, taken here as the complement of an ellipse in every section.
+The bounding box is that of natverse/elmr, data/templatebrains.R (FAFB14). About 106 TB of it are tissue. The rest is
+skipped by a mask, which is taken to be the complement of an ellipse in every section.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pipeline.prepare import layout
 SECTIONS = 7062
 FINE = ZYX(SECTIONS, 155_648, 253_952)
 TISSUE = 106e12 / FINE.product
-"""Share of the bounding box."""
+"""Share of the bounding box that is tissue."""
 SOURCE_CHUNK = ZYX(8, 256, 256)
 
 
 class Work(NamedTuple):
-    """Floating-point operations (two per multiply-add) of one tile, paper's network, all exact savings made: what is done once per
-    section (also for the z-halo of a lease) and once per window.
+    """Floating-point operations (two per multiply-add) of one tile of the paper's network, with all exact savings: what
+    is done once per section (also for the z-halo of a lease) and once per window.
     """
 
     per_section: float
@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 @cache
 def work(scale: int, tile: int) -> Work:
-    """Counted on the modules, which compute nothing: their tensors have no data. Attention grows with the tile's area squared."""
+    """Operations counted on meta tensors, which hold no data. Attention grows with the square of the tile's area."""
     network: Any = models.build("gpemsr", scale, "paper").to("meta").eval()
     with torch.inference_mode():
         with FlopCounterMode(display=False) as section:
@@ -48,11 +48,11 @@ def work(scale: int, tile: int) -> Work:
 
 
 PEAK_TFLOPS = {"A100": 19.5, "H100": 67.0}
-"""float32 without tensor cores, as their makers state."""
+"""float32 without tensor cores, as stated by the makers of the GPUs."""
 UTILISATION = 0.35
-"""Of that. Assumed, not measured: no GPU was there. The reference reaches 0.53 to 0.70 of a CPU core's peak."""
+"""Share of PEAK_TFLOPS. It is assumed, not measured. The reference reaches 0.53 to 0.70 of a CPU core's peak."""
 CPU_CORE_TFLOPS = 0.090 * 0.6
-"""One core: 90 GFLOP/s at best, 0.6 of it reached."""
+"""A core does 90 GFLOP/s at best, and 0.6 of that is reached."""
 
 
 def plan_of(scale: int, target: TargetConfig) -> Plan:
@@ -75,7 +75,7 @@ def slab_flop(plan: Plan, slabs_per_lease: float) -> float:
 
 
 def is_tissue(plan: Plan, index: int) -> bool:
-    """Whether the slab's column stands in the ellipse that covers TISSUE of every section."""
+    """Whether the slab's column lies in the ellipse that covers TISSUE of every section."""
     iy, ix = divmod(index // plan.grid.z, plan.grid.x)
     y, x = 2 * (iy + 0.5) / plan.grid.y - 1, 2 * (ix + 0.5) / plan.grid.x - 1
     return y * y + x * x < TISSUE * 4 / 3.141592653589793

@@ -1,4 +1,4 @@
-"""A Dask scheduler and workers in processes of their own, so that scheduler, client and workers are measured apart."""
+"""Runs a Dask scheduler and workers in processes of their own, so that each can be measured."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from distributed import Client
 from pipeline.cluster.connect import LOGS, connect
 from pipeline.config.volume import ClusterConfig
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 Usage = tuple[float, float]
 """CPU seconds and resident MB of a process."""
+HANGING_S = 1200
+"""A guard against processes that hang. It is longer than anything takes on a loaded machine."""
 
 
 def environment() -> dict[str, str]:
-    """For scheduler and workers: logs as short as the pipeline's own clusters keep them, the benchmarks' modules in reach."""
+    """Environment of scheduler and workers: logs as short as in the pipeline's clusters, and a path to benchmarks."""
     short = {f"DASK_{key}".upper().replace(".", "__").replace("-", "_"): str(length) for key, length in LOGS.items()}
-    return {**os.environ, **short, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    return {**os.environ, **short, "PYTHONPATH": f"{BENCHMARKS.parent}{os.pathsep}{BENCHMARKS}"}
 
 
 def scheduler_address(place: Path) -> str:
-    """Of the scheduler that writes this file when it is ready."""
+    """The address of the scheduler that writes this file when it is ready. Waits for it."""
     while not (place.exists() and place.read_text().rstrip().endswith("}")):
         time.sleep(0.05)
     return str(json.loads(place.read_text())["address"])
@@ -38,7 +40,7 @@ def scheduler_address(place: Path) -> str:
 
 @contextmanager
 def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]:
-    """The pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
+    """Yields the pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
     environ = environment()
     dask = [sys.executable, "-m", "dask"]
     with tempfile.TemporaryDirectory() as folder:
@@ -54,19 +56,19 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
         ]
         try:
             address = scheduler_address(place)
-            with Client(address, timeout=60) as first:
-                first.wait_for_workers(workers, timeout=60)
+            with Client(address, timeout=HANGING_S) as first:
+                first.wait_for_workers(workers, timeout=HANGING_S)
             with connect(ClusterConfig(kind="address", address=address), threads) as client:
                 yield client
         finally:
             for process in processes[::-1]:
                 process.terminate()
             for process in processes:
-                process.wait(30)
+                process.wait(HANGING_S)
 
 
 def usage(client: Client) -> dict[str, Usage]:
-    """Of scheduler and client."""
+    """Usage of scheduler and client."""
     return {"scheduler": client.run_on_scheduler(_usage), "client": _usage()}
 
 

@@ -1,8 +1,9 @@
-"""One window at a time, as the published inference computes it (network.md, sections 2, 3 and 6): what emsr is compared with.
+"""A stand-in for the published inference (network.md, sections 2, 3 and 6), one window at a time.
 
-For every centre all five sections are encoded anew, each pair's flow is computed twice, VGG19 is run through relu5_4 of which
-relu1_2 is read, and patches are laid out as vectors; contiguous layout, PyTorch's own operators. Written from that description
-over the weights of our modules; layers that nobody reads have random ones.
+emsr is compared with it; it is not the authors' module. For every centre all five sections are encoded again, the flow
+of each pair is computed twice, VGG19 is run through relu5_4 although only relu1_2 is read, and patches are laid out as
+vectors. The layout is contiguous and the operators are PyTorch's own. It was written from that description over the
+weights of our modules; layers that nobody reads have random weights.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class AuthorsWay:
         return functional.linear(x.permute(0, 2, 3, 1), indexer.logits.weight, indexer.logits.bias).permute(0, 3, 1, 2)
 
     def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """One of the prior's layers, told apart by its parts."""
+        """Applies one of the prior's layers, whose kind is known by its parts."""
         if isinstance(layer, nn.Conv2d):
             return conv(layer, x, stride=2)
         return norm_residual(layer, x) if hasattr(layer, "conv1") else attention(layer, x)
@@ -95,7 +96,7 @@ class AuthorsWay:
         return conv(decoder.output, x), features
 
     def _vgg(self, image: Tensor) -> Tensor:
-        """relu1_2 of VGG19, all of which is run."""
+        """relu1_2 of VGG19. All of VGG19 is run."""
         x, convolutions, read = image.repeat(1, 3, 1, 1), iter(self.vgg), image
         for i, width in enumerate(VGG19):
             x = functional.max_pool2d(x, 2) if width == "pool" else functional.relu(conv(next(convolutions), x))
@@ -114,7 +115,7 @@ class AuthorsWay:
         return torch.sigmoid(x)
 
     def _fuse(self, pyramid: list[Tensor], reference: list[Tensor], mask: Tensor) -> Tensor:
-        """`pyramid` is coarsest first and is used up but for LR."""
+        """Fuses the features. `pyramid` is coarsest first; all but its LR level are removed from it."""
         mpf, features, above = self.net.mpf, pyramid[0], list[Tensor]()
         for level, fuse in enumerate(mpf.fuse):
             x = residual(fuse.block, conv(fuse.conv, torch.cat([pyramid.pop(), reference[level], *above], 1)))
@@ -129,7 +130,7 @@ class AuthorsWay:
         return conv(mpf.reduce, torch.cat([x, *above, features], 1))
 
     def _flow(self, first: Tensor, second: Tensor) -> Tensor:
-        """SPyNet from four times enlarged `first` to `second`."""
+        """SPyNet's flow from `first` to `second`, both enlarged four times."""
         spynet = self.net.pod.flow
         images = [
             functional.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False) for x in (first, second)
@@ -155,7 +156,7 @@ class AuthorsWay:
         return resize(flow, (h, w)) * torch.tensor([w / size[1], h / size[0]]).view(1, 2, 1, 1)
 
     def _align(self, image: Tensor, centre_image: Tensor, near: list[Tensor], far: list[Tensor]) -> Tensor:
-        """One section of a window, aligned with the centre."""
+        """Aligns one section of a window with the centre."""
         pod = self.net.pod
         chains = [self._flow(image, centre_image) for _ in range(2)]
         flows, images = [], [[image, centre_image]]
@@ -250,7 +251,7 @@ def norm_residual(block: Any, x: Tensor) -> Tensor:
 
 
 def attention(block: Any, x: Tensor) -> Tensor:
-    """All scores at once, as a matrix."""
+    """Attention with all scores at once, as a matrix."""
     b, c, h, w = x.shape
     y = norm(block.norm, x)
     q, k, v = (conv(layer, y).view(b, c, h * w) for layer in (block.q, block.k, block.v))
