@@ -44,7 +44,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 network.tile(sections, [0, 0, 0, 0, 1, 1], out, keep, {})
 held = network.resident
-print((status("VmHWM") - before) / (held.tile + 2 * held.ring / 5))
+print((status("VmHWM") - before) / (held.tile_bytes + 2 * held.cache_bytes / 5))
 """
 """Two different sections: one is encoded before the first window is fused, one after it, beside what fusing left."""
 
