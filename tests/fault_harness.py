@@ -48,7 +48,10 @@ def main() -> int:
             folder.mkdir()
             began, wrong = time.monotonic(), ""
             try:
-                do(name, Scene(folder, source, keys, base, random.Random(rng.random()), args.time_out))
+                do(
+                    name,
+                    Scene(folder, source, keys, base, random.Random(rng.random()), args.time_out, holds_promise=True),
+                )
             except AssertionError as error:
                 failed, wrong = failed + 1, str(error)
             print(

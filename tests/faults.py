@@ -152,8 +152,10 @@ def _cluster(scene: Scene) -> Iterator[tuple[subprocess.Popen[bytes], list[subpr
 def two_clients(scene: Scene) -> None:
     """A second run is refused while the first lives, and takes over when it has been killed."""
     scene.write()
-    with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.5") as first:
+    hold = scene.folder / "hold"
+    with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.5", STANDIN_HOLD=str(hold)) as first:
         scene.under_way(first)
+        hold.touch()
         scene.run(2, "another run")
         assert first.poll() is None, "the first one ended too early for this test"
         when = time.monotonic()
@@ -313,6 +315,7 @@ def failing_s3(scene: Scene) -> None:
     """A third of the requests to source and target in S3 fails: 500, 503, 429, cut off, or silence; also after they were carried out."""
     with fault_servers.s3(seed=scene.rng.randrange(1 << 30)) as gateway:
         environ = fault_servers.s3_environment(gateway)
+        environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "2"  # so silence of gateway.silence_s is given up
         client = boto3.client(
             "s3",
             endpoint_url=gateway.url,

@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from certificates import write_certificates
-from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 from dask import config as dask_config
 from dask.utils import key_split
 from distributed import Client, LocalCluster, Scheduler
@@ -40,13 +40,6 @@ def source(tmp_path: Path) -> Path:
     return write_lr(tmp_path / "lr.zarr", texture(SHAPE))
 
 
-def until(ready: Callable[[], object], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.2)
-
-
 @contextlib.contextmanager
 def dask(*args: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
     """A scheduler or worker in a process of its own."""
@@ -64,7 +57,7 @@ def scheduler(folder: Path, *args: str) -> Iterator[tuple[str, list[str]]]:
     """A scheduler's address, and the arguments by which workers find it."""
     place = folder / "scheduler.json"
     with dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place), *args):
-        until(lambda: place.exists() and place.read_text().endswith("}"))
+        wait_until(lambda: place.exists() and place.read_text().endswith("}"))
         yield (
             json.loads(place.read_text())["address"],
             ["worker", "--scheduler-file", str(place), "--nthreads", "1", "--no-nanny"],
@@ -114,7 +107,6 @@ def test_a_worker_refuses_a_client_of_another_version(source: Path, tmp_path: Pa
         open_job(dataclasses.replace(job, emsr="9.9.9"))
 
 
-@pytest.mark.timeout(600)
 def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_path: Path) -> None:
     """It leaves with slabs in flight: Dask counts no death against their leases, another worker runs them, nothing is quarantined."""
     hold = tmp_path / "hold"
@@ -129,22 +121,22 @@ def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_pat
             [sys.executable, str(TESTS / "run_standin.py"), str(path)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
         ) as client:
             with Client(address, set_as_default=False) as watch:
-                until(
+                wait_until(
                     lambda: any(str(key).startswith("lease-") for keys in watch.processing().values() for key in keys)
                 )
                 watch.run(
                     lambda dask_worker: dask_worker.loop.add_callback(dask_worker.close_gracefully)
                 )  # what its timer calls
-                until(lambda: not watch.nthreads())
+                wait_until(lambda: not watch.nthreads())
                 deaths = watch.run_on_scheduler(
                     lambda dask_scheduler: {str(t.key): t.suspicious for t in dask_scheduler.tasks.values()}
                 )
             assert any(key.startswith("lease-") for key in deaths)
             assert not any(deaths.values())
             hold.unlink()
-            leaves.wait(120)
+            leaves.wait(GUARD_S)
             with dask(*join, *preload):
-                _, said = client.communicate(timeout=300)
+                _, said = client.communicate(timeout=GUARD_S)
     assert client.returncode == 0, said
     assert '"quarantined": 0' in said
     assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
@@ -199,7 +191,7 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
         assert {key_split(f"{prefix}-1") for prefix in prefixes} == {"lease"}
         heard = Answers(client, "lease-mine")
         for key in ("lease-mine-1", "lease-other-1"):
-            client.submit(answer, asked(nothing, job, range(1), 1.0), key=key).result(timeout=30)
+            client.submit(answer, asked(nothing, job, range(1), 1.0), key=key).result(timeout=GUARD_S)
         assert heard.take("lease-mine-1") == LeaseResult((), 0, 0)
         assert heard.take("lease-mine-1") is None
         assert heard.take("lease-other-1") is None

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from conftest import GUARD_S
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def url(folder: Path) -> Iterator[str]:
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=GUARD_S)
     try:
         connection.request(method, parts.path, headers={k.replace("_", "-"): v for k, v in headers.items()})
         response = connection.getresponse()
@@ -177,7 +178,7 @@ def test_nothing_but_the_files_of_the_folder(url: str, folder: Path) -> None:
 def raw_get(url: str, path: str) -> tuple[int, dict[str, str], bytes]:
     """A request line with `path` as it is: clients of good manners would tidy it first."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=10) as s:
+    with socket.create_connection((parts.hostname, parts.port), timeout=GUARD_S) as s:
         s.sendall(
             f"GET {parts.path}/{path.replace(' ', '%20')} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
@@ -209,7 +210,7 @@ def test_only_this_machine_and_only_as_long_as_it_lasts(folder: Path) -> None:
         with pytest.raises(UserError, match=rf"port {parts.port} .*--port"), serving({"x": folder}, parts.port or 0):
             pass
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"{bases['a b']}/data.bin", timeout=5)
+        urllib.request.urlopen(f"{bases['a b']}/data.bin", timeout=GUARD_S)
     assert not [t for t in set(threading.enumerate()) - before if t.name == "file-server"]
 
 

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,7 +18,7 @@ import fault_servers
 import numpy as np
 import pytest
 import zarr
-from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, write_lr
+from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, wait_until, write_lr
 from fault_servers import Gateway
 from test_inference import whole_bicubic
 
@@ -192,6 +191,12 @@ def test_a_bucket_that_is_not_there(environ: dict[str, str], tmp_path: Path) -> 
         assert "nowhere" in said.stderr
 
 
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def nginx(folder: Path) -> Iterator[str]:
     """A plain nginx that serves `folder`; yields its address. Skips where it is not installed."""
@@ -214,10 +219,7 @@ def nginx(folder: Path) -> Iterator[str]:
         [binary, "-c", str(place / "nginx.conf"), "-e", str(place / "error.log")], stderr=subprocess.DEVNULL
     ) as server:
         try:
-            for _ in range(200):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
+            wait_until(lambda: listens(port), "nginx does not start")
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

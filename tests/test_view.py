@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from conftest import GUARD_S
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -324,7 +325,7 @@ def viewing(volume: Path) -> Iterator[str]:
         assert line.startswith("Neuroglancer: http://127.0.0.1:"), line + process.stderr.read()
         yield line.split()[1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(GUARD_S) == 0
         assert process.stderr.read() == ""
     finally:
         process.kill()
@@ -335,9 +336,9 @@ def viewing(volume: Path) -> Iterator[str]:
 
 def test_ctrl_c_ends_it_and_its_servers(volume: Path) -> None:
     with viewing(volume) as link:
-        assert urllib.request.urlopen(link, timeout=10).status == 200
+        assert urllib.request.urlopen(link, timeout=GUARD_S).status == 200
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(link, timeout=5)
+        urllib.request.urlopen(link, timeout=GUARD_S)
 
 
 # --- the browser ------------------------------------------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ class Browser:
             self.session + path, method=method, data=None if body is None else json.dumps(body).encode()
         )
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=GUARD_S) as response:
             return json.load(response)["value"]
 
     def js(self, script: str, *args: Any) -> Any:
@@ -368,21 +369,21 @@ class Browser:
 
     def wait(self, condition: str) -> None:
         """Until the JavaScript `condition` holds."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + GUARD_S
         while not self.js(f"return !!({condition})"):
-            assert time.monotonic() < end, f"not within 30 s: {condition}; {self.js('return document.body.innerText')}"
+            assert time.monotonic() < end, f"never: {condition}; {self.js('return document.body.innerText')}"
             time.sleep(0.1)
 
     def picture(self) -> Image8:
         """Luminance of the window once all chunks in view are drawn: two pictures alike with nothing left to load."""
-        end, last = time.monotonic() + 30, None
+        end, last = time.monotonic() + GUARD_S, None
         while time.monotonic() < end:
             self.wait("viewer.isReady()")
             image = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.call("GET", "/screenshot")))).convert("L"))
             if last is not None and np.array_equal(image, last) and self.js("return viewer.isReady()"):
                 return image
             last = image
-        raise AssertionError("the picture did not come to rest in 30 s")
+        raise AssertionError("the picture did not come to rest")
 
 
 @pytest.fixture(scope="module")
