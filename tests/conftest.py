@@ -21,7 +21,7 @@ SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 TESTS = REPOSITORY / "tests"
 
 GUARD_S = 1200.0
-"""A test that waits gives up after so many seconds: a guard against hanging only. No test asserts how long a thing takes."""
+"""A test that waits gives up after so many seconds, as a guard against hanging. None asserts a duration."""
 
 # A shared machine's pauses are no failures.
 hypothesis.settings.register_profile("emsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -1,7 +1,7 @@
-"""Tasks that sleep and put one small object, for runs of the real schedule on real workers without a network.
+"""These tasks sleep and put one small object, for runs of the real schedule on real workers without a network.
 
-A task's index is in its object; a lease puts one more when it begins. A task sleeps `TASK_S` seconds (0.05); `HANGS` names one
-that sleeps for ten minutes when it is tried first, and only then.
+A task's index is in its object; a lease puts one more when it begins. A task sleeps `TASK_S` seconds (0.05). `HANGS`
+names one that sleeps for ten minutes when it is tried first, and only then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.worker.slab import Job, LeaseResult, Receipt
 
 
 def job_of(folder: str, columns: int, depth: int) -> Job:
-    """A job whose volume exists nowhere; its target is `folder`."""
+    """The job's volume exists nowhere; its target is `folder`."""
     box = Box.of((0, 0, 0), (depth, 8, 8 * columns))
     network = describe(NetworkConfig(name="nearest", scale=8))
     plan = Plan(box, box, ZYX(1, 8, 8), 8, network.lattice, (), None)
@@ -29,7 +29,7 @@ def job_of(folder: str, columns: int, depth: int) -> Job:
 
 
 def sleep_and_put(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
-    """Like process_lease, but for what a task does."""
+    """This is like process_lease, but for what a task does."""
     store = Store(job.target.url)
     store.put(f"lease-{start}", b"")
     receipts: list[Receipt] = []
@@ -57,5 +57,5 @@ def _first_try(job: Job, index: int) -> bool:
 
 
 def nothing(job: Job, start: int, stop: int, most_s: float) -> LeaseResult:
-    """A lease of which no task was begun."""
+    """This lease ends before a task was begun."""
     return LeaseResult((), 0, 0)

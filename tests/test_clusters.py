@@ -1,4 +1,4 @@
-"""Clusters that are already there, over TLS, of another version, with workers that leave; and which worker gets which GPU."""
+"""Clusters that are already there, over TLS, of another version, with workers that leave; who gets which GPU."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def scheduler(folder: Path, *args: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def test_a_cluster_over_tls(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real certificates, named relative to volume.yaml; a client whose certificate another authority signed is refused in one message."""
+    """Real certificates, named relative to volume.yaml; a client of another authority is refused in one message."""
     files = write_certificates(tmp_path)
     flags = [
         f"--tls-{name}={tmp_path / file}"
@@ -108,7 +108,7 @@ def test_a_worker_refuses_a_client_of_another_version(source: Path, tmp_path: Pa
 
 
 def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_path: Path) -> None:
-    """It leaves with slabs in flight: Dask counts no death against their leases, another worker runs them, nothing is quarantined."""
+    """It leaves with slabs in flight: no death counts against their leases, and another worker runs them."""
     hold = tmp_path / "hold"
     preload = ["--preload", str(TESTS / "run_standin.py")]
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **SMALL))
@@ -161,7 +161,7 @@ def test_no_worker_is_profiled() -> None:
 
 
 def test_a_scheduler_that_was_there_keeps_few_of_its_messages() -> None:
-    """A thousand to every worker, whole leases among them, as Dask has it, would be gigabytes with a thousand workers."""
+    """A thousand to every worker, whole leases among them, as Dask has it, would be gigabytes with that many."""
 
     def kept(dask_scheduler: Scheduler) -> set[int | None]:
         return {
@@ -198,12 +198,18 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
 
 
 def test_no_clock_that_is_set_holds_messages_up() -> None:
-    """Messages of client, scheduler, workers and those that come later wait by a clock of emsr's (tests/faults.py sets real ones back)."""
+    """Messages of client, scheduler, workers and those that come later wait by a clock of emsr's.
+
+    tests/faults.py sets real clocks back.
+    """
     with cluster.connect(ClusterConfig(workers=1), 2) as client:
         steady_clock.install_everywhere(client)
         client.cluster.scale(2)
         client.wait_for_workers(2)
-        clocks = "__import__('distributed').batched.time.__module__, __import__('tornado.ioloop').ioloop.IOLoop.time.__module__"
+        clocks = (
+            "__import__('distributed').batched.time.__module__, "
+            "__import__('tornado.ioloop').ioloop.IOLoop.time.__module__"
+        )
         found = [eval(clocks), client.run_on_scheduler(eval, clocks), *client.run(eval, clocks).values()]
         assert found == [("pipeline.cluster.steady_clock",) * 2] * 4
     assert abs(steady_clock.steady() - time.time()) < 60
@@ -215,7 +221,10 @@ def devices(asked: ClusterConfig) -> set[tuple[str | None, str | None]]:
 
 
 def test_each_local_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many workers as GPUs are visible, each with one of them by its name; none with gpus_per_worker 0; never more workers than GPUs with 1."""
+    """As many workers as GPUs are visible, each with one of them by its name; none with gpus_per_worker 0.
+
+    With 1 there are never more workers than GPUs.
+    """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5d")
     assert cluster.worker_count(ClusterConfig()) == 2
     assert devices(ClusterConfig(gpus_per_worker=1)) == {("3", None), ("GPU-5d", None)}

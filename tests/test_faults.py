@@ -1,4 +1,7 @@
-"""Faults of many kinds leave the bytes of an undisturbed run and a closed ledger (laws 1 and 3). More of them: tests/fault_harness.py."""
+"""Faults of many kinds leave the bytes of an undisturbed run and a closed ledger (laws 1 and 3).
+
+tests/fault_harness.py does more of them.
+"""
 
 from __future__ import annotations
 

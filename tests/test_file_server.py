@@ -193,7 +193,7 @@ def test_fifo_does_not_hang(folder: Path, url: str) -> None:
 
 
 def test_chunks_stored_with_a_suffix(url: str) -> None:
-    """cloud-volume's local precomputed chunks are `name.gz`: blank in the viewer behind a plain server (cloud-volume issue 578)."""
+    """cloud-volume's local precomputed chunks are `name.gz`: blank in the viewer behind a plain server (issue 578)."""
     status, headers, body = ask(f"{url}/chunk", Accept_Encoding="gzip, br")
     assert (status, headers["content-encoding"], gzip.decompress(body)) == (200, "gzip", b"packed chunk")
     assert ask(f"{url}/chunk")[0] == 404
@@ -224,7 +224,7 @@ def test_many_at_once(url: str) -> None:
 
 
 def test_sharded_zarr_by_ranges(tmp_path: Path) -> None:
-    """A chunk inside a shard as Neuroglancer gets it: HEAD, the index at the shard's end, then the chunk's own bytes."""
+    """A chunk inside a shard as Neuroglancer gets it: HEAD, the index at the shard's end, the chunk's own bytes."""
     voxels = np.random.default_rng(0).integers(0, 256, (8, 64, 96), np.uint8)
     array = zarr.create_array(
         str(tmp_path / "a"), shape=voxels.shape, dtype="u1", chunks=(4, 16, 32), shards=(8, 32, 96), compressors=None

@@ -1,4 +1,4 @@
-"""Law 1 end to end, with the stand-in network: identical trees for every slab shape, worker count, box, and after kills."""
+"""Law 1 end to end, with the stand-in network: identical trees for every slab shape, worker count, box, after kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several hosts: scheduler, worker and an S3 server in network namespaces of their own, and a cable that is pulled for a minute."""
+"""Several hosts: scheduler, worker and S3 server in network namespaces, and a cable that is pulled for a minute."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def ip(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def hosts() -> Iterator[dict[str, list[str]]]:
-    """Name of a host -> what to put before a command that is to run there; "cable": the worker's, at the bridge. This machine is NET.1."""
+    """Name of a host -> what to put before a command that is to run there; "cable": the worker's, at the bridge.
+
+    This machine is NET.1.
+    """
     if shutil.which("ip") is None:
         pytest.skip("no iproute2 here")
     mark = f"{os.getpid() % 10**6:x}"
@@ -74,7 +77,10 @@ def running(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.
 def test_a_cable_pulled_for_a_minute(
     hosts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker loses scheduler and store in the middle of the run; with the cable back the same run ends, with the bytes of a local one."""
+    """The worker loses scheduler and store in the middle of the run; with the cable back the same run ends.
+
+    It ends with the bytes of a local run.
+    """
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))

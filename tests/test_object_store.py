@@ -80,7 +80,7 @@ def test_the_main_job_from_s3_to_s3(
     )
     assert {"out/sr.emsr/plan.json", "out/sr.emsr/report.json", "out/sr.emsr/contact-sheet.png"} <= set(keys)
 
-    # Every object is put once and whole, and the ledger adds little: a record of 25 bytes a task, and the fixed objects of a run.
+    # Every object is put once and whole, and the ledger adds little: 25 bytes a task, and the fixed objects of a run.
     size = sum(f.stat().st_size for f in (tmp_path / "copy" / "out" / "sr").rglob("*") if f.is_file())
     assert gateway.bytes_under("brain/out/sr/") == size
     ledger = sum(n for key, n in gateway.stored.items() if "/ledger-" in key)
@@ -137,7 +137,7 @@ def test_a_lease_whose_answer_was_lost_is_held(
 def test_the_main_job_on_gcs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Main job, ledger, lease, resume, verify and view; the gateway adds the conditional writes that the emulator lacks."""
+    """Main job, ledger, lease, resume, verify, view; the gateway adds the conditional writes the emulator lacks."""
     pytest.importorskip("gcp_storage_emulator")
     write_lr(tmp_path / "lr.zarr", VOXELS)
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "gs://brain/out/sr")

@@ -1,4 +1,4 @@
-"""Laws 2 and 5: write boxes partition every level, numbers and boxes are each other's inverse, and a plan is arithmetic."""
+"""Laws 2 and 5: write boxes partition every level, numbers and boxes are inverse, and a plan is arithmetic."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ print(plan.slabs, seconds, peak / 1e3)
 
 
 def test_ten_million_slabs_plan_in_two_seconds_and_200_mb(tmp_path: object) -> None:
-    """Law 5: CPU time of all threads of a fresh process, the start of Python and imports included, since machines are shared."""
+    """Law 5 in CPU time of all threads of a fresh process, the start of Python and imports included."""
     out = subprocess.run(
         [sys.executable, "-c", _TEN_MILLION.replace("{folder}", f"{tmp_path}/ledger")],
         capture_output=True,

@@ -29,7 +29,7 @@ def test_a_share_is_the_bound_over_the_workers() -> None:
 
 
 class Clock:
-    """The `time` of pipeline.storage.requests for a test: it notes how long is slept, and moves by that much or stands still."""
+    """This is the `time` of pipeline.storage.requests for a test: it notes what is slept, and moves or stands still."""
 
     def __init__(self, moves: bool) -> None:
         self.now, self.moves, self.slept = 1024.0, moves, list[float]()
@@ -43,7 +43,7 @@ class Clock:
 
 
 def test_requests_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second's worth passes at once, then the rate holds: of 128 in steps of 16 at 64 a second the last four steps wait."""
+    """A second's worth passes at once, then the rate holds: of 128, 16 at a time at 64 a second, the last 64 wait."""
     clock = Clock(moves=True)
     monkeypatch.setattr(requests, "time", clock)
     pace = Pace()

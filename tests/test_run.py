@@ -40,7 +40,7 @@ def report(tmp_path: Path) -> dict:
 
 
 def test_the_main_job(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bicubic of the whole volume, every level, the fidelity volume, the ledger, report, status, verify and a resume that does nothing."""
+    """Bicubic of the whole volume, every level, fidelity, ledger, report, status, verify, and a resume without work."""
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
     said = main_job(path, "run")
     events = {json.loads(line)["event"]: json.loads(line) for line in said.stderr.splitlines() if line.startswith("{")}

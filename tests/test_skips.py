@@ -14,14 +14,14 @@ KINDS = {
     "in_a_test": "def test_b(): pytest.skip('no anvil here')",
     "in_a_fixture": "@pytest.fixture\ndef anvil(): pytest.skip('no anvil here')\ndef test_b(anvil): pass",
     "by_a_mark": "@pytest.mark.skipif(True, reason='no anvil here')\ndef test_b(): pass",
-    "by_unittest": "import unittest\n@unittest.skip('no anvil here')\nclass TestB(unittest.TestCase):\n def test_b(self): pass",
+    "by_unittest": "import unittest\n@unittest.skip('no anvil here')\nclass TestB(unittest.TestCase):\n def test(_): 0",
     "of_a_module": "pytest.skip('no anvil here', allow_module_level=True)",
     "by_an_import": "pytest.importorskip('anvil', reason='no anvil here')",
 }
 
 
 def run(folder: Path, allowed: str | None) -> tuple[int, str]:
-    """A process runs pytest with the hooks of our conftest on a file of each kind and on a test that is expected to fail."""
+    """A process runs pytest with the hooks of our conftest on a file of each kind and on a test expected to fail."""
     for kind, test in KINDS.items():
         (folder / f"test_{kind}.py").write_text(f"import pytest\n{test}\n")
     (folder / "test_expected.py").write_text("import pytest\n@pytest.mark.xfail\ndef test_a(): assert False\n")

@@ -1,4 +1,4 @@
-"""The main job through a real Slurm on this machine: sbatch, walltime, jobs that are replaced, mistakes that Slurm finds."""
+"""The main job through a real Slurm on this machine: sbatch, walltime, jobs replaced, mistakes that Slurm finds."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def wait_for(ready: Callable[[], object], client: subprocess.Popen[str]) -> None
 
 
 def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str, tmp_path: Path) -> None:
-    """Slurm ends the only job for its time limit (lowered by scontrol, so that the worker's own lifetime is far off) while it holds slabs.
+    """Slurm ends the only job for its time limit while it holds slabs.
 
-    Another job is submitted, over TLS as the first; nothing is quarantined; every byte is as on undisturbed local workers.
+    scontrol has lowered the limit, so that the worker's own lifetime is far off.
+    Another job is submitted, over TLS as the first; none is quarantined; every byte is as on undisturbed local workers.
     """
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
@@ -137,7 +138,7 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
 
 
 def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
-    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; it ends with the client's exit code."""
+    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; the client's exit code."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
