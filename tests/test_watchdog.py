@@ -13,7 +13,7 @@ from pipeline.process import watchdog
 
 @pytest.fixture
 def hang() -> Iterator[Callable[[], None]]:
-    """Work that goes on until the test has ended."""
+    """This yields work that goes on until the test has ended."""
     ended = threading.Event()
 
     def hanging() -> None:
@@ -43,14 +43,14 @@ class Clock:
 
 @pytest.mark.parametrize("beats", [True, False])
 def test_beats_keep_a_long_task_alive(beats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fifteen steps of 0.6 s are no stall of 1 s, though the watch looks after each; without beats they are one."""
+    """A hundred steps of 0.6 s are no stall of 1 s, though the watch looks after each; without beats they are one."""
     clock = Clock()
     monkeypatch.setattr(watchdog, "time", clock)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.001)
     given_up = threading.Event()
 
     def steps() -> None:
-        for _ in range(15):
+        for _ in range(100):
             clock.now += 0.6
             seen = clock.looks
             while clock.looks < seen + 2 and not given_up.is_set():
