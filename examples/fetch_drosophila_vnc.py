@@ -1,12 +1,15 @@
-"""Gets a real ssTEM stack of a Drosophila larva's ventral nerve cord, and makes the 8 times coarser source of drosophila-vnc.yaml.
+"""Gets a real ssTEM stack of a Drosophila larva's ventral nerve cord, and makes the 8 times coarser source of
+drosophila-vnc.yaml.
 
     python examples/fetch_drosophila_vnc.py [--out DIR]
 
-The stack is taken from $EMSR_SHARED/data/drosophila-vnc-stack1/raw.tif where that is there, else fetched section by section from the authors'
-repository (14 MB; needs the package pooch). Either way its voxels are checked by their sha256.
+The stack is taken from $EMSR_SHARED/data/drosophila-vnc-stack1/raw.tif where that is there, else fetched section by
+section from the authors' repository (14 MB; needs the package pooch). Either way its voxels are checked by their
+sha256.
 
-Data: Gerhard S, Funke J, Martel J, Cardona A, Fetter R. Segmented anisotropic ssTEM dataset of neural tissue. figshare, 2013,
-doi 10.6084/m9.figshare.856713. Licence CC BY-NC-SA 3.0: name the authors, not for commerce, share alike. It holds for what is made from them too.
+Data: Gerhard S, Funke J, Martel J, Cardona A, Fetter R. Segmented anisotropic ssTEM dataset of neural tissue. figshare,
+2013, doi 10.6084/m9.figshare.856713. Licence CC BY-NC-SA 3.0: name the authors, not for commerce, share alike. It holds
+for what is made from them too.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ NAME = "drosophila-vnc-lr.zarr"
 
 
 def stack_files() -> Path:
-    """A multi-page TIFF or a folder of sections with the HR stack, fetched where it has to be. SourceError where it cannot be had."""
+    """A multi-page TIFF or a folder of sections with the HR stack, fetched where it has to be. SourceError where it
+    cannot be had.
+    """
     shared = os.environ.get("EMSR_SHARED")
     near = Path(shared) / "data" / "drosophila-vnc-stack1" / "raw.tif" if shared else None
     if near and near.exists():

@@ -1,4 +1,4 @@
-"""TLS certificates that tests make for themselves."""
+"""Tests make TLS certificates for themselves here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from cryptography.x509.oid import NameOID
 
 
 def write_certificates(folder: Path) -> dict[str, str]:
-    """A certificate authority's ca.pem, and cert.pem with key.pem that it signed: names for `cluster.security`, relative to the folder."""
+    """The folder gets a certificate authority's ca.pem, and cert.pem with key.pem that it signed.
+
+    The result has their names for `cluster.security`, relative to the folder.
+    """
     authority, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     _write(folder / "ca.pem", _certificate("tests", "tests", authority, authority, authority=True))
     _write(folder / "cert.pem", _certificate("emsr", "tests", key, authority, authority=False))

@@ -1,4 +1,4 @@
-"""Where tests find real data, and how they make small volumes and run the main job on them."""
+"""Tests share this: real data, small volumes, the main job run on them, waiting, and which skips are allowed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,47 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 TESTS = REPOSITORY / "tests"
 
-hypothesis.settings.register_profile("emsr", deadline=None)  # a shared machine's pauses are no failures
+GUARD_S = 1200.0
+"""A test that waits gives up after so many seconds, as a guard against hanging. None asserts a duration."""
+
+# A shared machine's pauses are no failures.
+hypothesis.settings.register_profile("emsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("emsr")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    refuse_skip(report)
+    return report
+
+
+def refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A skip becomes a failure where EMSR_ALLOWED_SKIPS is set and none of its lines begins the skip's reason."""
+    allowed = os.environ.get("EMSR_ALLOWED_SKIPS")
+    if allowed is not None and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(tuple(line for line in allowed.splitlines() if line)):
+            report.outcome, report.longrepr = "failed", f"this skip is not allowed here: {reason}"
 
 
 @pytest.fixture
 def shared_data() -> Path:
-    """The folder of real EM; the test is skipped, saying so, where it is missing."""
+    """This is the folder of real EM; where it is missing the test is skipped and says so."""
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no real EM at {SHARED / 'data'} (set EMSR_SHARED)")
     return SHARED / "data"
 
 
 def texture(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
-    """Blobs and grain, uint8, different in every voxel's neighbourhood."""
+    """The array holds blobs and grain, uint8, different in every voxel's neighbourhood."""
     rng = np.random.default_rng(seed)
     z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
     smooth = 128 + 60 * np.sin(y / 5 + z / 3) * np.cos(x / 7 - z / 4)
@@ -39,7 +68,7 @@ def texture(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
 
 
 def write_lr(path: Path, voxels: np.ndarray, voxel_size_nm: tuple[float, float, float] = (45.0, 32.0, 32.0)) -> Path:
-    """An OME-Zarr 0.5 source, written by zarr-python."""
+    """This writes an OME-Zarr 0.5 source with zarr-python and returns its path."""
     import zarr
 
     group = zarr.open_group(path, mode="w", zarr_format=3)
@@ -58,7 +87,7 @@ def write_lr(path: Path, voxels: np.ndarray, voxel_size_nm: tuple[float, float, 
 
 
 def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: Any) -> Path:
-    """A small volume.yaml; `changes` are dotted keys such as `work.slab_shape` with `.` written `__`."""
+    """This writes a small volume.yaml. `changes` are dotted keys such as `work.slab_shape` with `.` written `__`."""
     body: dict[str, Any] = {
         "source": {"url": str(source)},
         "target": {"url": str(target), "chunk_shape": [2, 64, 64], "shard_shape": [2, 128, 128]},
@@ -80,7 +109,7 @@ def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: A
 
 
 def tree(path: Path) -> dict[str, str]:
-    """Every file below `path` with the hash of its bytes."""
+    """The result maps every file below `path` to the hash of its bytes."""
     return {
         str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in sorted(path.rglob("*"))
@@ -91,7 +120,7 @@ def tree(path: Path) -> dict[str, str]:
 def main_job(
     yaml_path: Path, script: str = "run_standin.py", check: bool = True, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """The main job in a process of its own, as a user runs it. `check`: it must end well."""
+    """The main job runs in a process of its own, as a user runs it. With `check` it must end well."""
     done = subprocess.run(
         [sys.executable, str(TESTS / script), str(yaml_path)]
         if script != "run"
@@ -101,14 +130,22 @@ def main_job(
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=GUARD_S,
     )
     assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
+def wait_until(ready: Callable[[], object], what: str = "nothing happened") -> None:
+    """The caller goes on once `ready` holds; it raises AssertionError with `what` where that hangs."""
+    end = time.monotonic() + GUARD_S
+    while not ready():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
 def run_here(yaml_path: Path) -> Any:
-    """Every task of a volume.yaml in this process, without Dask: the job, after all receipts were written."""
+    """This process does every task of a volume.yaml without Dask, and returns the job once all receipts are written."""
     from pipeline.config import volume as config
     from pipeline.config.urls import sidecar
     from pipeline.plan.receipt import WRITTEN

@@ -1,7 +1,8 @@
-"""Faults done to real processes, files and servers of the main job, and what must hold after each.
+"""The harness does faults to real processes, files and servers of the main job and checks what must hold after each.
 
-`python tests/fault_harness.py --seed 7 --faults 200 [--source VOLUME] [--only NAME ...] [--time-out 600]` does as many as asked, chosen by the seed, on a
-small made volume or on the middle of VOLUME, and prints a JSON line for each. Exit code 1 when one of these failed:
+`python tests/fault_harness.py --seed 7 --faults 200 [--source VOLUME] [--only NAME ...] [--time-out 600]`
+does as many as asked, chosen by the seed, on a small made volume or on the middle of VOLUME, and prints a JSON line for
+each. The exit code is 1 when one of these failed:
 
     same bytes     the target equals, file by file, that of an undisturbed run
     closed         the ledger says written or skipped of every task
@@ -48,7 +49,10 @@ def main() -> int:
             folder.mkdir()
             began, wrong = time.monotonic(), ""
             try:
-                do(name, Scene(folder, source, keys, base, random.Random(rng.random()), args.time_out))
+                do(
+                    name,
+                    Scene(folder, source, keys, base, random.Random(rng.random()), args.time_out, holds_promise=True),
+                )
             except AssertionError as error:
                 failed, wrong = failed + 1, str(error)
             print(

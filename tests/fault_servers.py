@@ -1,4 +1,4 @@
-"""Servers that misbehave: a gateway before an S3 or GCS emulator that fails a share of requests, and counts what is stored."""
+"""These servers misbehave: a gateway before an emulator of S3 or GCS fails some requests and counts what is stored."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ KINDS = ("500", "503", "429", "cut", "silence")
 
 
 class Gateway(ThreadingHTTPServer):
-    """Forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails. What happens to each is dealt
-    like cards, one of every kind of failure and as many blanks as belong to them, so that few requests meet them all.
+    """The gateway forwards to `upstream` (HOST, PORT). While `share` is above 0 that share of requests fails.
 
-    A failing request is answered 500, 503 or 429, cut off, or left in silence for `silence_s`; in half of the cases only after it has been
-    carried out, as when an answer is lost. `stored` counts bytes by key over all uploads that were carried out, `requests` by fault and method,
-    and `seen` are the methods and paths of all requests.
+    What happens to each is dealt like cards, one of every kind of failure and as many blanks as belong to them, so
+    that few requests meet them all. A failing request is answered 500, 503 or 429, cut off, or left in silence for
+    `silence_s`; in half of the cases only after it has been carried out, as when an answer is lost. `stored` counts
+    bytes by key over all uploads that were carried out, `requests` requests by fault or method, and `seen` has methods
+    and paths of all requests.
     """
 
     daemon_threads = True
@@ -57,7 +58,7 @@ class Gateway(ThreadingHTTPServer):
             self.requests[what] = self.requests.get(what, 0) + 1
 
     def fault(self) -> tuple[str, bool]:
-        """The kind of this request's fault ("" for none), and whether the request is carried out all the same."""
+        """The result is the kind of this request's fault, "" for none, and whether it is carried out all the same."""
         with self.lock:
             if not self.share:
                 return "", True
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         return status, headers, answer
 
     def _gcs_answer(self, headers: list[tuple[str, str]], answer: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        """An object's bytes with its generation, cut to the range asked for; a listing cut to its bounds."""
+        """The answer is an object with its generation, cut to the range asked for, or a listing cut to its bounds."""
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         if query.get("alt") == "media":
@@ -133,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, headers, answer
 
     def _gcs_upload(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        """An upload under the condition on the generation that the emulator knows nothing of; 0 is an object that is not there."""
+        """The gateway checks the condition on the generation, which the emulator ignores; 0: no such object."""
         parts = urlsplit(self.path)
         query = {k: v[0] for k, v in parse_qs(parts.query).items()}
         at = f"{parts.path.removeprefix('/upload')}/{re.sub('/', '%2F', query['name'])}"
@@ -186,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def s3(seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
-    """moto behind a gateway."""
+    """This yields the gateway before moto's S3, and stops both at the end."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
@@ -199,7 +200,10 @@ def s3(seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
 
 @contextlib.contextmanager
 def gcs(bucket: str, seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
-    """A GCS emulator behind a gateway, which adds what the emulator leaves out of the protocol: conditional writes, generations, ranges, bounds."""
+    """This yields the gateway before a GCS emulator, and stops both at the end.
+
+    The gateway adds what the emulator leaves out of the protocol: conditional writes, generations, ranges and bounds.
+    """
     from gcp_storage_emulator.server import create_server
 
     emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
@@ -222,13 +226,12 @@ def _gateway(gateway: Gateway) -> Iterator[Gateway]:
 
 
 def s3_environment(gateway: Gateway) -> dict[str, str]:
-    """What clients of this gateway need; requests left in silence are given up after 2 s."""
+    """The result is what clients of this gateway need in their environment."""
     return {
         "AWS_ENDPOINT_URL": gateway.url,
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2",
     }
 
 
@@ -236,5 +239,4 @@ def gcs_environment(gateway: Gateway) -> dict[str, str]:
     return {
         "TENSORSTORE_GCS_HTTP_URL": gateway.url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "2",
     }

@@ -1,4 +1,4 @@
-"""Faults done to real processes, files and servers of the main job: name -> what is done, and what the commands must say to it."""
+"""Each fault is done to real processes, files or servers of the main job, and says what the commands must answer."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _workers(client: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-# --- processes --------------------------------------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------------------------------
 
 
 def kill_workers(scene: Scene) -> None:
-    """kill -9 of up to three workers, one after another, under way; the run goes on by itself."""
+    """Up to three workers are killed, one after another, under way; the run goes on by itself."""
     scene.write(cluster__workers=2)
     with scene.command("run", str(scene.yaml)) as client:
         for _ in range(scene.rng.randint(1, 3)):
@@ -50,7 +50,7 @@ def kill_workers(scene: Scene) -> None:
 
 
 def kill_client(scene: Scene) -> None:
-    """kill -9 of the client, and with it of scheduler and nannies, which live in it; the next run goes on."""
+    """The client is killed, and with it scheduler and nannies, which live in it; the next run goes on."""
     scene.write(cluster__workers=scene.rng.randint(1, 2))
     with scene.command("run", str(scene.yaml)) as client:
         scene.under_way(client)
@@ -61,7 +61,7 @@ def kill_client(scene: Scene) -> None:
 
 
 def kill_everything(scene: Scene) -> None:
-    """kill -9 of all processes at once, as when the machine goes down."""
+    """All processes are killed at once, as when the machine goes down."""
     scene.write()
     with scene.command("run", str(scene.yaml)) as client:
         scene.under_way(client)
@@ -72,7 +72,7 @@ def kill_everything(scene: Scene) -> None:
 
 
 def kill_nanny(scene: Scene) -> None:
-    """kill -9 of one of two nannies of a cluster apart: its worker ends with it, the other one does the rest."""
+    """One of two nannies of a cluster apart is killed: its worker ends with it, the other one does the rest."""
     with _cluster(scene) as (_, nannies), scene.command("run", str(scene.yaml)) as client:
         if scene.under_way(client):
             _kill(nannies[0].pid)
@@ -81,7 +81,7 @@ def kill_nanny(scene: Scene) -> None:
 
 
 def kill_scheduler(scene: Scene) -> None:
-    """kill -9 of the scheduler of a cluster apart: the run ends with one message, the next one goes on elsewhere."""
+    """The scheduler of a cluster apart is killed: the run ends with one message, the next one goes on elsewhere."""
     with _cluster(scene) as (scheduler, _), scene.command("run", str(scene.yaml)) as client:
         alive = scene.under_way(client)
         when = time.monotonic()
@@ -99,7 +99,7 @@ def _kill(pid: int) -> None:
 
 @contextlib.contextmanager
 def _cluster(scene: Scene) -> Iterator[tuple[subprocess.Popen[bytes], list[subprocess.Popen[bytes]]]]:
-    """A scheduler and two nannies in processes of their own, and a volume.yaml that names them."""
+    """This starts a scheduler and two nannies in processes of their own, and writes a volume.yaml that names them."""
     place = scene.folder / "scheduler.json"
     environ = {
         **os.environ,
@@ -152,8 +152,10 @@ def _cluster(scene: Scene) -> Iterator[tuple[subprocess.Popen[bytes], list[subpr
 def two_clients(scene: Scene) -> None:
     """A second run is refused while the first lives, and takes over when it has been killed."""
     scene.write()
-    with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.5") as first:
+    hold = scene.folder / "hold"
+    with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.5", STANDIN_HOLD=str(hold)) as first:
         scene.under_way(first)
+        hold.touch()
         scene.run(2, "another run")
         assert first.poll() is None, "the first one ended too early for this test"
         when = time.monotonic()
@@ -162,7 +164,7 @@ def two_clients(scene: Scene) -> None:
     scene.crash(when)
 
 
-# --- slabs ------------------------------------------------------------------------------------------------------------------------------------------
+# --- slabs ------------------------------------------------------------------------------------------------------------
 
 
 def _bad_slab(kind: str, words: str) -> Callable[[Scene], None]:
@@ -184,19 +186,19 @@ def _bad_slab(kind: str, words: str) -> Callable[[Scene], None]:
 
 
 slab_fails = _bad_slab("fail", "this slab always fails")
-slab_fails.__doc__ = "One slab always raises: quarantined, the rest finishes, the same command repeats it."
+slab_fails.__doc__ = "One slab always raises: it is quarantined, the rest finishes, the same command repeats it."
 slab_hangs = _bad_slab("hang", "no progress for 15 s")
-slab_hangs.__doc__ = "One slab hangs while it holds the device: given up after work.stall_s, its worker replaced."
+slab_hangs.__doc__ = "One slab hangs while it holds the device: it is given up after work.stall_s, its worker replaced."
 slab_exhausts_memory = _bad_slab("exhaust", "its worker died on every try")
 slab_exhausts_memory.__doc__ = "One slab allocates until its worker is killed, on every try."
 
 
-# --- storage ----------------------------------------------------------------------------------------------------------------------------------------
+# --- storage ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _disk(scene: Scene, size: int) -> Iterator[Callable[[str], None]]:
-    """The target on a tmpfs of its own; yields a function that remounts it with other options."""
+    """The target lies on a tmpfs of its own; this yields a function that remounts it with other options."""
     place = scene.folder / "disk"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], check=True)
@@ -228,7 +230,7 @@ def full_disk(scene: Scene) -> None:
 
 
 def read_only(scene: Scene) -> None:
-    """The target's disk becomes read-only under way: the run ends with one message; writable again, the next one goes on."""
+    """The target's disk becomes read-only under way: the run ends with one message; writable again, it goes on."""
     with _disk(scene, 1 << 30) as remount:
         scene.write()
         with scene.command("run", str(scene.yaml), STANDIN_DELAY_S="0.1") as client:
@@ -241,7 +243,7 @@ def read_only(scene: Scene) -> None:
 
 
 def damaged_shard(scene: Scene) -> None:
-    """Stored objects are changed, cut off or lost after a run: verify finds each, --requeue and run repair them and nothing else."""
+    """Stored objects are changed, cut off or lost after a run: verify finds each, --requeue and run repair them."""
     _finished(scene)
     objects = [
         f
@@ -279,7 +281,10 @@ def damaged_ledger(scene: Scene) -> None:
 
 
 def source_changed(scene: Scene) -> None:
-    """The source's metadata change under way: a worker that opens it then ends the run, the next run is refused; restored, a third goes on."""
+    """The source's metadata change under way: a worker that opens it then ends the run, and the next run is refused.
+
+    Once they are restored a third run goes on.
+    """
     place = scene.folder / "own"
     place.mkdir()
     scene.source, scene.keys = undisturbed(place, None)
@@ -300,19 +305,20 @@ def source_changed(scene: Scene) -> None:
 
 
 def _finished(scene: Scene) -> None:
-    """The undisturbed target and its ledger, copied: where a run has already been."""
+    """The undisturbed target and its ledger are copied, as where a run has already been."""
     scene.write()
     for name in ("sr", "sr.emsr"):
         shutil.copytree(scene.undisturbed / name, scene.folder / name)
 
 
-# --- servers and clocks -----------------------------------------------------------------------------------------------------------------------------
+# --- servers and clocks -----------------------------------------------------------------------------------------------
 
 
 def failing_s3(scene: Scene) -> None:
-    """A third of the requests to source and target in S3 fails: 500, 503, 429, cut off, or silence; also after they were carried out."""
+    """A third of the requests to S3 fails by 500, 503, 429, a cut or silence, whether carried out or not."""
     with fault_servers.s3(seed=scene.rng.randrange(1 << 30)) as gateway:
         environ = fault_servers.s3_environment(gateway)
+        environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "2"  # so silence of gateway.silence_s is given up
         client = boto3.client(
             "s3",
             endpoint_url=gateway.url,
@@ -351,8 +357,10 @@ def failing_s3(scene: Scene) -> None:
 
 
 def clock_jumps(scene: Scene) -> None:
-    """The clock of all processes jumps under way: forward by hours, back by a minute. tensorstore's thread pool waits by the time of day, so that a
-    clock set back holds it up for as long; what Dask would wait, `pipeline.cluster.steady_clock` spares.
+    """The clock of all processes jumps under way: forward by hours, back by a minute.
+
+    tensorstore's thread pool waits by the time of day, so that a clock set back holds it up for as long.
+    `pipeline.cluster.steady_clock` spares what Dask would wait.
     """
     scene.write()
     clock = scene.folder / "clock"
@@ -393,7 +401,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 
 
 def lacks(name: str) -> str:
-    """What this machine lacks for a fault; empty where it can be done."""
+    """The result says what this machine lacks for a fault; it is empty where the fault can be done."""
     if name in ("full-disk", "read-only") and os.geteuid() != 0:
         return "mounting needs root"
     if name == "clock-jumps" and not FAKETIME:
@@ -402,6 +410,6 @@ def lacks(name: str) -> str:
 
 
 def do(name: str, scene: Scene) -> None:
-    """One fault and what must hold after it; AssertionError names what does not."""
+    """One fault is done, and AssertionError names what does not hold after it."""
     FAULTS[name](scene)
     scene.check()

@@ -1,11 +1,12 @@
-"""`run_faults.py COMMAND volume.yaml ...`: a command with the stand-in network, a log of every slab, and on demand one bad slab.
+"""`run_faults.py COMMAND volume.yaml ...` runs a command with the stand-in network and logs every slab; one may be bad.
 
     FAULT_LOG     a file: lines `begin|end TASK PID TIME`, appended by every worker
     FAULT_TASK    the slab concerned
-    FAULT_KIND    fail: raises; hang: never returns, holding the device; exhaust: allocates until nothing is left, and is killed for it
+    FAULT_KIND    fail: raises; hang: never returns, holding the device; exhaust: allocates until it is killed
     FAULT_FLUSH_S seconds between the ledger's segments, instead of 5
 
-COMMAND `here` is the main job in this process alone. Workers are spawned and import this file again, so what is installed below reaches them too.
+COMMAND `here` is the main job in this process alone. Workers are spawned and import this file again, so what is
+installed below reaches them too.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _hang() -> None:
 
 
 def _exhaust() -> None:
-    """Really allocates, within a limit that spares the machine; ends as the kernel ends a process that has no memory left."""
+    """This really allocates, within a limit that spares the machine, and ends as the kernel would end it."""
     with open("/proc/self/statm") as statm:
         size = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20), resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""The main job with a network that ends its own process when a tile's first voxel has the value in POISON."""
+"""This is the main job with a network that ends its process where a tile's first voxel has the value in POISON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python tests/run_standin.py volume.yaml`: the main job with the stand-in network, in the client and in its workers.
+"""`python tests/run_standin.py volume.yaml` is the main job with the stand-in network in the client and its workers.
 
 Workers are spawned and import this file again, so the installation below reaches them too.
 """

@@ -1,4 +1,4 @@
-"""Ways in which a section is lost, as a microscope, a knife or an alignment loses it: HR stack, its z and a generator -> HR section."""
+"""A microscope, a knife or an alignment loses sections in these ways: HR stack, its z and a generator -> HR section."""
 
 from __future__ import annotations
 

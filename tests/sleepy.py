@@ -1,7 +1,8 @@
-"""Tasks that sleep and put one small object, for runs of the real schedule on real workers without a network.
+"""These tasks sleep and put one small object, for runs of the real schedule on real workers without a network.
 
-A task's index is in its object; a lease puts one more when it begins. A task sleeps `TASK_S` seconds (0.05); `HANGS`
-names one that sleeps for ten minutes when it is tried first, and only then. `EMPTY` is how many first tasks are skipped.
+A task's index is in its object; a lease puts one more when it begins. A task sleeps `TASK_S` seconds (0.05). `HANGS`
+names one that sleeps for ten minutes when it is tried first, and only then. `EMPTY` is how many first tasks are
+skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.worker.job import Job, LeaseResult
 
 
 def job_of(folder: str, columns: int, depth: int) -> Job:
-    """A job whose volume exists nowhere; its target is `folder`."""
+    """The job's volume exists nowhere; its target is `folder`."""
     box = Box.of((0, 0, 0), (depth, 8, 8 * columns))
     network = describe(NetworkConfig(name="nearest", scale=8))
     plan = Plan(box, box, ZYX(1, 8, 8), 8, network.lattice, (), None)

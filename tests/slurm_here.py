@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own: Debian's munged, slurmctld and slurmd on this machine, with all their files in one folder."""
+"""Tests start a Slurm of their own here: Debian's munged, slurmctld and slurmd, with all their files in one folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from conftest import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol")
 
@@ -46,7 +47,7 @@ PartitionName=em Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here, if so."""
+    """The result says why no Slurm can be started here; it is None where one can."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
     if missing:
         return (
@@ -57,7 +58,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def slurm() -> Iterator[Path]:
-    """The path of slurm.conf, for SLURM_CONF. Jobs that are left are killed at the end."""
+    """This yields the path of slurm.conf, for SLURM_CONF. Jobs that are left are killed at the end."""
     with (
         tempfile.TemporaryDirectory(prefix="slurm-") as name,
         contextlib.ExitStack() as stack,
@@ -86,16 +87,8 @@ def slurm() -> Iterator[Path]:
                 process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
                 stack.callback(_end, process)
                 if command[0] == "munged":
-                    _until(lambda: (folder / "munge.socket").exists(), folder)
-            _until(
-                lambda: (
-                    "idle"
-                    in subprocess.run(
-                        ["sinfo", "--noheader"], env=environ, capture_output=True, text=True, check=False
-                    ).stdout
-                ),
-                folder,
-            )
+                    wait_until((folder / "munge.socket").exists, "munged does not start")
+            wait_until(lambda: "idle" in _nodes(environ), "no node of Slurm becomes idle")
             stack.callback(_clear, environ)
             yield conf
 
@@ -107,21 +100,14 @@ def _free_ports() -> list[int]:
         return [a.getsockname()[1], b.getsockname()[1]]
 
 
-def _until(ready: object, folder: Path) -> None:
-    end = time.monotonic() + 60
-    while not ready():  # type: ignore[operator]
-        assert time.monotonic() < end, (folder / "log").read_text()
-        time.sleep(0.2)
+def _nodes(environ: dict[str, str]) -> str:
+    return subprocess.run(["sinfo", "--noheader"], env=environ, capture_output=True, text=True, check=False).stdout
 
 
 def _clear(environ: dict[str, str]) -> None:
     subprocess.run(["scancel", "--user=root"], env=environ, check=False)
-    end = time.monotonic() + 30
-    while (
-        subprocess.run(["squeue", "--noheader"], env=environ, capture_output=True, check=False).stdout
-        and time.monotonic() < end
-    ):
-        time.sleep(0.5)
+    left = ["squeue", "--noheader"]
+    wait_until(lambda: not subprocess.run(left, env=environ, capture_output=True, check=False).stdout, "jobs are left")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

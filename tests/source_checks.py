@@ -1,4 +1,4 @@
-"""How tests of sources open volumes, change their metadata and look at refusals."""
+"""Tests of sources open volumes with this, change their metadata and look at refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.storage.volume import Source
 
 
 def opened(volume: Written | Path, **config: Any) -> Source:
-    """The volume, with a stated voxel size where its format has no place for one."""
+    """This opens a volume, with a stated voxel size where its format has no place for one."""
     if isinstance(volume, Written):
         if not volume.has_voxel_size:
             config.setdefault("voxel_size_nm", VOXEL_NM)

@@ -1,4 +1,7 @@
-"""Volumes in every format that sources read, written by zarr-python, cloud-volume and tensorstore, never by the project's own writers."""
+"""Volumes in every format that sources read are written here by other people's writers, never by the project's own.
+
+These are zarr-python, cloud-volume and tensorstore.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ CHUNK = (8, 16, 16)
 SHARD = (16, 32, 32)
 VOXEL_NM = (40.0, 8.0, 4.0)
 OFFSET = (7, -6, 500)
-"""(z, y, x) of the precomputed volumes' first voxel, one of them negative."""
+"""The precomputed volumes' first voxel lies there (z, y, x); one number is negative."""
 
 
 def truth(shape: Sequence[int] = SHAPE, dtype: str = "uint8") -> np.ndarray:
-    """Smooth enough for jpeg, never zero, different along every axis."""
+    """The voxels are smooth enough for jpeg, never zero, and differ along every axis."""
     z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
     grey = 120 + 50 * np.sin(z / 3 + y / 9) * np.cos(x / 8 - z / 5) + (z + 2 * y + 3 * x) % 5
     return (grey * (200 if dtype == "uint16" else 1)).astype(dtype)
@@ -31,7 +34,7 @@ def truth(shape: Sequence[int] = SHAPE, dtype: str = "uint8") -> np.ndarray:
 
 @dataclass(frozen=True)
 class Written:
-    """A volume as written. `chunk` is the file of its first chunk (or shard); `tolerance` is the codec's, in grey levels."""
+    """This is a volume as written. `chunk` is the file of its first chunk or shard; `tolerance` is in grey levels."""
 
     path: Path
     voxels: np.ndarray
@@ -83,14 +86,14 @@ def zarr3(
 
 
 def halved(voxels: np.ndarray) -> np.ndarray:
-    """Every second voxel in y and x: a stand-in for a pyramid's next level."""
+    """The result has every second voxel in y and x and stands in for a pyramid's next level."""
     return np.ascontiguousarray(voxels[..., ::2, ::2])
 
 
 def ome_metadata(
     names: str = "zyx", levels: int = 2, unit: str | None = "nanometer", per_nm: float = 1.0
 ) -> dict[str, Any]:
-    """One multiscales entry; level k is laterally 2^k coarser and placed as averaging would place it."""
+    """The result is one multiscales entry; level k is laterally 2^k coarser and lies where averaging would put it."""
     kinds = {"t": "time", "c": "channel"}
     axes = [{"name": n, "type": kinds.get(n, "space")} | ({"unit": unit} if unit and n in "zyx" else {}) for n in names]
     datasets = []
@@ -105,7 +108,7 @@ def ome_metadata(
 
 
 def ome(path: Path, version: str, names: str = "zyx", unit: str | None = "nanometer", per_nm: float = 1.0) -> Written:
-    """An OME-Zarr group of two levels; `names` may permute z, y, x and lead with t and c of length 1."""
+    """This writes an OME-Zarr group of two levels; `names` may permute z, y, x and lead with t and c of length 1."""
     voxels = truth()
     zarr_format = 2 if version == "0.4" else 3
     entry = ome_metadata(names, unit=unit, per_nm=per_nm)
@@ -157,7 +160,7 @@ def n5(path: Path, compression: str = "gzip", voxels: np.ndarray | None = None) 
 
 
 def n5_group(path: Path) -> Written:
-    """s0 and s1 below a group that holds the resolution, as paintera has it."""
+    """This writes s0 and s1 below a group that holds the resolution, as paintera has it."""
     voxels = truth()
     for level, data in enumerate((voxels, halved(voxels))):
         factors = {"downsamplingFactors": [2**level, 2**level, 1]} if level else {}
@@ -173,7 +176,7 @@ def precomputed(
     data_encoding: str = "gzip",
     voxels: np.ndarray | None = None,
 ) -> Written:
-    """Written by tensorstore: files without a suffix, or shards."""
+    """tensorstore writes this: files without a suffix, or shards."""
     voxels = truth() if voxels is None else voxels
     scale: dict[str, Any] = {
         "key": "4_8_40",
@@ -211,13 +214,13 @@ def precomputed(
 
 
 def chunk_name(shape: Sequence[int]) -> str:
-    """The precomputed name of the first chunk."""
+    """The result is the precomputed name of the first chunk."""
     ends = [o + min(c, n) for o, c, n in zip(OFFSET, CHUNK, shape, strict=True)]
     return "_".join(f"{o}-{e}" for o, e in zip(OFFSET[::-1], ends[::-1], strict=True))
 
 
 def by_cloud_volume(path: Path, encoding: str = "raw", compress: str | bool | None = "gzip", mips: int = 1) -> Written:
-    """Written by cloud-volume, which compresses local files and gives them a suffix unless `compress` is False."""
+    """cloud-volume writes this; it compresses local files and gives them a suffix unless `compress` is False."""
     from cloudvolume import CloudVolume
 
     voxels = truth()
@@ -285,4 +288,4 @@ FORMATS: dict[str, Callable[[Path], Written]] = {
     "cloud-volume-jpeg-gz": lambda p: by_cloud_volume(p, "jpeg", "gzip"),
     "cloud-volume-png-gz": lambda p: by_cloud_volume(p, "png", "gzip"),
 }
-"""Every format and codec that sources promise."""
+"""Sources promise every format and codec here."""

@@ -1,7 +1,7 @@
-"""A stand-in network whose every output voxel depends on the whole tile: group norm, arg-max over a table, five sections.
+"""The stand-in network's output voxels depend on the whole tile: group norm, arg-max over a table, five sections.
 
-It takes the place of `nearest` in processes that import this module and call `install` (see run_standin.py), so that the
-laws are proved with a network that no halo makes independent of the cut.
+It takes the place of `nearest` in processes that import this module and call `install` (see run_standin.py), so that
+the laws are proved with a network that no halo makes independent of the cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bad sections end to end: detected without a list, stood in for, recorded and told; the pass that looks resumes, and looks once."""
+"""Bad sections end to end: detected, stood in for, recorded and told; the pass that looks resumes, and looks once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(path: Path, *flags: str) -> int:
 def test_detected_sections_are_stood_in_for_recorded_and_told(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A dry run tells them and writes nothing; the run equals one with the list; status, verify and a resume see the same plan."""
+    """A dry run tells them and writes nothing; the run equals one with the list; later commands see the same plan."""
     path = volume_yaml(tmp_path / "v.yaml", source, "sr", **DETECT)
     before = tree(tmp_path)
     assert main(path, "--dry-run") == 0
@@ -193,7 +193,10 @@ def wanted(path: Path, box: tuple[int, int] | None = None) -> tuple[section_surv
 
 
 def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    """Stopped in the third of its runs it reads the first two no more, and a damaged record of one only that one; the verdicts are the same."""
+    """Stopped in the third of its runs it reads the first two no more, and a damaged record of one only that one.
+
+    The verdicts are the same.
+    """
     volume = tissue(100, 64, 2).astype(np.uint8)
     volume[[40, 70]] = 0
     survey, source = wanted(write_lr(tmp_path / "lr.zarr", volume))
@@ -218,7 +221,7 @@ def test_the_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def test_only_what_is_read_and_its_surroundings_is_looked_at(tmp_path: Path) -> None:
-    """A box of 10 sections: with a halo of 2 and 20 more on either side. Boxes lie at the same place for a box and the whole."""
+    """A box of 10 sections: with a halo of 2 and 20 more on either side. Boxes lie alike for a box and the whole."""
     path = write_lr(tmp_path / "lr.zarr", tissue(100, 32, 2).astype(np.uint8))
     part, _ = wanted(path, (50, 60))
     whole, _ = wanted(path)
@@ -272,7 +275,7 @@ def test_sections_that_have_nothing_in_common_are_refused(tmp_path: Path) -> Non
 def test_sections_around_destroyed_ones_lose_at_most_half_a_decibel(
     network: str, shared_data: Path, tmp_path: Path
 ) -> None:
-    """Two of 20 sections of real EM destroyed, none listed: found, and PSNR of the two sections on either side within 0.5 dB."""
+    """Two of 20 sections of real EM destroyed, none listed: found, and PSNR on either side is within 0.5 dB."""
     keys: dict[str, Any] = {
         "network__name": network,
         "target__fidelity": False,

@@ -1,4 +1,4 @@
-"""convert: sections in files become an OME-Zarr that independent readers agree on, or one clear message and nothing touched."""
+"""convert: sections in files become an OME-Zarr that independent readers agree on, or one message, nothing touched."""
 
 from __future__ import annotations
 

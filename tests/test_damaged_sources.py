@@ -1,4 +1,7 @@
-"""Nothing is invented in silence: a missing, cut, garbled or empty chunk is an error in every format, and so is any fault in the metadata."""
+"""Nothing is invented in silence: a missing, cut, garbled or empty chunk is an error in every format.
+
+So is any fault in the metadata.
+"""
 
 from __future__ import annotations
 
@@ -316,7 +319,7 @@ def test_half_written_metadata(name: str, tmp_path: Path) -> None:
 def test_holes_of_sharded_precomputed_are_found_wherever_they_are(
     bits: tuple[int, int, int], hashed: str, encoding: str, tmp_path: Path
 ) -> None:
-    """Chunks absent from a shard, whole shards absent, and black chunks that are there: tensorstore reads all three as zeros."""
+    """Chunks absent from a shard, whole shards absent, and black chunks that are there: tensorstore reads zeros."""
     sharding = {
         "@type": "neuroglancer_uint64_sharded_v1",
         "hash": hashed,

@@ -1,4 +1,7 @@
-"""Faults of many kinds leave the bytes of an undisturbed run and a closed ledger (laws 1 and 3). More of them: tests/fault_harness.py."""
+"""Faults of many kinds leave the bytes of an undisturbed run and a closed ledger (laws 1 and 3).
+
+tests/fault_harness.py does more of them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
     return (folder, *undisturbed(folder, None))
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAULTS]
 )

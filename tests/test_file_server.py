@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from conftest import GUARD_S
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def url(folder: Path) -> Iterator[str]:
 
 def ask(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=GUARD_S)
     try:
         connection.request(method, parts.path, headers={k.replace("_", "-"): v for k, v in headers.items()})
         response = connection.getresponse()
@@ -177,7 +178,7 @@ def test_nothing_but_the_files_of_the_folder(url: str, folder: Path) -> None:
 def raw_get(url: str, path: str) -> tuple[int, dict[str, str], bytes]:
     """A request line with `path` as it is: clients of good manners would tidy it first."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port), timeout=10) as s:
+    with socket.create_connection((parts.hostname, parts.port), timeout=GUARD_S) as s:
         s.sendall(
             f"GET {parts.path}/{path.replace(' ', '%20')} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
         )
@@ -192,7 +193,7 @@ def test_fifo_does_not_hang(folder: Path, url: str) -> None:
 
 
 def test_chunks_stored_with_a_suffix(url: str) -> None:
-    """cloud-volume's local precomputed chunks are `name.gz`: blank in the viewer behind a plain server (cloud-volume issue 578)."""
+    """cloud-volume's local precomputed chunks are `name.gz`: blank in the viewer behind a plain server (issue 578)."""
     status, headers, body = ask(f"{url}/chunk", Accept_Encoding="gzip, br")
     assert (status, headers["content-encoding"], gzip.decompress(body)) == (200, "gzip", b"packed chunk")
     assert ask(f"{url}/chunk")[0] == 404
@@ -209,7 +210,7 @@ def test_only_this_machine_and_only_as_long_as_it_lasts(folder: Path) -> None:
         with pytest.raises(UserError, match=rf"port {parts.port} .*--port"), serving({"x": folder}, parts.port or 0):
             pass
     with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"{bases['a b']}/data.bin", timeout=5)
+        urllib.request.urlopen(f"{bases['a b']}/data.bin", timeout=GUARD_S)
     assert not [t for t in set(threading.enumerate()) - before if t.name == "file-server"]
 
 
@@ -223,7 +224,7 @@ def test_many_at_once(url: str) -> None:
 
 
 def test_sharded_zarr_by_ranges(tmp_path: Path) -> None:
-    """A chunk inside a shard as Neuroglancer gets it: HEAD, the index at the shard's end, then the chunk's own bytes."""
+    """A chunk inside a shard as Neuroglancer gets it: HEAD, the index at the shard's end, the chunk's own bytes."""
     voxels = np.random.default_rng(0).integers(0, 256, (8, 64, 96), np.uint8)
     array = zarr.create_array(
         str(tmp_path / "a"), shape=voxels.shape, dtype="u1", chunks=(4, 16, 32), shards=(8, 32, 96), compressors=None

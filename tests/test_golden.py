@@ -98,7 +98,9 @@ def count(network: SuperResolver, trained: bool) -> int:
 
 @pytest.mark.parametrize(("params", "trained", "paper"), [(X16, 5_610_430, 5.4627e6), (X8, 4_573_438, 4.4257e6)])
 def test_parameter_counts_and_the_papers(params: Params, trained: int, paper: float) -> None:
-    """The paper's numbers leave out the own weights and biases of the four deformable convolutions: 4 x (64 x 64 x 9 + 64)."""
+    """The paper's numbers leave out the own weights and biases of the four deformable convolutions: 4 x (64 x 64 x 9 +
+    64).
+    """
     network = SuperResolver(params)
     assert count(network, True) == trained
     assert round((trained - 4 * (64 * 64 * 9 + 64)) / 1e6, 4) == paper / 1e6

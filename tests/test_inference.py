@@ -1,4 +1,4 @@
-"""The lattice: the same voxels whatever box they are computed in, and the interpolations against whole-volume references."""
+"""The lattice: the same voxels whatever box they are computed in, interpolations against whole-volume references."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ def test_describing_a_network_does_not_import_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys; import pipeline.inference, pipeline.plan, pipeline.config; import pipeline.storage.ledger; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; import pipeline.inference, pipeline.plan, pipeline.config; import pipeline.storage.ledger; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     refuted = subprocess.run(
         [sys.executable, "-c", "import models; models.build('nearest', 8); " + code.split(";", 1)[1] + "; import sys"],
@@ -172,7 +175,7 @@ def test_threads_do_not_change_the_bytes() -> None:
 
 
 def test_a_network_takes_no_short_cuts_in_rounding() -> None:
-    """float32 means float32 on a GPU too, and an operator chosen by a race of timings would not be the same on the next worker."""
+    """float32 means float32 on a GPU too, and an operator chosen by timings could differ on the next worker."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     Network(describe(NetworkConfig(name="nearest", scale=8)))
     assert not torch.backends.cudnn.allow_tf32

@@ -1,4 +1,4 @@
-"""What a Kubernetes cluster would be asked for. None runs here: the resource is checked as data, and deploy/ against the code."""
+"""What a Kubernetes cluster would be asked for. None runs here: resources are data, deploy/ is held to the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 1 end to end, with the stand-in network: identical trees for every slab shape, worker count, box, and after kills."""
+"""Law 1 end to end, with the stand-in network: identical trees for every slab shape, worker count, box, after kills."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import zarr
-from conftest import REPOSITORY, TESTS, main_job, run_here, texture, tree, volume_yaml, write_lr
+from conftest import GUARD_S, REPOSITORY, TESTS, main_job, run_here, texture, tree, volume_yaml, write_lr
 
 SHAPE = (9, 80, 72)
 
@@ -98,7 +98,7 @@ def test_twenty_kills_of_workers_and_client_leave_the_same_tree(
                     kills += _kill(client.pid)
             if kills >= 20 and client.poll() is None:
                 _kill(client.pid)
-            client.communicate(timeout=240)
+            client.communicate(timeout=GUARD_S)
         if client.returncode == 0 and kills < 20:  # it finished between kills: begin again on a fresh target
             assert tree(tmp_path / "sr") == undisturbed
             (tmp_path / "sr").rename(tmp_path / f"done{runs}")

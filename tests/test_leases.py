@@ -137,7 +137,7 @@ def test_a_late_lease_is_started_again_only_when_nothing_else_is_left(ledger_of:
 
 
 def test_how_late_is_late(ledger_of: object) -> None:
-    """Three times what slow tasks would take: here 1 task of 4 s, one that waited before it, and one more for good measure: 36 s."""
+    """Three times what slow tasks would take: 1 task of 4 s, one that waited before it, one for good measure: 36 s."""
     capacity = Capacity(2, 2)
     leases = begun(ledger_of, 3, 1)
     stuck, other = take(leases, 0.0, capacity), take(leases, 0.0, capacity)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,21 @@ def test_what_is_flushed_is_there_for_the_next_run(tmp_path: Path) -> None:
     assert list(again.indices(PENDING)) == [0, 1, 2, 5, 6, 7, 8]
     assert again.requeue() == 1
     assert again.counts()["quarantined"] == 0
+
+
+def test_records_are_flushed_once_the_interval_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash loses what was recorded in the last FLUSH_S seconds and nothing older."""
+    now = 1000.0
+    monkeypatch.setattr(ledger_module, "time", SimpleNamespace(monotonic=lambda: now))
+    book = opened(tmp_path, 10)
+    book.flush()
+    book.record([Receipt(3, WRITTEN)])
+    now += ledger_module.FLUSH_S - 0.1
+    book.tick()
+    assert opened(tmp_path, 10, "s").counts()["written"] == 0
+    now += 0.2
+    book.tick()
+    assert opened(tmp_path, 10, "t").counts()["written"] == 1
 
 
 def test_newest_record_wins_also_after_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,13 +171,21 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         assert counts["written"] + counts["pending"] == 1_000_000
 
 
+_HOLDER = """
+import sys
+from pipeline.storage.kv import Store
+from pipeline.storage.target_lock import TargetLock
+TargetLock(Store("file://" + sys.argv[1]), "first").acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}")
-    code = (
-        "import sys, time; from pipeline.storage.kv import Store; from pipeline.storage.target_lock import TargetLock; "
-    )
-    code += "TargetLock(Store('file://' + sys.argv[1]), 'first').acquire(); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         with pytest.raises(LedgerError, match="another run \\(first, process"):
@@ -191,9 +215,7 @@ def test_a_silent_lease_of_another_machine_runs_out(tmp_path: Path) -> None:
     store.put(KEY, json.dumps(lease).encode())
     with pytest.raises(LedgerError, match="far"):
         TargetLock(store, "near").acquire()
-    for renewed in (
-        time.time() - 61,
-        time.time() + 3600,
-    ):  # the second was written by a clock that has been set back since
+    set_back_since = time.time() + 3600
+    for renewed in (time.time() - 61, set_back_since):
         store.put(KEY, json.dumps(lease | {"renewed": renewed}).encode())
         TargetLock(store, "near").acquire()

@@ -1,4 +1,4 @@
-"""Memory of the five-section network: what the plan predicts, what a process takes, and what a user reads where it is not there."""
+"""Memory of the five-section network: what the plan predicts, what a process takes, what a user reads without it."""
 
 from __future__ import annotations
 
@@ -143,7 +143,10 @@ for more in range(400, 100, -50):
 
 
 def test_a_tile_without_memory_is_quarantined_at_once_and_says_what_would_fit(small: Path) -> None:
-    """A real limit, lowered on a process that has done a slab until another one finds no room; how much it takes differs by machine."""
+    """A real limit, lowered on a process that has done a slab until another one finds no room.
+
+    How much it takes differs by machine.
+    """
     keys = KEYS | {"network__weights": "small.safetensors", "network__cell": 128, "work__slab_shape": [2, 32, 32]}
     path = volume_yaml(small / "v.yaml", "lr.zarr", "sr", **keys)
     done = subprocess.run([sys.executable, "-c", _SHORT, str(path)], capture_output=True, text=True, check=True)

@@ -250,7 +250,7 @@ def test_contradictions_are_refused_by_name(
 
 
 def test_wrong_types_in_every_key(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each key with each value of a wrong type: refused, or (where the value happens to be allowed) the same as before."""
+    """Each key with each value of a wrong type: refused, or (where the value happens to be allowed) as before."""
     count = 0
     for path in leaves(FULL):
         for value in WRONG_TYPES:
@@ -272,7 +272,7 @@ def test_wrong_types_in_every_key(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def _could_be_meant(path: tuple[str, ...], value: Any, config: Config) -> bool:
-    """Wrong-looking values that are nevertheless right: a flag that is true, an empty mapping of optional keys, a free name."""
+    """Wrong-looking values that are right: a flag that is true, an empty mapping of optional keys, a free name."""
     return (
         path[-1] in ("skip_empty", "fidelity", "detect")
         or path[0] in ("work", "cluster")

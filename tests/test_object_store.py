@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,7 +18,7 @@ import fault_servers
 import numpy as np
 import pytest
 import zarr
-from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, write_lr
+from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, wait_until, write_lr
 from fault_servers import Gateway
 from test_inference import whole_bicubic
 
@@ -82,7 +81,7 @@ def test_the_main_job_from_s3_to_s3(
     )
     assert {"out/sr.emsr/plan.json", "out/sr.emsr/report.json", "out/sr.emsr/contact-sheet.png"} <= set(keys)
 
-    # Every object is put once and whole, and the ledger adds little: a record of 25 bytes a task, and the fixed objects of a run.
+    # Every object is put once and whole, and the ledger adds little: 25 bytes a task, and the fixed objects of a run.
     size = sum(f.stat().st_size for f in (tmp_path / "copy" / "out" / "sr").rglob("*") if f.is_file())
     assert gateway.bytes_under("brain/out/sr/") == size
     ledger = sum(n for key, n in gateway.stored.items() if "/ledger-" in key)
@@ -139,7 +138,7 @@ def test_a_lease_whose_answer_was_lost_is_held(
 def test_the_main_job_on_gcs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Main job, ledger, lease, resume, verify and view; the gateway adds the conditional writes that the emulator lacks."""
+    """Main job, ledger, lease, resume, verify, view; the gateway adds the conditional writes the emulator lacks."""
     pytest.importorskip("gcp_storage_emulator")
     write_lr(tmp_path / "lr.zarr", VOXELS)
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "gs://brain/out/sr")
@@ -193,6 +192,12 @@ def test_a_bucket_that_is_not_there(environ: dict[str, str], tmp_path: Path) -> 
         assert "nowhere" in said.stderr
 
 
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def nginx(folder: Path) -> Iterator[str]:
     """A plain nginx that serves `folder`; yields its address. Skips where it is not installed."""
@@ -215,10 +220,7 @@ def nginx(folder: Path) -> Iterator[str]:
         [binary, "-c", str(place / "nginx.conf"), "-e", str(place / "error.log")], stderr=subprocess.DEVNULL
     ) as server:
         try:
-            for _ in range(200):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.05)
+            wait_until(lambda: listens(port), "nginx does not start")
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

@@ -1,4 +1,4 @@
-"""Shards of sharded precomputed: they partition the grid, and their names and members are tensorstore's and cloud-volume's."""
+"""Shards of sharded precomputed partition the grid; names and members are tensorstore's and cloud-volume's."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_names_are_those_of_cloud_volume(grid: ZYX, data: st.DataObject) -> None
 @settings(max_examples=40, deadline=None)
 @given(grids, st.data())
 def test_shapes_and_files_are_those_of_tensorstore(grid: ZYX, data: st.DataObject) -> None:
-    """tensorstore's own sharded array says the same write shape, and leaves byte-equal files (no chunk is zeros here)."""
+    """tensorstore's own sharded array says the same write shape, and leaves byte-equal files (no chunk is zeros)."""
     shape = data.draw(st.sampled_from(shard_shapes(grid)))
     chunk = ZYX(1, 3, 2)
     level = LevelSpec(
@@ -126,7 +126,8 @@ def test_numbers_worked_out_by_hand() -> None:
     assert [[chunk_number(grid, ZYX(0, y, x)) for x in range(4)] for y in range(2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert shard_shapes(grid) == (ZYX(1, 1, 1), ZYX(1, 1, 2), ZYX(1, 2, 2), ZYX(1, 2, 4))
     assert bits_for(grid, ZYX(1, 2, 2)) == (2, 0, 1)
-    # 8 x 64 x 64 chunks have numbers of 15 bits; 2^10 chunks in a shard leave 5, two hexadecimal digits. x goes first, so it is x that has 16.
+    # 8 x 64 x 64 chunks have numbers of 15 bits; 2^10 chunks in a shard leave 5, two hexadecimal digits.
+    # x goes first, so it is x that has 16.
     large = ZYX(8, 64, 64)
     assert bits_for(large, ZYX(8, 8, 16)) == (9, 1, 5)
     assert shard_name(large, ZYX(8, 8, 16), ZYX(7, 63, 63)) == "1f.shard"

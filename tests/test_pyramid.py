@@ -54,7 +54,7 @@ def test_strided_views_and_read_only_arrays_are_taken() -> None:
 
 
 def test_rounding_half_up_adds_an_eighth_of_a_grey_level_per_level() -> None:
-    """Of the four remainders of a sum by 4, one is a half rounded up: a bias of 1/8, not the 3/8 that truncation loses."""
+    """Of the four remainders of a sum by 4, one is a half rounded up: a bias of 1/8, not the 3/8 of truncation."""
     voxels = np.random.default_rng(1).integers(0, 256, (1, 1024, 1024), dtype=np.uint8)
     level, mean = voxels, float(voxels.mean())
     for k in range(1, 5):

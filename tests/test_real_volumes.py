@@ -1,4 +1,4 @@
-"""The main job on real EM (EMSR_SHARED): every source format and both target formats against bicubic of the whole volume."""
+"""The main job on real EM (EMSR_SHARED): all source and target formats against bicubic of the whole volume."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ def read_back(path: Path, kind: str, levels: int) -> list[np.ndarray]:
 
 
 def test_ome_positions_coincide(tmp_path: Path) -> None:
-    """LR voxel i centred at 45 i, 32 i nm: SR voxel 0 of a box at 3 begins where LR voxel 3 begins, half a voxel before its centre."""
+    """LR voxel i centred at 45 i, 32 i nm: SR voxel 0 of a box at 3 begins where LR voxel 3 begins.
+
+    That is half a voxel before its centre.
+    """
     write_lr(tmp_path / "lr.zarr", texture((6, 48, 48)))
     run_here(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", source__box={"start": [1, 3, 5], "stop": [5, 40, 40]}))
     datasets = zarr.open_group(tmp_path / "sr", mode="r").attrs["ome"]["multiscales"][0]["datasets"]

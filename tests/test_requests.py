@@ -29,30 +29,49 @@ def test_a_share_is_the_bound_over_the_workers() -> None:
     assert RequestRates(10, 4).share(0) == RequestRates(10, 4)
 
 
-def test_requests_wait_for_their_turn() -> None:
-    """A second's worth at once, then the rate: 100 in steps of 10 at 50 a second are 1 s late at the end."""
-    pace = Pace()
-    pace.take(10**9)  # no bound: no wait
-    pace.per_second = 50
-    began = time.monotonic()
-    for _ in range(10):
-        pace.take(10)
-    assert 0.9 <= time.monotonic() - began < 3
+class Clock:
+    """This is the `time` of pipeline.storage.requests for a test: it notes what is slept, and moves or stands still."""
+
+    def __init__(self, moves: bool) -> None:
+        self.now, self.moves, self.slept = 1024.0, moves, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds * self.moves
 
 
-def test_threads_share_one_pace() -> None:
+def test_requests_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second's worth passes at once, then the rate holds: of 128, 16 at a time at 64 a second, the last 64 wait."""
+    clock = Clock(moves=True)
+    monkeypatch.setattr(requests, "time", clock)
     pace = Pace()
-    pace.per_second = 50
-    began = time.monotonic()
-    threads = [threading.Thread(target=pace.take, args=(20,)) for _ in range(5)]
+    pace.take(10**9)
+    assert not clock.slept, "no bound: no wait"
+    pace.per_second = 64
+    for _ in range(8):
+        pace.take(16)
+    assert clock.slept == [0.25] * 4
+
+
+def test_threads_share_one_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five that come at once with 32 each at 64 a second go at 0, 0, 0.5, 1 and 1.5 s, in whatever order they came."""
+    clock = Clock(moves=False)
+    monkeypatch.setattr(requests, "time", clock)
+    pace = Pace()
+    pace.per_second = 64
+    threads = [threading.Thread(target=pace.take, args=(32,)) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 0.9 <= time.monotonic() - began < 3
+    assert sorted(clock.slept) == [0.5, 1.0, 1.5]
 
 
 def test_puts_are_paced(tmp_path: Path) -> None:
+    """By the real clock: no sleep ends early, so 100 puts at 50 a second take the second that the first 50 do not."""
     store = Store(f"file://{tmp_path}")
     requests.limit(RequestRates(write=50))
     try:

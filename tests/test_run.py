@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 from test_inference import whole_bicubic
 
 from pipeline import status, verify
@@ -40,7 +40,7 @@ def report(tmp_path: Path) -> dict:
 
 
 def test_the_main_job(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bicubic of the whole volume, every level, the fidelity volume, the ledger, report, status, verify and a resume that does nothing."""
+    """Bicubic of the whole volume, every level, fidelity, ledger, report, status, verify, and a resume without work."""
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
     said = main_job(path, "run")
     events = {json.loads(line)["event"]: json.loads(line) for line in said.stderr.splitlines() if line.startswith("{")}
@@ -167,11 +167,11 @@ def test_ctrl_c_drains_and_the_next_run_goes_on(signals: int, source: Path, tmp_
         text=True,
         start_new_session=True,
     ) as client:
-        wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
+        wait_until(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
         for _ in range(signals):
             os.killpg(client.pid, signal.SIGINT)  # as a terminal does: to every process of the group
             time.sleep(0.3)
-        _, said = client.communicate(timeout=60)
+        _, said = client.communicate(timeout=GUARD_S)
     assert client.returncode == 130, said
     assert "Traceback" not in said
     if signals == 1:
@@ -262,7 +262,7 @@ def dask_apart(
         ) as worker,
     ):
         try:
-            wait_for(lambda: place.exists() and place.read_text().endswith("}"))
+            wait_until(lambda: place.exists() and place.read_text().endswith("}"))
             yield json.loads(place.read_text())["address"], scheduler, worker
         finally:
             worker.kill()
@@ -288,18 +288,11 @@ def test_a_scheduler_that_dies_under_way(source: Path, tmp_path: Path, monkeypat
         with subprocess.Popen(
             [sys.executable, str(TESTS / "run_standin.py"), str(path)], stderr=subprocess.PIPE, text=True
         ) as client:
-            wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
+            wait_until(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3 or client.poll() is not None)
             scheduler.kill()
-            _, said = client.communicate(timeout=60)
+            _, said = client.communicate(timeout=GUARD_S)
     assert client.returncode == 2, said
     assert "the Dask scheduler is gone" in said
     assert "Traceback" not in said
     main_job(volume_yaml(path, "lr.zarr", "sr", **keys))
     assert report(tmp_path)["ledger"]["pending"] == 0
-
-
-def wait_for(condition: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Verdicts on sections: every kind of damage on real EM, no false alarms, and nothing that depends on how the pass is cut."""
+"""Verdicts on sections: every kind of damage on real EM, no false alarms, and no trace of how the pass is cut."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_two_of_twenty_destroyed_sections_are_found_and_no_good_one(
 
 
 def test_what_is_only_different_is_not_bad(shared_data: Path) -> None:
-    """Brightness and contrast, noise, drift, an aligner's jump, a black border that moves, a copied section, an empty end."""
+    """Brightness and contrast, noise, drift, an aligner's jump, a border that moves, a copied section, an empty end."""
     _, lr = real(shared_data, "drosophila-vnc-stack1", 8)
     rng = np.random.default_rng(1)
     assert verdicts(np.stack([np.clip(s * rng.uniform(0.7, 1.3) + rng.uniform(-30, 30), 0, 255) for s in lr])) == {}
@@ -120,7 +120,10 @@ def tissue(sections: int, side: int, seed: int, alike: float = 0.6) -> np.ndarra
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), count=st.integers(12, 24), data=st.data())
 def test_any_tenth_of_sections_from_elsewhere_is_found(seed: int, count: int, data: st.DataObject) -> None:
-    """Unrelated sections of the same kind, wherever they lie. Neighbours correlate by 0.75: of fainter resemblance little is left three sections away."""
+    """Unrelated sections of the same kind, wherever they lie.
+
+    Neighbours correlate by 0.75: of fainter resemblance little is left three sections away.
+    """
     bad = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=2)))
     volume = tissue(count, 96, seed, 0.75)
     volume[bad] = tissue(60, 96, seed + 1, 0.75)[::30][: len(bad)]
@@ -173,7 +176,9 @@ def test_what_cannot_be_read_or_compared_is_not_bad() -> None:
 def test_unrelated_sections_have_no_resemblance() -> None:
     unrelated = tissue(12, 128, 5, alike=0.0).astype(np.float32)[:, None]
     assert (
-        resemblance(measure(unrelated)) < MIN_CORRELATION < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
+        resemblance(measure(unrelated))
+        < MIN_CORRELATION
+        < resemblance(measure(tissue(12, 128, 5).astype(np.float32)[:, None]))
     )
 
 
@@ -186,7 +191,10 @@ def test_a_displacement_is_that_of_the_section() -> None:
 
 
 def test_block_correlations_by_hand() -> None:
-    """Two blocks side by side, 1 x 4 each: (0, 2, 4, 6) against (0, 4, 2, 6) is 16 / 20; a flat one against another 0, two flat NaN."""
+    """Two blocks side by side, 1 x 4 each: (0, 2, 4, 6) against (0, 4, 2, 6) is 16 / 20.
+
+    A flat one against another is 0, and two flat ones are NaN.
+    """
     a = np.array([[0, 2, 4, 6, 9, 9, 9, 9]], np.float32)
     b = np.array([[0, 4, 2, 6, 1, 9, 1, 9]], np.float32)
     assert np.allclose(_block_correlations(a, b, (0, 0), (1, 2)), [0.8, 0.0])
@@ -194,7 +202,7 @@ def test_block_correlations_by_hand() -> None:
 
 
 def test_what_is_usual_is_taken_from_the_sections_around() -> None:
-    """A volume that fades to a third of its contrast over its depth holds no pale section; one that drops to it does."""
+    """A volume that fades to a third of its contrast over its depth holds no pale section; one that drops does."""
     depth = 4 * AROUND
     volume = tissue(depth, 64, 7)
     fading = 128 + (volume - 128) * np.linspace(1, 0.33, depth)[:, None, None]

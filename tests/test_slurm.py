@@ -1,4 +1,4 @@
-"""The main job through a real Slurm on this machine: sbatch, walltime, jobs that are replaced, mistakes that Slurm finds."""
+"""The main job through a real Slurm on this machine: sbatch, walltime, jobs replaced, mistakes that Slurm finds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import slurm_here
 from certificates import write_certificates
-from conftest import REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, write_lr
+from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import connect as cluster
@@ -52,19 +51,17 @@ def logged(folder: Path) -> dict[str, object]:
     return JOB | {"extra_directives": [f"--output={folder}/%j.out"]}
 
 
-def until(ready: Callable[[], object], client: subprocess.Popen[str], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert client.poll() is None, client.communicate()
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.5)
+def wait_for(ready: Callable[[], object], client: subprocess.Popen[str]) -> None:
+    """The caller goes on once `ready` holds; AssertionError with the client's words where that has ended before."""
+    wait_until(lambda: ready() or client.poll() is not None)
+    assert client.poll() is None, client.communicate()
 
 
-@pytest.mark.timeout(900)
 def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str, tmp_path: Path) -> None:
-    """Slurm ends the only job for its time limit (lowered by scontrol, so that the worker's own lifetime is far off) while it holds slabs.
+    """Slurm ends the only job for its time limit while it holds slabs.
 
-    Another job is submitted, over TLS as the first; nothing is quarantined; every byte is as on undisturbed local workers.
+    scontrol has lowered the limit, so that the worker's own lifetime is far off.
+    Another job is submitted, over TLS as the first; none is quarantined; every byte is as on undisturbed local workers.
     """
     write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
     small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
@@ -88,24 +85,20 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
         stderr=subprocess.PIPE,
         text=True,
     ) as client:
-        until(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3, client, 300)
+        wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3, client)
         hold.touch()
         (first,) = states(conf)
         subprocess.run(["scontrol", "update", f"JobId={first}", "TimeLimit=1"], env=environ, check=True)
-        until(lambda: states(conf)[first] == "TIMEOUT", client, 150)
+        wait_for(lambda: states(conf)[first] == "TIMEOUT", client)
         hold.unlink()
-        _, said = client.communicate(timeout=400)
+        _, said = client.communicate(timeout=GUARD_S)
     assert client.returncode == 0, said
     assert '"quarantined": 0' in said
     assert len(states(conf)) >= 2
     assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
-    end = time.monotonic() + 30
-    while any(state in ("RUNNING", "PENDING", "COMPLETING") for state in states(conf).values()):
-        assert time.monotonic() < end, "jobs outlive the run"
-        time.sleep(0.5)
+    wait_until(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(states(conf).values()), "jobs outlive the run")
 
 
-@pytest.mark.timeout(400)
 def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path: Path) -> None:
     """The first job finds its node unfit (the prologue ends it), the second one does the work."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
@@ -124,7 +117,6 @@ def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path
     assert states(conf)[str(first)] == "FAILED"
 
 
-@pytest.mark.timeout(400)
 def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
     conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,9 +137,8 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
     assert not (tmp_path / "sr").exists()
 
 
-@pytest.mark.timeout(600)
 def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
-    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; it ends with the client's exit code."""
+    """deploy/slurm/allocation.sbatch: scheduler, worker and client in one job, over TLS; the client's exit code."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -166,7 +157,7 @@ def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
         f"--output={log}",
         str(REPOSITORY / "deploy" / "slurm" / "allocation.sbatch"),
     ]
-    ended = subprocess.run([*command, str(path)], env=environ, cwd=tmp_path, check=False, timeout=580)
+    ended = subprocess.run([*command, str(path)], env=environ, cwd=tmp_path, check=False, timeout=GUARD_S)
     assert ended.returncode == 0, log.read_text()
     assert "0 quarantined" in log.read_text()
 

@@ -1,4 +1,4 @@
-"""What a source's metadata says of voxel sizes and intensities is believed; what cannot be read is refused by name, with advice."""
+"""What a source's metadata says of voxel sizes and intensities is believed; what is unreadable is refused by name."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """GET with Range for plain HTTP; the media requests of Google's JSON interface where the server's key_of is `gcs`."""
+    """GET with Range for plain HTTP; the media requests of Google's JSON interface where server.key_of is `gcs`."""
 
     protocol_version = "HTTP/1.1"
     server: _Server
@@ -195,7 +195,7 @@ def test_gcs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_s3_objects_with_content_encoding(
     compress: str, header: str, encoding: str, s3: object, tmp_path: Path
 ) -> None:
-    """How cloud-volume stores compressed chunks in object stores: plain names, and a header that is undone on the way."""
+    """How cloud-volume stores compressed chunks in object stores: plain names, and a header undone on the way."""
     volume = written.by_cloud_volume(tmp_path / "v", encoding, compress)
     for file in volume.path.rglob("*.*"):
         if file.suffix in (".gz", ".br"):
@@ -286,7 +286,7 @@ def test_forbidden(http: tuple[_Server, str]) -> None:
 
 
 def test_403_for_what_is_absent(http: tuple[_Server, str]) -> None:
-    """As a bucket answers that may be read but not listed: what is there is found, and what is not is told as it was seen."""
+    """As a bucket answers that may be read but not listed: what is there is found, what is not is told as seen."""
     server, url = http
     server.absent = 403
     check(opened(f"{url}/n5-group"))

@@ -1,4 +1,4 @@
-"""Every supported format, written by other people's writers, reads back as the same voxels, whatever its levels and axes."""
+"""Every supported format, by other people's writers, reads back as the same voxels, whatever its levels and axes."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_a_stopped_worker_does_not_hold_up_the_end(tmp_path: Path, ledger: Ledger) -> None:
-    """The process is stopped half-way, with leases running and waiting; Dask itself would take it for dead after five minutes."""
+    """The process is stopped half-way, with leases running and waiting; Dask would take it for dead in five minutes."""
     run = RunState(job_of(str(tmp_path / "sr"), 20, 2), ledger)
     with connect(ClusterConfig(workers=2), 2) as client:
         victim = next(iter(client.run(os.getpid).values()))

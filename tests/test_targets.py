@@ -1,4 +1,4 @@
-"""Targets: objects are a function of the voxels, keys are arithmetic, and independent readers see the same volume in the same place."""
+"""Targets: objects are a function of the voxels, keys are arithmetic, independent readers see the same volume."""
 
 from __future__ import annotations
 

@@ -67,9 +67,11 @@ def test_index_loss() -> None:
 
 
 def test_contextual_loss() -> None:
-    """Reference positions at (1, 0) and (-1, 0) from their mean; SR sees one of them exactly and one thing at right angles.
+    """Reference positions at (1, 0) and (-1, 0) from their mean; SR sees one of them exactly and one thing at right
+    angles.
 
-    j = 0 has its like: cx 1, confidence e^2. j = 1 has only the stranger, which is as far from both: cx 1/2, confidence 1.
+    j = 0 has its like: cx 1, confidence e^2. j = 1 has only the stranger, which is as far from both: cx 1/2, confidence
+    1.
     """
     mean = torch.tensor([7.0, -3.0]).view(1, 2, 1, 1)
     wanted = mean + torch.tensor([[1.0, -1.0], [0.0, 0.0]]).view(1, 2, 1, 2)
@@ -186,7 +188,9 @@ def test_validation_windows_are_spread_over_the_sections() -> None:
 
 
 def test_a_warped_pair_is_undone_by_its_flow() -> None:
-    """first(x) = second(x + flow(x)): reading the second section along the flow gives the first, up to what stands for other tissue."""
+    """first(x) = second(x + flow(x)): reading the second section along the flow gives the first, up to what stands for
+    other tissue.
+    """
     smooth = np.asarray(Image.fromarray(noise((24, 24))).resize((256, 256), Image.Resampling.BICUBIC))
     hr = torch.stack([torch.from_numpy(smooth.copy()).float().div(255), torch.full((256, 256), 0.5)]).view(
         1, 2, 1, 256, 256

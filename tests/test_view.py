@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from conftest import GUARD_S
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -140,7 +141,7 @@ def volume(tmp_path: Path) -> Path:
     return write_yaml(tmp_path)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_state_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +161,10 @@ def test_state_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("translated", [True, False])
 def test_a_coarser_level_of_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str], translated: bool) -> None:
-    """The layer shows the whole pyramid; what must lie under the target is the level that was read. Metadata says where, and is believed."""
+    """The layer shows the whole pyramid; what must lie under the target is the level that was read.
+
+    Metadata says where, and is believed.
+    """
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (0.0, 0.0, 0.0))
     group = zarr.open_group(tmp_path / "lr.zarr")
     ome = group.attrs["ome"]
@@ -192,7 +196,7 @@ def give_up(volume: Path, tasks: list[int]) -> None:
 
 
 def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Slabs of 2 x 32 x 32 LR voxels, z fastest: number 1 is the next one in z, the last one is cut by the volume's end."""
+    """Slabs of 2 x 32 x 32 LR voxels, z fastest: number 1 is the next one in z, the last one is cut by the end."""
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (900.0, -370.0, 51.5))
     shapes = (
         "target: {url: sr, chunk_shape: [2, 64, 64], shard_shape: [2, 256, 256]}\nwork: {slab_shape: [2, 32, 32]}\n"
@@ -330,7 +334,7 @@ def viewing(volume: Path) -> Iterator[str]:
         assert line.startswith("Neuroglancer: http://127.0.0.1:"), line + process.stderr.read()
         yield line.split()[1]
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(GUARD_S) == 0
         assert process.stderr.read() == ""
     finally:
         process.kill()
@@ -341,12 +345,12 @@ def viewing(volume: Path) -> Iterator[str]:
 
 def test_ctrl_c_ends_it_and_its_servers(volume: Path) -> None:
     with viewing(volume) as link:
-        assert urllib.request.urlopen(link, timeout=10).status == 200
+        assert urllib.request.urlopen(link, timeout=GUARD_S).status == 200
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(link, timeout=5)
+        urllib.request.urlopen(link, timeout=GUARD_S)
 
 
-# --- the browser ------------------------------------------------------------------------------------------------------------------------------------
+# --- the browser ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -360,7 +364,7 @@ class Browser:
             self.session + path, method=method, data=None if body is None else json.dumps(body).encode()
         )
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=GUARD_S) as response:
             return json.load(response)["value"]
 
     def js(self, script: str, *args: Any) -> Any:
@@ -369,26 +373,27 @@ class Browser:
     def open(self, link: str, layers: int) -> None:
         self.call("POST", "/url", {"url": link})
         self.wait(
-            f"window.viewer && viewer.layerManager.managedLayers.length == {layers} && viewer.layerManager.managedLayers.every(l => l.isReady())"
+            f"window.viewer && viewer.layerManager.managedLayers.length == {layers}"
+            " && viewer.layerManager.managedLayers.every(l => l.isReady())"
         )
 
     def wait(self, condition: str) -> None:
         """Until the JavaScript `condition` holds."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + GUARD_S
         while not self.js(f"return !!({condition})"):
-            assert time.monotonic() < end, f"not within 30 s: {condition}; {self.js('return document.body.innerText')}"
+            assert time.monotonic() < end, f"never: {condition}; {self.js('return document.body.innerText')}"
             time.sleep(0.1)
 
     def picture(self) -> Image8:
         """Luminance of the window once all chunks in view are drawn: two pictures alike with nothing left to load."""
-        end, last = time.monotonic() + 30, None
+        end, last = time.monotonic() + GUARD_S, None
         while time.monotonic() < end:
             self.wait("viewer.isReady()")
             image = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.call("GET", "/screenshot")))).convert("L"))
             if last is not None and np.array_equal(image, last) and self.js("return viewer.isReady()"):
                 return image
             last = image
-        raise AssertionError("the picture did not come to rest in 30 s")
+        raise AssertionError("the picture did not come to rest")
 
 
 @pytest.fixture(scope="module")
@@ -433,10 +438,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def show_only(browser: Browser, name: str, first_voxel: tuple[float, float, float], shape: tuple[int, int]) -> Image8:
-    """The picture of `shape` SR voxels from `first_voxel` (z, y, x; global SR voxels) at one pixel per voxel, with `name` the only layer and no overlays."""
+    """The picture of `shape` SR voxels from `first_voxel` (z, y, x; global SR voxels) at one pixel per voxel.
+
+    `name` is the only layer, and there are no overlays.
+    """
     browser.js(
         "for (const layer of viewer.layerManager.managedLayers) layer.setVisible(layer.name === arguments[0]);"
-        "for (const key of ['showAxisLines', 'showScaleBar', 'showDefaultAnnotations']) viewer.state.children.get(key).value = false;"
+        "for (const key of ['showAxisLines', 'showScaleBar', 'showDefaultAnnotations'])"
+        "  viewer.state.children.get(key).value = false;"
         "viewer.selectedLayer.visible = false;"
         "viewer.state.children.get('crossSectionScale').restoreState(1);",
         name,
@@ -447,7 +456,7 @@ def show_only(browser: Browser, name: str, first_voxel: tuple[float, float, floa
         "return [r.x + e.clientLeft, r.y + e.clientTop, e.clientWidth, e.clientHeight]"
     )
     left, top = int(x + (width - shape[1]) // 2), int(y + (height - shape[0]) // 2)
-    # The panel's middle shows `position`: chosen so that pixel (top, left) is the first voxel and pixel centres are voxel centres.
+    # The panel's middle shows `position`: pixel (top, left) is the first voxel, and pixel centres are voxel centres.
     centre = [first_voxel[2] + x + width / 2 - left, first_voxel[1] + y + height / 2 - top, first_voxel[0]]
     browser.js("viewer.navigationState.position.value = Float32Array.of(...arguments)", *centre)
     return browser.picture()[top : top + shape[0], left : left + shape[1]]
@@ -467,7 +476,7 @@ def alike(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 WHOLE = ((0, 0, 0), LR_SHAPE)
 LOW, HIGH = -0.4, 0.4
-"""Positions in z within a section, near its faces: half a section of misplacement would show another section at one of them."""
+"""Positions in z within a section, near its faces: half a section of misplacement would show another one at one."""
 
 
 def check_coincide(
@@ -478,7 +487,10 @@ def check_coincide(
     box: tuple[tuple[int, ...], ...] = WHOLE,
     heights: tuple[float, ...] = (LOW,),
 ) -> None:
-    """All layers load; shown alone, each is the middle section of `box`, and they lie on one another to better than half an SR voxel."""
+    """All layers load; shown alone, each is the middle section of `box`.
+
+    They lie on one another to better than half an SR voxel.
+    """
     start, stop = np.array(box)
     middle = int(start[0] + (stop[0] - start[0]) // 2)
     rows, columns = slice(*(int(v[1]) for v in (start, stop))), slice(*(int(v[2]) for v in (start, stop)))
@@ -493,7 +505,8 @@ def check_coincide(
         x, y, z = browser.js("return Array.from(viewer.navigationState.position.value)")
         zoom = browser.js("return viewer.state.toJSON().crossSectionScale")
         width, height = browser.js(
-            "const e = document.querySelector('.neuroglancer-rendered-data-panel'); return [e.clientWidth, e.clientHeight]"
+            "const e = document.querySelector('.neuroglancer-rendered-data-panel');"
+            "return [e.clientWidth, e.clientHeight]"
         )
         assert max(sr.shape[0] / height, sr.shape[1] / width) <= zoom, "the whole target is in view"
         # The state alone centres the target: half its extent below the position lies its first voxel.
@@ -534,7 +547,7 @@ def test_ome_source_and_sharded_ome_target(browser: Browser, volume: Path, tmp_p
 
 
 def test_box_of_an_ome_source_and_a_sharded_precomputed_target(browser: Browser, tmp_path: Path) -> None:
-    """The source begins half a section below 0, where precomputed cannot begin: the state moves the target by half a section."""
+    """The source begins half a section below 0, where precomputed cannot begin: the state moves the target by that."""
     (z0, y0, x0), (z1, y1, x1) = BOX
     write_ome(tmp_path / "lr.zarr", LR, VOXEL, (-22.5, -18.5, -18.5))
     part = SR[z0:z1, y0 * SCALE : y1 * SCALE, x0 * SCALE : x1 * SCALE]

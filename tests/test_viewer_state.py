@@ -254,7 +254,10 @@ def test_damaged_metadata_raises_what_the_command_catches(docs: Docs) -> None:
 @pytest.mark.parametrize("corner", [(0.0, 0.0, 0.0), (-22.5, -18.5, -18.5), (990.0, 18.5 * 7, -18.5)])
 @pytest.mark.parametrize("form", ["ome-zarr", "precomputed"])
 def test_our_targets(form: str, corner: tuple[float, float, float]) -> None:
-    """OME targets are right by themselves. Precomputed ones count whole voxels: where the corner is not on that grid the state says so."""
+    """OME targets are right by themselves. Precomputed ones count whole voxels.
+
+    Where the corner is not on that grid the state says so.
+    """
     encoding = {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[form]
     sr, lr = (
         LevelSpec(ZYX(8, 512, 512), ZYX(8, 64, 64), ZYX(8, 64, 64)),
@@ -272,7 +275,10 @@ def test_our_targets(form: str, corner: tuple[float, float, float]) -> None:
 
 
 def test_the_whole_state() -> None:
-    """8 sections of 64 x 96 LR voxels of 40 nm at (1000, 0, -8): the middle of section 4 of the 5 nm target, 96 * 8 voxels on 600 pixels."""
+    """8 sections of 64 x 96 LR voxels of 40 nm at (1000, 0, -8): the middle of section 4 of the 5 nm target.
+
+    96 * 8 voxels lie on 600 pixels.
+    """
     corner = (1000.0, 0.0, -8.0)
     lr = Layer(
         "LR",
@@ -312,7 +318,10 @@ def test_the_whole_state() -> None:
 
 
 def test_quarantined_tasks_are_boxes_in_a_layer_of_their_own() -> None:
-    """Corners in voxels of the focus, x first: 1000 nm and 1080 nm are sections 25 and 27 of 40 nm, -8 nm is 1.6 voxels of 5 nm below 0."""
+    """Corners in voxels of the focus, x first: 1000 nm and 1080 nm are sections 25 and 27 of 40 nm.
+
+    -8 nm is 1.6 voxels of 5 nm below 0.
+    """
     sr = Layer(
         "SR",
         "u",

@@ -4,31 +4,63 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from pipeline.process import watchdog
 
 
-def sleeper() -> None:
-    time.sleep(30)
+@pytest.fixture
+def hang() -> Iterator[Callable[[], None]]:
+    """This yields work that goes on until the test has ended."""
+    ended = threading.Event()
+
+    def hanging() -> None:
+        ended.wait()
+
+    yield hanging
+    ended.set()
 
 
-def test_a_stall_is_told_with_its_place() -> None:
-    began = time.monotonic()
-    stack = watchdog.run_watched(sleeper, 0.3)
-    assert "in sleeper" in stack
-    assert "time.sleep(30)" in stack
-    assert time.monotonic() - began < 10
+def test_a_stall_is_told_with_its_place(hang: Callable[[], None]) -> None:
+    """The watch returns at all, though the work does not."""
+    stack = watchdog.run_watched(hang, 0.3)
+    assert "in hanging" in stack
+    assert "ended.wait()" in stack
 
 
-def test_beats_keep_a_long_task_alive() -> None:
+class Clock:
+    """The `time` of pipeline.process.watchdog for a test, which moves it; it counts how often it was looked at."""
+
+    def __init__(self) -> None:
+        self.now, self.looks = time.monotonic(), 0
+
+    def monotonic(self) -> float:
+        self.looks += 1
+        return self.now
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_beats_keep_a_long_task_alive(beats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred steps of 0.6 s are no stall of 1 s, though the watch looks after each; without beats they are one."""
+    clock = Clock()
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.001)
+    given_up = threading.Event()
+
     def steps() -> None:
-        for _ in range(15):
-            time.sleep(0.1)
-            watchdog.heartbeat()
+        for _ in range(100):
+            clock.now += 0.6
+            seen = clock.looks
+            while clock.looks < seen + 2 and not given_up.is_set():
+                time.sleep(0.001)
+            if beats:
+                watchdog.heartbeat()
 
-    assert watchdog.run_watched(steps, 1.0) == ""
+    stack = watchdog.run_watched(steps, 1.0)
+    given_up.set()
+    assert bool(stack) is not beats
 
 
 def test_what_the_work_raises_is_raised() -> None:
@@ -39,8 +71,8 @@ def test_what_the_work_raises_is_raised() -> None:
         watchdog.run_watched(fails, 60)
 
 
-def test_waiting_for_a_lock_is_the_holders_stall() -> None:
-    lock, released = threading.Lock(), threading.Timer(1.5, lambda: lock.release())
+def test_waiting_for_a_lock_is_the_holders_stall(hang: Callable[[], None]) -> None:
+    lock, released = threading.Lock(), threading.Timer(3.0, lambda: lock.release())
     lock.acquire()
     released.start()
 
@@ -48,10 +80,10 @@ def test_waiting_for_a_lock_is_the_holders_stall() -> None:
         with watchdog.holding(lock):
             pass
 
-    assert watchdog.run_watched(waits, 0.3) == ""
+    assert watchdog.run_watched(waits, 1.0) == ""
 
     def holds() -> None:
         with watchdog.holding(lock):
-            time.sleep(30)
+            hang()
 
     assert "in holds" in watchdog.run_watched(holds, 0.3)
