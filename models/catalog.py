@@ -37,6 +37,9 @@ def builtin(weights: str, scale: int) -> Path:
     folder = Path(__file__).parent / "builtin"
     path = folder / f"{tissue}-x{scale}.safetensors"
     if path.parent != folder or not path.is_file():
-        there = ", ".join(f"builtin:{name} (x{at})" for name, _, at in sorted(f.stem.rpartition("-x") for f in folder.glob("*.safetensors")))
+        there = ", ".join(
+            f"builtin:{name} (x{at})"
+            for name, _, at in sorted(f.stem.rpartition("-x") for f in folder.glob("*.safetensors"))
+        )
         raise ValueError(f"no {weights} at scale {scale}; there are {there}")
     return path

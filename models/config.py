@@ -56,7 +56,9 @@ class Params:
         if self.mask not in (VGG19, ENCODER):
             raise ValueError(f"mask features {self.mask!r}: use {VGG19!r} or {ENCODER!r}")
         if not self.scale // 2 <= self.prior.patch <= 8 * self.scale:
-            raise ValueError(f"compression patch {self.prior.patch} at scale {self.scale}: use {self.scale // 2} to {8 * self.scale}")
+            raise ValueError(
+                f"compression patch {self.prior.patch} at scale {self.scale}: use {self.scale // 2} to {8 * self.scale}"
+            )
         if self.window % 2 == 0:
             raise ValueError(f"window {self.window}: an odd number of sections has a centre")
 
@@ -80,15 +82,24 @@ def with_codebook(params: Params, codes: int, code_width: int) -> Params:
     return dataclasses.replace(params, prior=dataclasses.replace(params.prior, codes=codes, code_width=code_width))
 
 
-PRIOR = PriorParams(widths=PRIOR_WIDTHS[:5], indexer_widths=(64, 128, 256, 512), codes=1024, code_width=512, norm_groups=32)
+PRIOR = PriorParams(
+    widths=PRIOR_WIDTHS[:5], indexer_widths=(64, 128, 256, 512), codes=1024, code_width=512, norm_groups=32
+)
 X8 = Params(scale=8, width=64, prior=PRIOR, mask=VGG19, flow_widths=(32, 64, 32, 16))
 X16 = dataclasses.replace(X8, scale=16)
 
-SMALL_PRIOR = PriorParams(widths=(16, 16, 32, 64, 128), indexer_widths=(32, 64, 96, 128), codes=512, code_width=128, norm_groups=8)
+SMALL_PRIOR = PriorParams(
+    widths=(16, 16, 32, 64, 128), indexer_widths=(32, 64, 96, 128), codes=512, code_width=128, norm_groups=8
+)
 X8_SMALL = Params(scale=8, width=32, prior=SMALL_PRIOR, mask=ENCODER, flow_widths=(8, 16, 16, 8), feature_blocks=3)
 X16_SMALL = dataclasses.replace(X8_SMALL, scale=16)
 
-PRESETS: dict[tuple[int, str], Params] = {(8, "paper"): X8, (16, "paper"): X16, (8, "small"): X8_SMALL, (16, "small"): X16_SMALL}
+PRESETS: dict[tuple[int, str], Params] = {
+    (8, "paper"): X8,
+    (16, "paper"): X16,
+    (8, "small"): X8_SMALL,
+    (16, "small"): X16_SMALL,
+}
 
 
 def preset(scale: int, name: str) -> Params:

@@ -17,7 +17,9 @@ class DeformableConv(nn.Module):
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.empty(width, width, 3, 3).uniform_(-((TAPS * width) ** -0.5), (TAPS * width) ** -0.5))
+        self.weight = nn.Parameter(
+            torch.empty(width, width, 3, 3).uniform_(-((TAPS * width) ** -0.5), (TAPS * width) ** -0.5)
+        )
         self.bias = nn.Parameter(torch.zeros(width))
         self.offsets = conv3(width, 3 * TAPS * groups)
         nn.init.zeros_(self.offsets.weight)
@@ -38,7 +40,9 @@ def by_torchvision(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups
     from torchvision.ops import deform_conv2d
 
     offset, mask = head[:, : 2 * TAPS * groups], head[:, 2 * TAPS * groups :]
-    out: Tensor = deform_conv2d(x.contiguous(), offset.contiguous(), weight, bias, padding=1, mask=torch.sigmoid(mask).contiguous())
+    out: Tensor = deform_conv2d(
+        x.contiguous(), offset.contiguous(), weight, bias, padding=1, mask=torch.sigmoid(mask).contiguous()
+    )
     return out
 
 
@@ -48,7 +52,11 @@ def sampled(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) 
     offset = head[:, : 2 * TAPS * groups].reshape(b * groups, TAPS, 2, h, w)
     mask = torch.sigmoid(head[:, 2 * TAPS * groups :]).reshape(b * groups, 1, TAPS * h, w)
     tap = torch.arange(3, device=x.device, dtype=x.dtype) - 1
-    y = offset[:, :, 0] + tap.repeat_interleave(3).view(TAPS, 1, 1) + torch.arange(h, device=x.device, dtype=x.dtype).view(h, 1)
+    y = (
+        offset[:, :, 0]
+        + tap.repeat_interleave(3).view(TAPS, 1, 1)
+        + torch.arange(h, device=x.device, dtype=x.dtype).view(h, 1)
+    )
     x_ = offset[:, :, 1] + tap.repeat(3).view(TAPS, 1, 1) + torch.arange(w, device=x.device, dtype=x.dtype)
     grid = torch.stack([2 * x_ / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1], -1).reshape(b * groups, TAPS * h, w, 2)
     maps = x.reshape(b * groups, channels // groups, h, w)
@@ -71,7 +79,9 @@ def _gathered_one(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups:
     offset = head[..., : 2 * TAPS * groups].reshape(h, w, groups, TAPS, 2)
     mask = torch.sigmoid(head[..., 2 * TAPS * groups :]).view(h, w, groups, TAPS)
     tap = torch.arange(3, device=x.device) - 1
-    y_index, y_weight = _corners(offset[..., 0], torch.arange(h, device=x.device).view(h, 1, 1, 1) + tap.repeat_interleave(3), h)
+    y_index, y_weight = _corners(
+        offset[..., 0], torch.arange(h, device=x.device).view(h, 1, 1, 1) + tap.repeat_interleave(3), h
+    )
     x_index, x_weight = _corners(offset[..., 1], torch.arange(w, device=x.device).view(w, 1, 1) + tap.repeat(3), w)
     group = torch.arange(groups, device=x.device, dtype=torch.int32).view(groups, 1)
     y_weight = [weight * mask for weight in y_weight]

@@ -12,7 +12,11 @@ class Discriminator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(1, width, 4, 2), nn.LeakyReLU(0.2, inplace=True)]
         for inputs, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            layers += [nn.Conv2d(inputs, 2 * inputs, 4, stride, bias=False), nn.InstanceNorm2d(2 * inputs), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [
+                nn.Conv2d(inputs, 2 * inputs, 4, stride, bias=False),
+                nn.InstanceNorm2d(2 * inputs),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
         self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1))
 
     def forward(self, section: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class SPyNet(nn.Module):
         """Two (B, 1, H, W) -> (B, 2, H, W), x then y, in voxels of H and W."""
         height, width = first.shape[-2:]
         padded = (-(-height // 32) * 32, -(-width // 32) * 32)
-        flow = resize(self._flow(self._pyramid(resize(first, padded)), self._pyramid(resize(second, padded))), (height, width))
+        flow = resize(
+            self._flow(self._pyramid(resize(first, padded)), self._pyramid(resize(second, padded))), (height, width)
+        )
         shrink = torch.tensor((width / padded[1], height / padded[0]), dtype=flow.dtype, device=flow.device)
         return flow * shrink.view(1, 2, 1, 1)
 
@@ -61,10 +63,18 @@ class SPyNet(nn.Module):
 def warp(image: Tensor, flow: Tensor) -> Tensor:
     """`image` (B, C, H, W) read at x + flow_x, y + flow_y; outside, the border's value."""
     _, _, h, w = image.shape
-    y, x = torch.meshgrid(torch.arange(h, device=flow.device, dtype=flow.dtype), torch.arange(w, device=flow.device, dtype=flow.dtype), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(h, device=flow.device, dtype=flow.dtype),
+        torch.arange(w, device=flow.device, dtype=flow.dtype),
+        indexing="ij",
+    )
     grid = torch.stack([2 * (x + flow[:, 0]) / max(w - 1, 1) - 1, 2 * (y + flow[:, 1]) / max(h - 1, 1) - 1], -1)
     return functional.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return image if tuple(image.shape[-2:]) == size else functional.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return (
+        image
+        if tuple(image.shape[-2:]) == size
+        else functional.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    )

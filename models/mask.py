@@ -69,7 +69,11 @@ class Mask(nn.Module):
         A patch's dot product and norms are sums over its positions: no patch is laid out as a vector of 16,384 numbers.
         """
         images = (bilinear(section, self.scale), reference)
-        products = in_bands(self._products, *images, reach=2, peak=self.features.width) if self.features.local else self._products(*images)
+        products = (
+            in_bands(self._products, *images, reach=2, peak=self.features.width)
+            if self.features.local
+            else self._products(*images)
+        )
         dot, a, b = functional.avg_pool2d(products, PATCH).mul(PATCH * PATCH).chunk(3, 1)
         return dot / (a.sqrt().clamp_min(EPSILON) * b.sqrt().clamp_min(EPSILON))
 

@@ -56,13 +56,17 @@ def _fuse(params: Params, tile: int) -> float:
     n, r, width, window, groups = tile * tile, params.scale, params.width, params.window, params.offset_groups
     pair = max(a + b for a, b in pairwise((8, *params.flow_widths, 2)))
     stacked = window * (2 * width * LEVELS + 1)
-    flow = stacked + window * 16 * (2 + pair + 8 + 8 + 2)  # images twice; a convolution, its level's input, two pyramids, the flow
+    flow = stacked + window * 16 * (
+        2 + pair + 8 + 8 + 2
+    )  # images twice; a convolution, its level's input, two pyramids, the flow
     evidence = stacked + window * (16 + 2 * params.flow_features * LEVELS + 3 * width)
     one = 9 * (20 * groups + width)  # corners' indices and weights, and the samples, of one section at a time
     aligned = evidence + window * 27 * groups + (window - 1) * width + one
     held = r * r + window * width + width
     doubled = width * (r / 2) ** 2 + 2 * r * r
-    reconstruct = max(n * (held + 9 * width * (r / 4) ** 2), n * (held + doubled) + 2 * _band(4 * width, tile * r // 2, reach=3))
+    reconstruct = max(
+        n * (held + 9 * width * (r / 4) ** 2), n * (held + doubled) + 2 * _band(4 * width, tile * r // 2, reach=3)
+    )
     return max(n * flow, n * aligned, reconstruct)
 
 

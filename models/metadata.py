@@ -49,16 +49,26 @@ def read_metadata(path: Path) -> Metadata:
         head = file.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 0 < size <= path.stat().st_size - 8:
-            raise WeightsError(f"{path} is no safetensors file: its head is cut or of another format. Name a .safetensors file that emsr wrote")
+            raise WeightsError(
+                f"{path} is no safetensors file: its head is cut or of another format. Name a .safetensors file that emsr wrote"
+            )
         text = file.read(size)
     try:
         header = json.loads(text).get("__metadata__", {})
     except (ValueError, AttributeError):
-        raise WeightsError(f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote") from None
+        raise WeightsError(
+            f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote"
+        ) from None
     if header.get("format") != FORMAT:
-        raise WeightsError(f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. Name a file that emsr wrote, or convert this one")
+        raise WeightsError(
+            f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. Name a file that emsr wrote, or convert this one"
+        )
     try:
         params = from_json(header["params"])
-        return Metadata(params, header["preset"], header["training_data_licence"], header["sha256"], header.get("card", ""))
+        return Metadata(
+            params, header["preset"], header["training_data_licence"], header["sha256"], header.get("card", "")
+        )
     except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path}: its metadata does not describe a network ({error}). Write the file again with this version") from None
+        raise WeightsError(
+            f"{path}: its metadata does not describe a network ({error}). Write the file again with this version"
+        ) from None

@@ -44,7 +44,11 @@ class MPF(nn.Module):
             maps = [pyramid.pop(), *reference[level : level + 1], *above]
             weight = bilinear(mask, 8 / 2**level)
             if level < len(self.down):
-                above = [in_bands(Descent(fuse, self.down[level], len(above)), weight, *maps, reach=4, peak=features.shape[1])]
+                above = [
+                    in_bands(
+                        Descent(fuse, self.down[level], len(above)), weight, *maps, reach=4, peak=features.shape[1]
+                    )
+                ]
         return self.reduce(torch.cat([fuse(weight, *maps), *above, features], 1))  # type: ignore[no-any-return]
 
 

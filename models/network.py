@@ -78,7 +78,9 @@ class SuperResolver(nn.Module):
         centre = states[len(states) // 2].section
         sections = torch.stack([state.section for state in states], 1)
         aligned = self.pod(sections, [state.pyramid for state in states])
-        return bilinear(centre, self.params.scale).add_(self.reconstruct(self.fusion(aligned)))  # float32 also where autocast computes the rest
+        return bilinear(centre, self.params.scale).add_(
+            self.reconstruct(self.fusion(aligned))
+        )  # float32 also where autocast computes the rest
 
     def forward(self, window: Tensor, all_centres: bool = False, alone: bool = False) -> Any:
         """(B, 5, 1, H, W) in 0..1 -> (B, 1, rH, rW). With `all_centres` what `with_references` gives, for training."""
@@ -95,7 +97,10 @@ class SuperResolver(nn.Module):
         state, references = self._encode(sections.flatten(0, 1))
         states = []
         for i in [self.params.window // 2] * self.params.window if alone else range(self.params.window):
-            parts = [part.reshape(b, n, *part.shape[1:])[:, i : i + centres].flatten(0, 1) for part in (state.section, *state.pyramid)]
+            parts = [
+                part.reshape(b, n, *part.shape[1:])[:, i : i + centres].flatten(0, 1)
+                for part in (state.section, *state.pyramid)
+            ]
             states.append(SectionState(parts[0], tuple(channels_last(level) for level in parts[1:])))
         sr = self.fuse_window(states)
         return sr.reshape(b, centres, *sr.shape[1:]), references.reshape(b, n, *references.shape[1:])
@@ -103,7 +108,9 @@ class SuperResolver(nn.Module):
     def _encode(self, section: Tensor) -> tuple[SectionState, Tensor]:
         multiple = self.params.multiple
         if section.shape[-2] % multiple or section.shape[-1] % multiple:
-            raise ValueError(f"a section of {section.shape[-2]} x {section.shape[-1]} voxels: height and width must be multiples of {multiple}")
+            raise ValueError(
+                f"a section of {section.shape[-2]} x {section.shape[-1]} voxels: height and width must be multiples of {multiple}"
+            )
         features = self.features(section)
         if not self.params.mpf:
             return SectionState(section, self.pod.pyramid(self.without_mpf(features))), section

@@ -57,10 +57,15 @@ class POD(nn.Module):
     def __init__(self, params: Params) -> None:
         super().__init__()
         width, features = params.width, params.flow_features
-        self.halve = nn.ModuleList(nn.Sequential(conv3(width, width, stride=2), conv3(width, width)) for _ in range(LEVELS - 1))
+        self.halve = nn.ModuleList(
+            nn.Sequential(conv3(width, width, stride=2), conv3(width, width)) for _ in range(LEVELS - 1)
+        )
         self.flow = SPyNet(params.flow_widths, params.flow_levels)
         self.flow_down = nn.ModuleList(
-            nn.Sequential(conv3(2, features, stride=4), *(conv3(features, features, stride=2) for _ in range(LEVELS - 1))) for _ in range(2)
+            nn.Sequential(
+                conv3(2, features, stride=4), *(conv3(features, features, stride=2) for _ in range(LEVELS - 1))
+            )
+            for _ in range(2)
         )
         self.levels = nn.ModuleList(Level(params, coarsest=level == LEVELS - 1) for level in range(LEVELS))
         self.cascade = Cascade(params)

@@ -10,7 +10,15 @@ from models.indexer import Indexer
 from models.network import SuperResolver
 from models.vqgan import VQGAN
 
-BLOCK = {"block.0": "conv1", "block.1": "norm1", "block.3": "conv2", "block.4": "norm2", "channel_up": "skip", "gn": "norm", "proj_out": "project"}
+BLOCK = {
+    "block.0": "conv1",
+    "block.1": "norm1",
+    "block.3": "conv2",
+    "block.4": "norm2",
+    "channel_up": "skip",
+    "gn": "norm",
+    "proj_out": "project",
+}
 RULES: tuple[tuple[str, str], ...] = (
     # stages I and II, with the prefix that stage III gives them already taken off
     (r"(encoder|indexer)\.input_layer\.0\.", r"\1.input."),

@@ -39,13 +39,19 @@ def _set_of(path: Path) -> list[Path]:
         if (found := _NAME.fullmatch(file.name)) and (named is None or found[2] == named[2]):
             sets.setdefault(found[2], {})[int(found[1])] = file
     if not path.is_dir() and named is None:
-        raise WeightsError(f"{path.name} is no file of SPyNet's. Name one such as modelL1_F.t7, with the other levels beside it")
+        raise WeightsError(
+            f"{path.name} is no file of SPyNet's. Name one such as modelL1_F.t7, with the other levels beside it"
+        )
     if len(sets) > 1:
         first = ", ".join(str(levels[min(levels)].name) for levels in sets.values())
-        raise WeightsError(f"{path} holds {len(sets)} sets of SPyNet's files. Name one file of the set that is meant: {first}")
+        raise WeightsError(
+            f"{path} holds {len(sets)} sets of SPyNet's files. Name one file of the set that is meant: {first}"
+        )
     levels = next(iter(sets.values()), {})
     if list(levels) not in ([*range(1, LEVELS)], [*range(1, LEVELS + 1)]):
-        raise WeightsError(f"{path} has SPyNet's levels {[*levels] or 'none'}; wanted 1 to 6, or 1 to 5. Put modelL1 to modelL6 there, as .t7")
+        raise WeightsError(
+            f"{path} has SPyNet's levels {[*levels] or 'none'}; wanted 1 to 6, or 1 to 5. Put modelL1 to modelL6 there, as .t7"
+        )
     return list(levels.values())
 
 
@@ -54,7 +60,9 @@ def _level(path: Path) -> list[tuple[Tensor, Tensor]]:
     try:
         import torchfile
     except ImportError:
-        raise WeightsError(f"{path.name} is a Torch7 file, and the torchfile package is not installed. pip install 'emsr[train]'") from None
+        raise WeightsError(
+            f"{path.name} is a Torch7 file, and the torchfile package is not installed. pip install 'emsr[train]'"
+        ) from None
     for kind in (b"torch.FloatTensor", b"torch.DoubleTensor", b"torch.CudaTensor"):
         torchfile.register_handler(kind)(_tensor)
     try:
@@ -63,7 +71,9 @@ def _level(path: Path) -> list[tuple[Tensor, Tensor]]:
     except (WeightsError, OSError):
         raise
     except Exception as error:  # what a damaged file raises is not foreseeable
-        raise WeightsError(f"{path} cannot be read as a Torch7 file ({type(error).__name__}: {error}). Copy it again") from None
+        raise WeightsError(
+            f"{path} cannot be read as a Torch7 file ({type(error).__name__}: {error}). Copy it again"
+        ) from None
 
 
 def _tensor(reader: Any, version: bytes) -> Tensor:
@@ -85,4 +95,6 @@ def _convolutions(module: Any, path: Path) -> Iterator[Any]:
         for child in inner[:1] if kind == b"DataParallelTable" else inner:  # the others there are copies
             yield from _convolutions(child, path)
     elif kind != b"ReLU":
-        raise WeightsError(f"{path} holds a {name.decode(errors='replace')}; wanted convolutions and ReLU. This is no level of SPyNet's")
+        raise WeightsError(
+            f"{path} holds a {name.decode(errors='replace')}; wanted convolutions and ReLU. This is no level of SPyNet's"
+        )

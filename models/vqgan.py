@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import PriorParams
-from models.layers import Narrow, NormResidual, SelfAttention, Up, channels_last, conv3, in_bands, pointwise, weights_channels_last
+from models.layers import (
+    Narrow,
+    NormResidual,
+    SelfAttention,
+    Up,
+    channels_last,
+    conv3,
+    in_bands,
+    pointwise,
+    weights_channels_last,
+)
 
 
 class Encoder(nn.Module):
@@ -37,7 +47,9 @@ class Codebook(nn.Module):
 
     def __init__(self, params: PriorParams) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(params.codes, params.code_width).uniform_(-1 / params.codes, 1 / params.codes))
+        self.weight = nn.Parameter(
+            torch.empty(params.codes, params.code_width).uniform_(-1 / params.codes, 1 / params.codes)
+        )
 
     def nearest(self, latent: Tensor) -> Tensor:
         """(B, d, h, w) -> (B, h, w) index of the row at the least squared Euclid distance, eq. 1."""
@@ -100,5 +112,7 @@ class VQGAN(nn.Module):
         latent = self.encoder(section)
         quantised = self.codebook.lookup(self.codebook.nearest(latent))
         straight_through = latent + (quantised - latent).detach()
-        image = self.decoder(straight_through if quantise is None else torch.where(quantise, straight_through, latent)).image
+        image = self.decoder(
+            straight_through if quantise is None else torch.where(quantise, straight_through, latent)
+        ).image
         return image, latent, quantised

@@ -28,7 +28,10 @@ def save(path: Path, network: SuperResolver, licence: str, card: str = "", half:
     """Write all weights, those of prior, mask features and flow among them. `licence` is the training data's; `half` stores
     float16, which `load` turns back into float32.
     """
-    state = {name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous() for name, value in network.state_dict().items()}
+    state = {
+        name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+        for name, value in network.state_dict().items()
+    }
     metadata = Metadata(network.params, preset_name(network.params) or "", licence, digest(state), card)
     save_file(state, path, metadata=metadata.to_header())
     return metadata
@@ -44,7 +47,9 @@ def load(path: Path, network: SuperResolver) -> Metadata:
         )
     state = read_state(path)
     if digest(state) != metadata.sha256:
-        raise WeightsError(f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again")
+        raise WeightsError(
+            f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again"
+        )
     _fill(network, state, str(path))
     return metadata
 
@@ -68,9 +73,13 @@ def read_state(path: Path) -> State:
     except FileNotFoundError:
         raise
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again") from None
+        raise WeightsError(
+            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again"
+        ) from None
     except Exception as error:  # pickle.UnpicklingError among others: what a hostile file raises is not foreseeable
-        raise WeightsError(f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict") from None
+        raise WeightsError(
+            f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict"
+        ) from None
     for wrapper in ("params_ema", "params", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
@@ -85,8 +94,12 @@ def load_published(network: nn.Module, state: State) -> None:
     """
     theirs = {published.ours(name, network): name for name in state if not published.unused(name, network)}
     for name, expected in (("mean", MEAN), ("std", STD)):
-        if (key := theirs.pop(f"align_module.spynet.{name}", None)) and not torch.allclose(state[key].flatten(), torch.tensor(expected), atol=1e-3):
-            raise WeightsError(f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. This is a checkpoint of another network")
+        if (key := theirs.pop(f"align_module.spynet.{name}", None)) and not torch.allclose(
+            state[key].flatten(), torch.tensor(expected), atol=1e-3
+        ):
+            raise WeightsError(
+                f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. This is a checkpoint of another network"
+            )
     _fill(network, {mine: state[name] for mine, name in theirs.items()}, "published weights", theirs)
 
 
@@ -94,9 +107,15 @@ def load_vgg19(network: SuperResolver, state: State) -> None:
     """The first two convolutions of torchvision's VGG19, `features.0` and `features.2`, or the same without the prefix."""
     features = network.mask.features if network.params.mpf else None
     if not isinstance(features, VGGFeatures):
-        raise WeightsError("this network's mask does not use VGG19 features. Remove the VGG19 weights, or choose preset paper")
+        raise WeightsError(
+            "this network's mask does not use VGG19 features. Remove the VGG19 weights, or choose preset paper"
+        )
     names = {0: "conv1", 2: "conv2"}
-    wanted = {f"{mine}.{kind}": _either(state, f"features.{i}.{kind}", f"{i}.{kind}") for i, mine in names.items() for kind in ("weight", "bias")}
+    wanted = {
+        f"{mine}.{kind}": _either(state, f"features.{i}.{kind}", f"{i}.{kind}")
+        for i, mine in names.items()
+        for kind in ("weight", "bias")
+    }
     _fill(features, {mine: state[name] for mine, name in wanted.items()}, "VGG19 weights", wanted)
 
 
@@ -136,14 +155,22 @@ def _fill(network: nn.Module, state: State, source: str, names: dict[str, str] |
     complaints = {
         "missing": [name for name in wanted if name not in state],
         "of another shape": [
-            f"{told.get(n, n)} is {tuple(state[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in wanted if n in state and state[n].shape != wanted[n].shape
+            f"{told.get(n, n)} is {tuple(state[n].shape)}, wanted {tuple(wanted[n].shape)}"
+            for n in wanted
+            if n in state and state[n].shape != wanted[n].shape
         ],
         "not of this network": [told.get(name, name) for name in state if name not in wanted],
         "not finite": [told.get(n, n) for n in wanted if n in state and not torch.isfinite(state[n]).all()],
     }
     if any(complaints.values()):
-        lines = [f"{len(c)} {what}: {', '.join(c[:SHOWN])}{', ...' if len(c) > SHOWN else ''}" for what, c in complaints.items() if c]
-        raise WeightsError(f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset")
+        lines = [
+            f"{len(c)} {what}: {', '.join(c[:SHOWN])}{', ...' if len(c) > SHOWN else ''}"
+            for what, c in complaints.items()
+            if c
+        ]
+        raise WeightsError(
+            f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset"
+        )
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(state[name])

@@ -15,7 +15,9 @@ State = dict[str, Tensor]
 
 def lpips(backbone: str) -> State:
     """`alex` or `vgg`, as `perceptual.LPIPS` takes it. Raises WeightsError where a package is missing, OSError where there is no way out."""
-    return _torchvision({"alex": "AlexNet_Weights", "vgg": "VGG16_Weights"}[backbone]) | read_state(_inside("lpips", f"weights/v0.1/{backbone}.pth"))
+    return _torchvision({"alex": "AlexNet_Weights", "vgg": "VGG16_Weights"}[backbone]) | read_state(
+        _inside("lpips", f"weights/v0.1/{backbone}.pth")
+    )
 
 
 def vgg16() -> State:
@@ -31,7 +33,9 @@ def _torchvision(name: str) -> State:
     """ImageNet weights from torchvision's cache, or fetched into it and held against their checksum."""
     from torchvision import models
 
-    found: State = getattr(models, name).IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    found: State = getattr(models, name).IMAGENET1K_V1.get_state_dict(
+        progress=False, check_hash=True, weights_only=True
+    )
     return found
 
 
@@ -39,5 +43,7 @@ def _inside(package: str, name: str) -> Path:
     """A file of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise WeightsError(f"the package {package} is not installed. Run pip install 'emsr[evaluate]', or name the file under weights")
+        raise WeightsError(
+            f"the package {package} is not installed. Run pip install 'emsr[evaluate]', or name the file under weights"
+        )
     return Path(spec.submodule_search_locations[0]) / name

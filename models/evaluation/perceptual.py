@@ -14,7 +14,9 @@ from models.weights import read_state
 Layer = tuple[int, int, int]
 """Place in torchvision's `features`, stride, padding."""
 ALEX: list[list[Layer]] = [[(0, 4, 2)], [(3, 1, 2)], [(6, 1, 1)], [(8, 1, 1)], [(10, 1, 1)]]
-VGG16: list[list[Layer]] = [[(i, 1, 1) for i in block] for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))]
+VGG16: list[list[Layer]] = [
+    [(i, 1, 1) for i in block] for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+]
 SMALL = 1e-6
 
 
@@ -116,7 +118,12 @@ class DISTS(nn.Module):
         for i, block in enumerate(self.blocks):
             if i:
                 channels = x.shape[1]
-                x = (functional.conv2d(x.square(), self.window.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels) + 1e-12).sqrt()
+                x = (
+                    functional.conv2d(
+                        x.square(), self.window.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels
+                    )
+                    + 1e-12
+                ).sqrt()
             for conv in block:  # type: ignore[attr-defined]
                 x = functional.relu(conv(x))
             found.append(x)

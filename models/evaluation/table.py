@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 HIGHER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False, "dists": False}
 """Which metrics there are, and whether more is better."""
-TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (Alex)", "lpips_vgg": "LPIPS (VGG)", "dists": "DISTS"}
+TITLES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips_alex": "LPIPS (Alex)",
+    "lpips_vgg": "LPIPS (VGG)",
+    "dists": "DISTS",
+}
 DIGITS = {"psnr": 2}
 
 
@@ -43,7 +49,9 @@ def means(rows: Sequence[Row], metrics: Sequence[str]) -> dict[tuple[str, str], 
 def cells(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table of means, as text."""
     head = ["volume", "method", *(f"{TITLES[m]} {'up' if HIGHER[m] else 'down'}" for m in metrics)]
-    lines = [[*key, *(f"{scores[m]:.{DIGITS.get(m, 4)}f}" for m in metrics)] for key, scores in means(rows, metrics).items()]
+    lines = [
+        [*key, *(f"{scores[m]:.{DIGITS.get(m, 4)}f}" for m in metrics)] for key, scores in means(rows, metrics).items()
+    ]
     return head, lines
 
 

@@ -30,7 +30,11 @@ class Volume:
 
     def starts(self, sections: int) -> NDArray[np.intp]:
         """First sections of runs of that many good ones."""
-        runs = np.lib.stride_tricks.sliding_window_view(self.good, sections).all(1) if len(self.good) >= sections else np.zeros(0, bool)
+        runs = (
+            np.lib.stride_tricks.sliding_window_view(self.good, sections).all(1)
+            if len(self.good) >= sections
+            else np.zeros(0, bool)
+        )
         return np.flatnonzero(runs)
 
 
@@ -77,7 +81,9 @@ class Crops:
         hr: list[Bytes] = []
         for i in range(self.sections):
             dy, dx = (int(d) // step * step for d in rng.integers(-drift, drift + 1, 2))
-            for part, image in zip((lr, hr), pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size)), strict=True):
+            for part, image in zip(
+                (lr, hr), pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size)), strict=True
+            ):
                 part.append(image)
         return self._augmented(rng, np.stack(lr), np.stack(hr))
 
@@ -119,6 +125,8 @@ def centre_windows(volume: Volume, sections: int, size: int, scale: int, most: i
     windows = []
     for z in starts[np.unique(np.linspace(0, len(starts) - 1, most).round().astype(int))] if len(starts) else []:
         pairs = [pair(volume, scale, int(z) + i, corner, (height, width)) for i in range(sections)]
-        lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[None, :, None] for part in zip(*pairs, strict=True))
+        lr, hr = (
+            torch.from_numpy(np.stack(part)).float().div_(255)[None, :, None] for part in zip(*pairs, strict=True)
+        )
         windows.append((lr, hr))
     return windows

@@ -85,9 +85,15 @@ class Loop:
         adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas)
         self.network, self.adam = fabric.setup(stage.network, adam)
         if stage.critic is not None:
-            self.critic, self.critic_adam = fabric.setup(stage.critic, torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas))
+            self.critic, self.critic_adam = fabric.setup(
+                stage.critic, torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas)
+            )
             self.critic_started: int | None = None
-        self.averaged = {n: p.detach().clone() for n, p in stage.network.named_parameters() if p.requires_grad} if recipe.average else {}
+        self.averaged = (
+            {n: p.detach().clone() for n, p in stage.network.named_parameters() if p.requires_grad}
+            if recipe.average
+            else {}
+        )
 
     @property
     def checkpoint(self) -> Path:
@@ -120,7 +126,11 @@ class Loop:
         state |= {"network": self.stage.network.state_dict(), "adam": self.adam.state_dict()}
         if self.critic is not None:
             assert self.stage.critic is not None
-            state |= {"critic": self.stage.critic.state_dict(), "critic_adam": self.critic_adam.state_dict(), "critic_started": self.critic_started}
+            state |= {
+                "critic": self.stage.critic.state_dict(),
+                "critic_adam": self.critic_adam.state_dict(),
+                "critic_started": self.critic_started,
+            }
         if (usage := getattr(self.stage, "usage", None)) is not None:
             state["usage"] = usage.counts
         if self.fabric.is_global_zero:
@@ -129,15 +139,29 @@ class Loop:
             os.replace(unfinished, self.checkpoint)
         self.fabric.barrier()
 
-    def run(self, crops: Crops, windows: list[Batch], save: Save, tell: Callable[[Progress], None], stopped: Callable[[], bool] = lambda: False) -> bool:
+    def run(
+        self,
+        crops: Crops,
+        windows: list[Batch],
+        save: Save,
+        tell: Callable[[Progress], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Train to the last step; False where `stopped` said so before. The checkpoint is written in both cases."""
         recent: list[dict[str, float]] = []
         began, first = time.monotonic(), self.step
         while self.step < self.recipe.steps and not stopped():
             rate = learning_rate(self.step, self.recipe)
-            recent = [*recent[1 - AVERAGED_STEPS :], self._one_step(crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank), rate)]
+            recent = [
+                *recent[1 - AVERAGED_STEPS :],
+                self._one_step(
+                    crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank), rate
+                ),
+            ]
             self.step += 1
-            told = Progress(self.step, self.recipe.steps, _means(recent), rate, (self.step - first) / (time.monotonic() - began))
+            told = Progress(
+                self.step, self.recipe.steps, _means(recent), rate, (self.step - first) / (time.monotonic() - began)
+            )
             if not all(math.isfinite(value) for value in recent[-1].values()):
                 raise FloatingPointError(f"step {self.step}: the loss is not finite ({recent[-1]})")
             if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
@@ -157,7 +181,9 @@ class Loop:
         self._descend(self.adam, found["loss"], rate)
         if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
             self.critic_started = self.step if self.critic_started is None else self.critic_started
-            self._descend(self.critic_adam, of_critic["critic_loss"], learning_rate(self.step, self.recipe, self.critic_started))
+            self._descend(
+                self.critic_adam, of_critic["critic_loss"], learning_rate(self.step, self.recipe, self.critic_started)
+            )
             found |= of_critic
         with torch.no_grad():
             for name, parameter in self.stage.network.named_parameters():
@@ -175,13 +201,19 @@ class Loop:
     def _validate(self, windows: list[Batch], save: Save, told: Progress) -> None:
         self.network.eval()
         with torch.no_grad(), _Averaged(self):
-            told.scores, told.images = self.stage.validate(self.stage.network, [self.fabric.to_device(w) for w in windows])
+            told.scores, told.images = self.stage.validate(
+                self.stage.network, [self.fabric.to_device(w) for w in windows]
+            )
             for name, sign in self.stage.better.items():
                 value = told.scores.get(name)
                 if value is not None and sign * value > sign * self.best.get(name, -sign * math.inf):
                     self.best[name] = value
                     told.best.append(name)
-                    save(f"best-{name.replace('_', '-')}", self.stage.network, {"steps": self.step, "scores": told.scores})
+                    save(
+                        f"best-{name.replace('_', '-')}",
+                        self.stage.network,
+                        {"steps": self.step, "scores": told.scores},
+                    )
 
 
 class _Averaged:
@@ -205,9 +237,13 @@ class _Averaged:
 
 
 def _means(recent: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(values) / len(values) for name in recent[-1] if (values := [r[name] for r in recent if name in r])}
+    return {
+        name: sum(values) / len(values) for name in recent[-1] if (values := [r[name] for r in recent if name in r])
+    }
 
 
 def to_json(told: Progress) -> str:
     """One line of metrics.jsonl."""
-    return json.dumps({"step": told.step, "rate": told.rate, "steps_per_s": told.steps_per_s, **told.losses, **told.scores})
+    return json.dumps(
+        {"step": told.step, "rate": told.rate, "steps_per_s": told.steps_per_s, **told.losses, **told.scores}
+    )

@@ -33,9 +33,17 @@ class Part:
     facts: Mapping[str, Any]
 
 
-def save_part(path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]) -> None:
+def save_part(
+    path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]
+) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    header = {"format": FORMAT, "kind": kind, "params": to_json(params), "training_data_licence": licence, "facts": json.dumps(dict(facts), sort_keys=True)}
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "params": to_json(params),
+        "training_data_licence": licence,
+        "facts": json.dumps(dict(facts), sort_keys=True),
+    }
     save_file(state, path, metadata=header)
 
 
@@ -50,7 +58,9 @@ def load_part(path: Path, kind: str) -> Part:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read as weights ({error}). Name a file that `emsr train` wrote") from None
     if header.get("format") != FORMAT or header.get("kind") != kind:
-        raise WeightsError(f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. Name the file that the {kind} stage wrote")
+        raise WeightsError(
+            f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. Name the file that the {kind} stage wrote"
+        )
     return Part(kind, from_json(header["params"]), header["training_data_licence"], state, json.loads(header["facts"]))
 
 
@@ -59,7 +69,9 @@ def load_flow(path: Path, params: Params) -> Part:
     if not path.exists() or _is_ours(path):
         return load_part(path, FLOW)
     if params.flow_widths != X8.flow_widths:
-        raise WeightsError(f"{path} is no file of stage flow, and SPyNet as published fits preset paper only. Train stage flow, or use preset paper")
+        raise WeightsError(
+            f"{path} is no file of stage flow, and SPyNet as published fits preset paper only. Train stage flow, or use preset paper"
+        )
     return Part(FLOW, params, "", weights.read_spynet(path), {})
 
 
@@ -76,20 +88,33 @@ def _is_ours(path: Path) -> bool:
 def fill(network: nn.Module, part: Part, path: Path) -> None:
     """Copy a part into the network it is of. Raises WeightsError where shapes differ: another preset or scale."""
     wanted = network.state_dict()
-    wrong = [n for n in wanted.keys() | part.state.keys() if n not in wanted or n not in part.state or wanted[n].shape != part.state[n].shape]
+    wrong = [
+        n
+        for n in wanted.keys() | part.state.keys()
+        if n not in wanted or n not in part.state or wanted[n].shape != part.state[n].shape
+    ]
     if wrong:
-        raise WeightsError(f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). Use the same preset and scale in all stages")
+        raise WeightsError(
+            f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). Use the same preset and scale in all stages"
+        )
     network.load_state_dict(part.state)
 
 
-def assemble(network: SuperResolver, vqgan: Part | None, indexer: Part | None, flow: Part | None, paths: Mapping[str, Path]) -> None:
+def assemble(
+    network: SuperResolver, vqgan: Part | None, indexer: Part | None, flow: Part | None, paths: Mapping[str, Path]
+) -> None:
     """Put the frozen parts into stage III's network: codebook, decoder and mask features from the VQGAN, indexer, flow."""
     if vqgan is not None and network.params.mpf:
         for module, prefix in ((network.prior.codebook, "codebook."), (network.prior.decoder, "decoder.")):
             fill(module, _below(vqgan, prefix), paths[VQGAN])
         if network.params.mask == "encoder":
             first = {"encoder.input.": "input.", "encoder.body.0.": "block."}
-            state = {new + n[len(old) :]: v for old, new in first.items() for n, v in vqgan.state.items() if n.startswith(old)}
+            state = {
+                new + n[len(old) :]: v
+                for old, new in first.items()
+                for n, v in vqgan.state.items()
+                if n.startswith(old)
+            }
             fill(network.mask.features, Part(VQGAN, vqgan.params, vqgan.licence, state, {}), paths[VQGAN])
     if indexer is not None and network.params.mpf:
         fill(network.prior.indexer, indexer, paths[INDEXER])

@@ -213,7 +213,10 @@ class IndexerStage:
             logits, indices = network(lr), self._indices(hr)
             reference = self.vqgan.decoder(self.vqgan.codebook.lookup(logits.argmax(1))).image
             right = float((logits.argmax(1) == indices).float().mean())
-            scores.append({"cross_entropy": float(index_loss(logits, indices)), "right": right} | image_scores(reference, hr, None))
+            scores.append(
+                {"cross_entropy": float(index_loss(logits, indices)), "right": right}
+                | image_scores(reference, hr, None)
+            )
             images.append(torch.cat([hr, reference.clamp(0, 1)], 3)[0])
         return mean_scores(scores), images
 
@@ -249,7 +252,12 @@ class NetworkStage:
         parts = {"l2": functional.mse_loss(sr, wanted)} if self.squares else {"l1": functional.l1_loss(sr, wanted)}
         loss = parts["l2" if self.squares else "l1"]
         if self.features is not None and self.reference_weight:
-            parts["reference"] = torch.stack([reference_loss(self.features, sr[:, i], references[:, i : i + 2 * half + 1]) for i in range(self.centres)]).mean()
+            parts["reference"] = torch.stack(
+                [
+                    reference_loss(self.features, sr[:, i], references[:, i : i + 2 * half + 1])
+                    for i in range(self.centres)
+                ]
+            ).mean()
             loss = loss + self.reference_weight * parts["reference"]
         if self.perceptual is not None and self.perceptual_weight:
             parts["perceptual"] = self.perceptual(sr.flatten(0, 1), wanted.flatten(0, 1)).mean()

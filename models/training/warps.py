@@ -14,7 +14,9 @@ ENLARGED = 4
 """POD looks for flow between LR sections enlarged four times (network.md, section 3, step 7)."""
 
 
-def warped_pair(lr: Tensor, hr: Tensor, scale: int, rng: np.random.Generator, shift: float, bend: float) -> tuple[Tensor, Tensor, Tensor]:
+def warped_pair(
+    lr: Tensor, hr: Tensor, scale: int, rng: np.random.Generator, shift: float, bend: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """A training pair from two neighbouring sections, (B, 2, 1, H, W): (first, second, flow) with
     first(x) = second(x + flow(x)), enlarged sections (B, 1, 4h, 4w) and (B, 2, 4h, 4w) in their voxels.
 
@@ -23,11 +25,15 @@ def warped_pair(lr: Tensor, hr: Tensor, scale: int, rng: np.random.Generator, sh
     """
     b, _, _, height, width = hr.shape
     coarse = rng.normal(0, bend, (b, 2, 4, 4)) + rng.uniform(-shift, shift, (b, 2, 1, 1))
-    field = functional.interpolate(torch.from_numpy(coarse).float(), size=(height, width), mode="bicubic", align_corners=True)
+    field = functional.interpolate(
+        torch.from_numpy(coarse).float(), size=(height, width), mode="bicubic", align_corners=True
+    )
     moved = warp(hr[:, 0], field)
     other = torch.from_numpy(rng.uniform(0, 0.5, (b, 1, 1, 1))).float()
     first = (1 - other) * moved + other * hr[:, 1]
-    first = functional.interpolate(first, size=(height // scale, width // scale), mode="bicubic", antialias=True, align_corners=False)
+    first = functional.interpolate(
+        first, size=(height // scale, width // scale), mode="bicubic", antialias=True, align_corners=False
+    )
     gain, noise = rng.uniform(0.85, 1.15, (b, 1, 1, 1)), rng.normal(0, 0.02, tuple(first.shape))
     first = ((first - 0.5) * torch.from_numpy(gain).float() + 0.5 + torch.from_numpy(noise).float()).clamp(0, 1)
     flow = bilinear(field, ENLARGED / scale) * (ENLARGED / scale)
