@@ -40,14 +40,20 @@ def volumes(tmp_path: Path) -> Path:
     """gt, lr (its antialiased eighth) and an sr that is the truth with noise."""
     gt = texture(GT)
     write_lr(tmp_path / "gt.zarr", gt)
-    write_lr(tmp_path / "lr.zarr", np.stack([np.asarray(Image.fromarray(s).resize((10, 8), Image.Resampling.BICUBIC)) for s in gt]))
+    write_lr(
+        tmp_path / "lr.zarr",
+        np.stack([np.asarray(Image.fromarray(s).resize((10, 8), Image.Resampling.BICUBIC)) for s in gt]),
+    )
     noise = np.random.default_rng(1).normal(0, 5, GT)
     write_lr(tmp_path / "sr.zarr", np.clip(gt + noise, 0, 255).astype(np.uint8))
     return tmp_path
 
 
 def table_yaml(folder: Path, volume: dict[str, Any] | None = None, **changes: Any) -> Path:
-    body = {"volumes": [{"name": "vnc", "sr": "sr.zarr", "gt": "gt.zarr", "lr": "lr.zarr"} | (volume or {})], "output": "scores"} | changes
+    body = {
+        "volumes": [{"name": "vnc", "sr": "sr.zarr", "gt": "gt.zarr", "lr": "lr.zarr"} | (volume or {})],
+        "output": "scores",
+    } | changes
     (folder / "table.yaml").write_text(yaml.safe_dump(body))
     return folder / "table.yaml"
 
@@ -61,7 +67,15 @@ def read(path: Path) -> np.ndarray:
 def test_the_table_as_a_user_makes_it(volumes: Path) -> None:
     """The command in a process of its own; its numbers are scikit-image's, of every section and in the mean."""
     command = [sys.executable, "-m", "pipeline.evaluate", str(table_yaml(volumes))]
-    said = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True, timeout=120)
+    said = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert "PSNR (dB)" in said.stdout
     rows = list(csv.DictReader((volumes / "scores" / "table.csv").open()))
     gt, sr, lr = (read(volumes / f"{name}.zarr") for name in ("gt", "sr", "lr"))
@@ -88,7 +102,9 @@ def test_sections_and_crop(volumes: Path) -> None:
 
 
 def test_means_and_digits() -> None:
-    rows = [Row("a", "SR", z, {"psnr": value, "dists": value / 100}) for z, value in enumerate((20.0, 30.0))] + [Row("b", "SR", 0, {"psnr": 1.0, "dists": 0.0})]
+    rows = [Row("a", "SR", z, {"psnr": value, "dists": value / 100}) for z, value in enumerate((20.0, 30.0))] + [
+        Row("b", "SR", 0, {"psnr": 1.0, "dists": 0.0})
+    ]
     assert means(rows, ["psnr"]) == {("a", "SR"): {"psnr": 25.0}, ("b", "SR"): {"psnr": 1.0}}
     assert to_markdown(rows, ["psnr", "dists"]).splitlines()[2] == "| a | SR | 25.00 | 0.2500 |"
     assert to_csv(rows, ["dists"]).splitlines()[1] == "a,SR,0,0.2"
@@ -129,7 +145,9 @@ def test_perceptual_metrics_are_those_of_their_authors(name: str) -> None:
     assert network(first, second).tolist() == pytest.approx(REFERENCE[name], abs=1e-3)
     assert network(first, first).tolist() == pytest.approx([0, 0], abs=1e-5)
     grey = first[:, :1]
-    assert torch.allclose(network(grey, second[:, :1]), network(grey.repeat(1, 3, 1, 1), second[:, :1].repeat(1, 3, 1, 1)), atol=1e-5)
+    assert torch.allclose(
+        network(grey, second[:, :1]), network(grey.repeat(1, 3, 1, 1), second[:, :1].repeat(1, 3, 1, 1)), atol=1e-5
+    )
 
 
 @needs_weights
@@ -154,7 +172,9 @@ def test_weights_that_are_not_named_are_fetched(name: str, tmp_path: Path, monke
 @needs_weights
 def test_perceptual_columns(volumes: Path) -> None:
     metrics = ["lpips_alex", "lpips_vgg", "dists"]
-    path = table_yaml(volumes, {"sections": [0, 1]}, metrics=metrics, weights={key: str(value) for key, value in FILES.items()})
+    path = table_yaml(
+        volumes, {"sections": [0, 1]}, metrics=metrics, weights={key: str(value) for key, value in FILES.items()}
+    )
     assert main([str(path)]) == 0
     sr, bicubic = csv.DictReader((volumes / "scores" / "table.csv").open())
     assert all(0 < float(sr[m]) < float(bicubic[m]) for m in metrics)
@@ -179,11 +199,21 @@ def fewer(folder: Path) -> dict[str, Any]:
         (lambda folder: {"sr": "nothing.zarr"}, {}, "nothing.zarr"),
         (lambda folder: {"sections": [0, 5]}, {}, "sections within [0, 4]"),
         (lambda folder: {}, {"metrics": ["mse"]}, "metrics"),
-        (lambda folder: {}, {"metrics": ["lpips_alex"], "weights": {"lpips_alex": "none.safetensors"}}, "none.safetensors"),
+        (
+            lambda folder: {},
+            {"metrics": ["lpips_alex"], "weights": {"lpips_alex": "none.safetensors"}},
+            "none.safetensors",
+        ),
         (lambda folder: {"ground_truth": "gt.zarr"}, {}, "unknown key"),
     ],
 )
-def test_mistakes(volumes: Path, damage: Callable[[Path], dict[str, Any]], changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes(
+    volumes: Path,
+    damage: Callable[[Path], dict[str, Any]],
+    changes: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([str(table_yaml(volumes, damage(volumes), **changes))]) == 2
     said = capsys.readouterr().err
     assert words in said

@@ -82,7 +82,11 @@ def test_reference_indices(name: str) -> None:
 def test_what_does_not_fit_is_named() -> None:
     _, state, network = golden(NAMES[0])
     key = next(k for k in state if k.startswith("recon_trunk"))
-    for change, words in (({key: None}, "missing"), ({key: torch.zeros(3)}, "of another shape"), ({"stranger": torch.zeros(3)}, "stranger")):
+    for change, words in (
+        ({key: None}, "missing"),
+        ({key: torch.zeros(3)}, "of another shape"),
+        ({"stranger": torch.zeros(3)}, "stranger"),
+    ):
         broken = {k: v for k, v in (state | change).items() if v is not None}
         with pytest.raises(WeightsError, match=words):
             weights.load_published(network, broken)

@@ -41,7 +41,10 @@ def test_law_1_with_the_real_network(small: Path, tmp_path: Path) -> None:
     write_lr(tmp_path / "lr.zarr", texture((4, 24, 24)))
     keys = KEYS | {"network__weights": str(small)}
     run_here(volume_yaml(tmp_path / "a.yaml", "lr.zarr", "a", **keys, work__slab_shape=[4, 32, 32]))
-    main_job(volume_yaml(tmp_path / "b.yaml", "lr.zarr", "b", **keys, work__slab_shape=[2, 16, 32], cluster__workers=2), "run")
+    main_job(
+        volume_yaml(tmp_path / "b.yaml", "lr.zarr", "b", **keys, work__slab_shape=[2, 16, 32], cluster__workers=2),
+        "run",
+    )
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     box = {"start": [2, 11, 7], "stop": [4, 24, 23]}
     run_here(volume_yaml(tmp_path / "c.yaml", "lr.zarr", "c", **keys, source__box=box))
@@ -53,7 +56,9 @@ def test_law_1_with_the_real_network(small: Path, tmp_path: Path) -> None:
     assert str(small) not in (tmp_path / "a" / "zarr.json").read_text()
 
 
-def test_weights_that_do_not_fit_are_refused_before_anything_is_written(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_lr(tmp_path / "lr.zarr", texture((4, 16, 16)))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(small.read_bytes()[:-100])
@@ -79,7 +84,9 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(small: P
         assert tree(tmp_path) == before
 
 
-def test_weights_by_url_are_fetched_once_and_checked(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_by_url_are_fetched_once_and_checked(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EMSR_CACHE", str(tmp_path / "cache"))
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     sha256 = hashlib.sha256(small.read_bytes()).hexdigest()

@@ -67,7 +67,14 @@ class Writer:
         self.tensor(module.bias.detach().numpy().astype(weight.dtype), kind)
 
 
-def level_file(level: nn.Sequential, backend: str = "nn", flat: bool = False, kind: str = "Float", parallel: bool = False, other: str = "ReLU") -> bytes:
+def level_file(
+    level: nn.Sequential,
+    backend: str = "nn",
+    flat: bool = False,
+    kind: str = "Float",
+    parallel: bool = False,
+    other: str = "ReLU",
+) -> bytes:
     writer = Writer()
     for name in ["nn.DataParallelTable"] * parallel + ["nn.Sequential"]:
         writer.module(name, 1)
@@ -97,7 +104,9 @@ def write_set(folder: Path, network: SPyNet, suffix: str = "_F", levels: int = 6
         (folder / f"modelL{i}{suffix}.t7").write_bytes(level_file(level, **how))
 
 
-@pytest.mark.parametrize("how", [{}, {"flat": True}, {"backend": "cudnn", "kind": "Cuda", "parallel": True}, {"kind": "Double"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"flat": True}, {"backend": "cudnn", "kind": "Cuda", "parallel": True}, {"kind": "Double"}], ids=str
+)
 def test_each_level_is_one_file(tmp_path: Path, spynet: SPyNet, how: dict[str, object]) -> None:
     write_set(tmp_path, spynet, **how)
     state = weights.read_spynet(tmp_path)
@@ -140,7 +149,9 @@ def test_files_that_will_not_do(tmp_path: Path, spynet: SPyNet) -> None:
         weights.read_spynet(tmp_path / "model_1.t7")
 
 
-def test_without_torchfile_the_message_says_what_to_install(tmp_path: Path, spynet: SPyNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchfile_the_message_says_what_to_install(
+    tmp_path: Path, spynet: SPyNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_set(tmp_path, spynet)
     monkeypatch.setitem(sys.modules, "torchfile", None)
     with pytest.raises(WeightsError, match=r"pip install 'emsr\[train\]'"):
@@ -150,7 +161,9 @@ def test_without_torchfile_the_message_says_what_to_install(tmp_path: Path, spyn
 def test_the_flow_of_a_stage_may_be_any_of_them(tmp_path: Path, spynet: SPyNet) -> None:
     """BasicSR's names in a .pth, the original folder, and what stage flow wrote give the same part; preset small takes the last only."""
     theirs = {name.replace("levels.", "basic_module.", 1): value for name, value in spynet.state_dict().items()}
-    theirs = {".".join([*name.split(".")[:2], "basic_module", *name.split(".")[2:]]): value for name, value in theirs.items()}
+    theirs = {
+        ".".join([*name.split(".")[:2], "basic_module", *name.split(".")[2:]]): value for name, value in theirs.items()
+    }
     torch.save({"params": theirs | {"mean": torch.zeros(1, 3, 1, 1)}}, tmp_path / "spynet.pth")
     (tmp_path / "t7").mkdir()
     write_set(tmp_path / "t7", spynet)

@@ -34,7 +34,13 @@ def stage_yaml(folder: Path, stage: str, **changes: Any) -> Path:
     body: dict[str, Any] = {
         "stage": stage,
         "output": stage,
-        "data": {"train": [{"url": "hr.zarr"}], "licence": "CC0", "crop": 32, "validation_crop": 32, "validation_windows": 1},
+        "data": {
+            "train": [{"url": "hr.zarr"}],
+            "licence": "CC0",
+            "crop": 32,
+            "validation_crop": 32,
+            "validation_windows": 1,
+        },
         "network": {"scale": 8, "preset": "small"},
         "steps": 3,
         "batch": 1,
@@ -53,11 +59,20 @@ def stage_yaml(folder: Path, stage: str, **changes: Any) -> Path:
     return path
 
 
-EARLIER = {"network__vqgan": "vqgan/last.safetensors", "network__indexer": "indexer/last.safetensors", "network__flow": "flow/last.safetensors"}
+EARLIER = {
+    "network__vqgan": "vqgan/last.safetensors",
+    "network__indexer": "indexer/last.safetensors",
+    "network__flow": "flow/last.safetensors",
+}
 
 
-def test_four_stages_make_weights_that_the_pipeline_runs(hr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    held_out = {"data__validate_on": [{"url": "hr.zarr", "sections": [3, 8]}], "data__train": [{"url": "hr.zarr", "sections": [0, 6]}]}
+def test_four_stages_make_weights_that_the_pipeline_runs(
+    hr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = {
+        "data__validate_on": [{"url": "hr.zarr", "sections": [3, 8]}],
+        "data__train": [{"url": "hr.zarr", "sections": [0, 6]}],
+    }
     for stage, keys in {
         "flow": {},
         "vqgan": {"losses__adversarial_from": 0, "losses__critic_width": 4, "data__crop": 96, "revive_every": 2},
@@ -96,7 +111,17 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("stage", "keys"),
     [
-        ("vqgan", {"losses__adversarial_from": 2, "losses__critic_width": 4, "data__crop": 96, "average": 0.9, "revive_every": 3, "quantise_from": 2}),
+        (
+            "vqgan",
+            {
+                "losses__adversarial_from": 2,
+                "losses__critic_width": 4,
+                "data__crop": 96,
+                "average": 0.9,
+                "revive_every": 3,
+                "quantise_from": 2,
+            },
+        ),
         ("network", {"network__mpf": False, "centres": 2, "data__noise": 2.0, "data__drift": 4}),
     ],
 )
@@ -107,7 +132,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, stage: str, ke
     assert main([str(stage_yaml(tmp_path, stage, output="whole", **steps, **keys))]) == 0
     path = stage_yaml(tmp_path, stage, output="killed", **steps, **keys)
     command = [sys.executable, "-m", "pipeline.train", str(path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL
+    ) as process:
         checkpoint = tmp_path / "killed" / "checkpoint.pt"
         deadline = time.monotonic() + 120
         while process.poll() is None and not _at_step(checkpoint, 3) and time.monotonic() < deadline:
@@ -128,7 +155,9 @@ def _at_step(checkpoint: Path, step: int) -> bool:
 def test_an_interrupted_run_says_so_and_goes_on(hr: Path, tmp_path: Path) -> None:
     path = stage_yaml(tmp_path, "flow", steps=100_000, checkpoint_every=100_000)
     command = [sys.executable, "-m", "pipeline.train", str(path)]
-    with subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         said = process.stderr.readline()
         while "step 1/" not in said:
@@ -141,7 +170,9 @@ def test_an_interrupted_run_says_so_and_goes_on(hr: Path, tmp_path: Path) -> Non
     assert (tmp_path / "flow" / "checkpoint.pt").exists()
 
 
-def test_a_checkpoint_of_another_configuration_is_not_gone_on_with(hr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_configuration_is_not_gone_on_with(
+    hr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(stage_yaml(tmp_path, "flow", steps=1))]) == 0
     assert main([str(stage_yaml(tmp_path, "flow", steps=2))]) == 2
     assert "another configuration" in capsys.readouterr().err

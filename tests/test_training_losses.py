@@ -61,7 +61,9 @@ def test_r1_penalty() -> None:
 def test_index_loss() -> None:
     """Odds of 3 to 1 for the right code: log(4 / 3); for the wrong one: log 4; their mean."""
     logits = torch.tensor([[math.log(3), math.log(3)], [0.0, 0.0]]).view(1, 2, 1, 2)
-    assert losses.index_loss(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+    assert losses.index_loss(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx(
+        (math.log(4 / 3) + math.log(4)) / 2
+    )
 
 
 def test_contextual_loss() -> None:
@@ -91,7 +93,9 @@ def test_reference_loss_is_over_all_references() -> None:
     assert sr.grad.abs().sum() > 0
     assert references.grad is None
     wanted = features(references.flatten(0, 1))
-    assert found.item() == pytest.approx(losses.contextual_loss(features(sr).repeat_interleave(5, 0), wanted).item(), rel=1e-5)
+    assert found.item() == pytest.approx(
+        losses.contextual_loss(features(sr).repeat_interleave(5, 0), wanted).item(), rel=1e-5
+    )
     same = losses.reference_loss(features, sr, sr[:, None].detach().expand(-1, 5, -1, -1, -1))
     assert same.item() < found.item()
 
@@ -100,7 +104,9 @@ def test_cosine_with_restarts() -> None:
     """network.md, section 4: back to the full rate at 40k, 120k, 240k, 360k; each cycle ends near 1e-7."""
     recipe = Recipe(480_000, 8, 4e-4, (40_000, 80_000, 120_000, 120_000, 120_000))
     assert [learning_rate(s, recipe) for s in (0, 40_000, 120_000, 240_000, 360_000)] == [4e-4] * 5
-    assert [learning_rate(s, recipe) for s in (39_999, 119_999, 239_999, 479_999)] == pytest.approx([LOWEST_RATE] * 4, abs=1e-8)
+    assert [learning_rate(s, recipe) for s in (39_999, 119_999, 239_999, 479_999)] == pytest.approx(
+        [LOWEST_RATE] * 4, abs=1e-8
+    )
     assert learning_rate(80_000, recipe) == pytest.approx((4e-4 + 1e-7) / 2)
     assert learning_rate(50, Recipe(100, 1, 1.0)) == pytest.approx(0.5)
 
@@ -130,7 +136,9 @@ def test_the_lr_of_a_crop_is_that_of_the_whole_section(data: st.DataObject) -> N
 
 def test_degrading_is_pillows_antialiased_bicubic() -> None:
     section = noise((64, 96))
-    assert np.array_equal(degrade(section, 8), np.asarray(Image.fromarray(section).resize((12, 8), Image.Resampling.BICUBIC)))
+    assert np.array_equal(
+        degrade(section, 8), np.asarray(Image.fromarray(section).resize((12, 8), Image.Resampling.BICUBIC))
+    )
 
 
 @settings(max_examples=30)
@@ -151,14 +159,19 @@ def test_samples_depend_on_seed_and_step_alone_and_avoid_bad_sections(step: int,
 
 
 def test_flips_and_turns_are_the_same_for_all_sections() -> None:
-    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 2 + np.arange(64, dtype=np.uint8), (5, 64, 64)).copy()
+    ramp = np.broadcast_to(
+        np.arange(64, dtype=np.uint8)[None, :, None] * 2 + np.arange(64, dtype=np.uint8), (5, 64, 64)
+    ).copy()
     there = Volume(ramp.shape, lambda z, y, x: ramp[z, y, x], np.ones(5, bool))
     crops = Crops([there], 5, 32, 8)
     seen = set()
     for step in range(40):
         _, hr = crops.batch(0, step, 1)
         assert torch.equal(hr, hr[:, :1].expand_as(hr))
-        dy, dx = (float(hr[0, 0, 0, 1, 0] - hr[0, 0, 0, 0, 0]) * 255, float(hr[0, 0, 0, 0, 1] - hr[0, 0, 0, 0, 0]) * 255)
+        dy, dx = (
+            float(hr[0, 0, 0, 1, 0] - hr[0, 0, 0, 0, 0]) * 255,
+            float(hr[0, 0, 0, 0, 1] - hr[0, 0, 0, 0, 0]) * 255,
+        )
         seen.add((round(dy), round(dx)))
     assert seen == {(2 * a, b) for a in (1, -1) for b in (1, -1)} | {(a, 2 * b) for a in (1, -1) for b in (1, -1)}
 
@@ -175,7 +188,9 @@ def test_validation_windows_are_spread_over_the_sections() -> None:
 def test_a_warped_pair_is_undone_by_its_flow() -> None:
     """first(x) = second(x + flow(x)): reading the second section along the flow gives the first, up to what stands for other tissue."""
     smooth = np.asarray(Image.fromarray(noise((24, 24))).resize((256, 256), Image.Resampling.BICUBIC))
-    hr = torch.stack([torch.from_numpy(smooth.copy()).float().div(255), torch.full((256, 256), 0.5)]).view(1, 2, 1, 256, 256)
+    hr = torch.stack([torch.from_numpy(smooth.copy()).float().div(255), torch.full((256, 256), 0.5)]).view(
+        1, 2, 1, 256, 256
+    )
     lr = torch.from_numpy(degrade(smooth, 8).copy()).float().div(255).expand(1, 2, 1, 32, 32)
     first, second, flow = warped_pair(lr, hr, 8, np.random.default_rng(1), shift=16, bend=2)
     assert first.shape == second.shape == (1, 1, 128, 128)
@@ -263,7 +278,10 @@ def test_squares_take_the_place_of_l1() -> None:
     answer = torch.tensor([0.5, 0.1]).view(1, 1, 1, 1, 2), torch.zeros(1, 5, 1, 1, 2)
     batch = torch.zeros(1, 5, 1, 1, 1), torch.zeros(1, 5, 1, 1, 2)
     found = stage.losses(lambda lr, **_: answer, None, batch, 0)  # type: ignore[arg-type]
-    assert {name: round(float(value), 6) for name, value in found.items()} == {"loss": 0.13, "l2": 0.13}  # (0.25 + 0.01) / 2
+    assert {name: round(float(value), 6) for name, value in found.items()} == {
+        "loss": 0.13,
+        "l2": 0.13,
+    }  # (0.25 + 0.01) / 2
 
 
 def test_the_average_forgets_the_random_start() -> None:

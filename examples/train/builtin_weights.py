@@ -82,7 +82,15 @@ BUILTIN = Path(__file__).resolve().parents[2] / "models" / "builtin"
 COMMON: dict[str, Any] = {"threads": 1, "seed": 1, "checkpoint_every": 200, "accelerator": "cpu"}
 """One thread of a CPU, so that the same machine gives the same weights again; two stages may run side by side."""
 
-PAIRS: dict[str, Any] = {"stage": "indexer", "crop": 256, "batch": 4, "steps": 1500, "rate": 5e-4, "validate_every": 300, "after": ["vqgan"]}
+PAIRS: dict[str, Any] = {
+    "stage": "indexer",
+    "crop": 256,
+    "batch": 4,
+    "steps": 1500,
+    "rate": 5e-4,
+    "validate_every": 300,
+    "after": ["vqgan"],
+}
 WINDOWS: dict[str, Any] = {"stage": "network", "centres": 4, "validate_every": 250, "precision": "bf16-mixed"}
 """What indexer stages, and what network stages have in common: `after` and `start` name the stages whose weights they take."""
 
@@ -108,14 +116,32 @@ STAGES: dict[str, dict[str, Any]] = {
     | {"scale": 8, "crop": 128, "batch": 2, "steps": 1000, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x8", "flow"], "start": "network-x8"},
     "finish-x8": WINDOWS
-    | {"scale": 8, "crop": 128, "batch": 2, "steps": 150, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
+    | {
+        "scale": 8,
+        "crop": 128,
+        "batch": 2,
+        "steps": 150,
+        "rate": 2e-4,
+        "average": 0.99,
+        "losses": {"squares": True},
+        "half": True,
+    }
     | {"after": ["vqgan", "indexer-x8", "flow"], "start": "longer-x8"},
     "indexer-x16": PAIRS | {"scale": 16, "steps": 900},
     "network-x16": WINDOWS
     | {"scale": 16, "crop": 192, "batch": 2, "steps": 700, "rate": 6e-4, "average": 0.998, "losses": {"squares": True}}
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x8"},
     "finish-x16": WINDOWS
-    | {"scale": 16, "crop": 192, "batch": 2, "steps": 120, "rate": 2e-4, "average": 0.99, "losses": {"squares": True}, "half": True}
+    | {
+        "scale": 16,
+        "crop": 192,
+        "batch": 2,
+        "steps": 120,
+        "rate": 2e-4,
+        "average": 0.99,
+        "losses": {"squares": True},
+        "half": True,
+    }
     | {"after": ["vqgan", "indexer-x16", "flow"], "start": "network-x16"},
 }
 
@@ -161,7 +187,9 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
     network: dict[str, Any] = {"scale": own.pop("scale", 8), "preset": "small"}
     network |= {earlier.partition("-")[0]: f"{earlier}/last.safetensors" for earlier in after}
     network |= {"start": f"{start}/last.safetensors"} if start else {}
-    reach = 2 if own["stage"] == "network" else 0  # neighbours of the first held-out centre are taught ones; they are only looked at
+    reach = (
+        2 if own["stage"] == "network" else 0
+    )  # neighbours of the first held-out centre are taught ones; they are only looked at
     data = {
         "train": [{"url": "hr.zarr", "sections": list(tissue.taught)}],
         "validate_on": [{"url": "hr.zarr", "sections": [tissue.held_out[0] - reach, tissue.held_out[1]]}],
@@ -216,11 +244,22 @@ def scores(folder: Path, tissue: Tissue, shared: Path, scale: int, weights: Path
         z, y, x = tissue.voxel_size_nm
         convert(lr, folder / f"{name}-lr.zarr", (z, y * scale, x * scale))
         network = {"name": "gpemsr", "scale": scale, "preset": "small", "weights": str(weights)}
-        volume = {"source": {"url": f"{name}-lr.zarr"}, "target": {"url": f"{name}-sr.zarr", "mips": 1}, "network": network, "cluster": {"workers": 2}}
+        volume = {
+            "source": {"url": f"{name}-lr.zarr"},
+            "target": {"url": f"{name}-sr.zarr", "mips": 1},
+            "network": network,
+            "cluster": {"workers": 2},
+        }
         if code := run.main([str(write(folder / f"{name}.yaml", volume))]):
             raise UserError(f"{name} was not finished (exit code {code})", "", "See above")
-        volumes.append({"name": name, "sr": f"{name}-sr.zarr", "gt": f"{name}-hr.zarr", "lr": f"{name}-lr.zarr", "crop": True})
-    files = {"lpips_alex": "lpips-alex/alexnet_features_lpips_v0.1", "vgg16": "vgg16-conv/vgg16_features_lpips_v0.1", "dists": "dists/dists_alpha_beta"}
+        volumes.append(
+            {"name": name, "sr": f"{name}-sr.zarr", "gt": f"{name}-hr.zarr", "lr": f"{name}-lr.zarr", "crop": True}
+        )
+    files = {
+        "lpips_alex": "lpips-alex/alexnet_features_lpips_v0.1",
+        "vgg16": "vgg16-conv/vgg16_features_lpips_v0.1",
+        "dists": "dists/dists_alpha_beta",
+    }
     table = {
         "volumes": volumes,
         "output": ".",
