@@ -129,8 +129,8 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
     from models import WeightsError
     from models.evaluation import fidelity
 
-    if name in ("psnr", "ssim"):
-        metric: Metric = fidelity.psnr if name == "psnr" else fidelity.ssim
+    if name in ("psnr", "ssim", "ssim_gaussian"):
+        metric: Metric = getattr(fidelity, name)
         return metric
     import torch
 

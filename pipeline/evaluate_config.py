@@ -11,7 +11,7 @@ from pipeline import urls, yaml_file
 from pipeline.config import Url
 from pipeline.errors import ConfigError, UserError
 
-Metric = Literal["psnr", "ssim", "lpips_alex", "lpips_vgg", "dists"]
+Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
 
 
 class _Model(BaseModel):

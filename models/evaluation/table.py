@@ -7,11 +7,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-HIGHER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False, "dists": False}
+HIGHER = {"psnr": True, "ssim": True, "ssim_gaussian": True, "lpips_alex": False, "lpips_vgg": False, "dists": False}
 """Which metrics there are, and whether more is better."""
 TITLES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "ssim_gaussian": "SSIM (Gaussian)",
     "lpips_alex": "LPIPS (Alex)",
     "lpips_vgg": "LPIPS (VGG)",
     "dists": "DISTS",
