@@ -1,4 +1,4 @@
-"""Stage I: the PatchGAN discriminator D of eq. 5."""
+"""Stage I: the PatchGAN discriminator D of eq. 5 (Isola et al., 2017)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 
 class Discriminator(nn.Module):
-    """(B, 1, H, W) -> one score per overlapping patch: 512 x 512 gives (B, 1, 56, 56). No padding anywhere."""
+    """HR section (B, 1, H, W) -> one score per overlapping patch: 512 x 512 voxels give (B, 1, 56, 56). No convolution
+    pads its input. `width` is the number of channels after the first one.
+    """
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

@@ -155,7 +155,9 @@ def test_the_gaussian_ssim_is_a_column_beside_the_other(volumes: Path) -> None:
 
 
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two colour pairs that numpy makes the same everywhere: blobs against the same blobs, blurred; and against other blobs."""
+    """Two colour pairs that numpy makes the same everywhere: blobs against the same blobs, blurred; and against other
+    blobs.
+    """
     rng = np.random.default_rng(7)
     blobs = ndimage.gaussian_filter(rng.random((2, 3, 96, 96)), (0, 0, 2, 2))
     blobs = (blobs - blobs.min()) / np.ptp(blobs)
@@ -190,7 +192,9 @@ def test_perceptual_metrics_are_those_of_their_authors(name: str) -> None:
 @needs_weights
 @pytest.mark.parametrize("name", ["lpips_alex", "lpips_vgg", "dists"])
 def test_weights_that_are_not_named_are_fetched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backbones from torchvision's cache, as after a download; heads from the packages. Without a cache, here, a message."""
+    """Backbones from torchvision's cache, as after a download; heads from the packages. Without a cache, here, a
+    message.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     arguments = [None] * (2 if name == "dists" else 1)
     monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use for good

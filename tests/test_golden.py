@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from models import memory, weights
-from models.config import X8, X8_SMALL, X16, X16_SMALL, Params
+from models.config import X8, X8_SMALL, X16, X16_SMALL, Params, with_patch
 from models.flow import MEAN, STD, SPyNet
 from models.layers import GroupNorm
 from models.metadata import WeightsError
@@ -102,7 +102,9 @@ def count(network: SuperResolver, trained: bool) -> int:
 
 @pytest.mark.parametrize(("params", "trained", "paper"), [(X16, 5_610_430, 5.4627e6), (X8, 4_573_438, 4.4257e6)])
 def test_parameter_counts_and_the_papers(params: Params, trained: int, paper: float) -> None:
-    """The paper's numbers leave out the own weights and biases of the four deformable convolutions: 4 x (64 x 64 x 9 + 64)."""
+    """The paper's numbers leave out the own weights and biases of the four deformable convolutions: 4 x (64 x 64 x 9 +
+    64).
+    """
     network = SuperResolver(params)
     assert count(network, True) == trained
     assert round((trained - 4 * (64 * 64 * 9 + 64)) / 1e6, 4) == paper / 1e6
@@ -143,7 +145,9 @@ def test_the_cosine_in_bands_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_flow_of_sections_that_are_no_multiple_of_32() -> None:
-    """network.md, section 3: the sections are resized up to the next multiples, and the flow back, in their own voxels."""
+    """network.md, section 3: the sections are resized up to the next multiples, and the flow back, in their own
+    voxels.
+    """
     torch.manual_seed(0)
     network = SPyNet((8, 16, 16, 8), 6)
     first, second = torch.rand(2, 1, 40, 72), torch.rand(2, 1, 40, 72)
@@ -156,9 +160,21 @@ def test_flow_of_sections_that_are_no_multiple_of_32() -> None:
         assert torch.allclose(network(first, second), torch.stack([x * 72 / 96, y * 40 / 64], 1), atol=1e-6)
 
 
+@pytest.mark.parametrize(("params", "patch"), [(X16_SMALL, 8), (X16_SMALL, 64), (X8_SMALL, 8), (X8_SMALL, 64)])
+def test_every_patch_of_table_3_is_a_network(params: Params, patch: int) -> None:
+    """A prior with fewer levels than the fusion, or with more, gives SR and a reference of the right size."""
+    torch.manual_seed(0)
+    network = SuperResolver(with_patch(params, patch)).eval()
+    with torch.inference_mode():
+        sr, references = network.with_references(torch.rand(1, 5, 1, 8, 16))
+    assert sr.shape == (1, 1, 1, 8 * params.scale, 16 * params.scale)
+    assert references.shape == (1, 5, 1, 8 * params.scale, 16 * params.scale)
+
+
 def test_group_norm_on_a_cpu() -> None:
-    """Our sums are PyTorch's operator with an epsilon of 1e-6, also where the variance is as small as that; and a map that
-    is the same everywhere gives the bias, however large it is."""
+    """Our sums are PyTorch's operator with an epsilon of 1e-6, also where the variance is as small as that; and a map
+    that is the same everywhere gives the bias, however large it is.
+    """
     torch.manual_seed(0)
     norm = GroupNorm(8, 4)
     nn.init.normal_(norm.weight)

@@ -159,7 +159,9 @@ def test_without_torchfile_the_message_says_what_to_install(
 
 
 def test_the_flow_of_a_stage_may_be_any_of_them(tmp_path: Path, spynet: SPyNet) -> None:
-    """BasicSR's names in a .pth, the original folder, and what stage flow wrote give the same part; preset small takes the last only."""
+    """BasicSR's names in a .pth, the original folder, and what stage flow wrote give the same part; preset small takes
+    the last only.
+    """
     theirs = {name.replace("levels.", "basic_module.", 1): value for name, value in spynet.state_dict().items()}
     theirs = {
         ".".join([*name.split(".")[:2], "basic_module", *name.split(".")[2:]]): value for name, value in theirs.items()

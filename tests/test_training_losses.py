@@ -27,7 +27,7 @@ from models.network import SuperResolver
 from models.training import losses
 from models.training.codes import CodeUsage
 from models.training.crops import Augmentation, Crops, Volume, centre_windows, pair
-from models.training.loop import LOWEST_RATE, Loop, Progress, Recipe, decay, learning_rate
+from models.training.loop import MIN_RATE, Loop, Progress, Recipe, decay, learning_rate
 from models.training.stages import NetworkStage, VQGANStage
 from models.training.warps import warped_pair
 from models.vqgan import VQGAN, Codebook
@@ -83,9 +83,11 @@ def test_index_loss() -> None:
 
 
 def test_contextual_loss() -> None:
-    """Reference positions at (1, 0) and (-1, 0) from their mean; SR sees one of them exactly and one thing at right angles.
+    """Reference positions at (1, 0) and (-1, 0) from their mean; SR sees one of them exactly and one thing at right
+    angles.
 
-    j = 0 has its like: cx 1, confidence e^2. j = 1 has only the stranger, which is as far from both: cx 1/2, confidence 1.
+    j = 0 has its like: cx 1, confidence e^2. j = 1 has only the stranger, which is as far from both: cx 1/2, confidence
+    1.
     """
     mean = torch.tensor([7.0, -3.0]).view(1, 2, 1, 1)
     wanted = mean + torch.tensor([[1.0, -1.0], [0.0, 0.0]]).view(1, 2, 1, 2)
@@ -114,7 +116,9 @@ def test_contextual_loss_as_network_md_writes_it() -> None:
 
 @pytest.mark.parametrize(("name", "places"), [("E", 18), ("D", 16)])
 def test_features_are_torchvisions_layers(name: str, places: int) -> None:
-    """VGG19 (E) to relu3_4 and VGG16 (D) to relu3_3, of a grey image as three channels normalised as ImageNet's were."""
+    """VGG19 (E) to relu3_4 and VGG16 (D) to relu3_3, of a grey image as three channels normalised as ImageNet's
+    were.
+    """
     torch.manual_seed(0)
     layers = vgg.make_layers(vgg.cfgs[name])[:places]
     image = torch.rand(2, 1, 16, 24)
@@ -153,7 +157,7 @@ def test_cosine_with_restarts() -> None:
     recipe = Recipe(480_000, 8, 4e-4, (40_000, 80_000, 120_000, 120_000, 120_000))
     assert [learning_rate(s, recipe) for s in (0, 40_000, 120_000, 240_000, 360_000)] == [4e-4] * 5
     assert [learning_rate(s, recipe) for s in (39_999, 119_999, 239_999, 479_999)] == pytest.approx(
-        [LOWEST_RATE] * 4, abs=1e-8
+        [MIN_RATE] * 4, abs=1e-8
     )
     assert learning_rate(80_000, recipe) == pytest.approx((4e-4 + 1e-7) / 2)
     assert learning_rate(50, Recipe(100, 1, 1.0)) == pytest.approx(0.5)
@@ -173,14 +177,15 @@ def trained(stage: VQGANStage, recipe: Recipe, crops: Crops, folder: Path) -> li
 
 @pytest.mark.parametrize("periods", [(), (4,)])
 def test_the_critics_cosine_begins_with_the_critic(tmp_path: Path, periods: tuple[int, ...]) -> None:
-    """network.md, section 4: the discriminator's schedule steps only while the GAN is on, so its cosine runs as many steps
-    late as the GAN begins late: full rate then, where the network's is already lower."""
+    """network.md, section 4: the discriminator's schedule steps only while the GAN is on, so its cosine runs as many
+    steps late as the GAN begins late: full rate then, where the network's is already lower.
+    """
     stage = VQGANStage(X8_SMALL, adversarial_from=3, critic_width=2)
     recipe = Recipe(6, 1, 1e-3, periods)
     network, critic = zip(*trained(stage, recipe, Crops([volume((3, 96, 96))[0]], 1, 96, 8), tmp_path), strict=True)
 
     def cosine(step: int, period: int) -> float:
-        return LOWEST_RATE + (1e-3 - LOWEST_RATE) * (1 + math.cos(math.pi * step / period)) / 2
+        return MIN_RATE + (1e-3 - MIN_RATE) * (1 + math.cos(math.pi * step / period)) / 2
 
     own, late = (4, 4) if periods else (6, 3)  # without periods: one cycle over all steps that are left
     assert network == pytest.approx([cosine(step % own, own) for step in range(6)])
@@ -280,7 +285,9 @@ def test_validation_windows_are_spread_over_the_sections() -> None:
 
 
 def test_a_warped_pair_is_undone_by_its_flow() -> None:
-    """first(x) = second(x + flow(x)): reading the second section along the flow gives the first, up to what stands for other tissue."""
+    """first(x) = second(x + flow(x)): reading the second section along the flow gives the first, up to what stands for
+    other tissue.
+    """
     smooth = np.asarray(Image.fromarray(noise((24, 24))).resize((256, 256), Image.Resampling.BICUBIC))
     hr = torch.stack([torch.from_numpy(smooth.copy()).float().div(255), torch.full((256, 256), 0.5)]).view(
         1, 2, 1, 256, 256
@@ -335,7 +342,9 @@ def test_the_nearest_row_is_that_of_the_least_distance() -> None:
 
 
 def test_gradients_pass_the_codebook_straight_through() -> None:
-    """Section 3.5 of the paper: the decoder's gradient at Z_d is the encoder's at Z_e, and moves no row of the codebook."""
+    """Section 3.5 of the paper: the decoder's gradient at Z_d is the encoder's at Z_e, and moves no row of the
+    codebook.
+    """
     torch.manual_seed(0)
     vqgan = VQGAN(X8_SMALL.prior)
     nn.init.normal_(vqgan.codebook.weight)  # rows far from Z_e, so that a decoder given Z_e shows
@@ -399,8 +408,9 @@ def test_the_discriminator_layer_by_layer() -> None:
 
 
 def test_how_residual_blocks_and_deformable_convolutions_start() -> None:
-    """network.md, section 1: Kaiming-normal times 0.1 and no bias, and a deformable convolution that moves no tap: half of
-    a plain one with weights uniform in +-1/sqrt(9 C)."""
+    """network.md, section 1: Kaiming-normal times 0.1 and no bias, and a deformable convolution that moves no tap: half
+    of a plain one with weights uniform in +-1/sqrt(9 C).
+    """
     torch.manual_seed(0)
     block = Residual(64)
     for conv in (block.conv1, block.conv2):
@@ -428,7 +438,9 @@ def test_tokens_that_skip_the_codebook() -> None:
 
 
 def test_sampling_for_training_is_the_deformable_convolution() -> None:
-    """torchvision's numbers and gradients, offsets far beyond the border among them; and without gradients its numbers."""
+    """torchvision's numbers and gradients, offsets far beyond the border among them; and without gradients its
+    numbers.
+    """
     torch.manual_seed(0)
     conv = deformable.DeformableConv(16, 4)
     nn.init.normal_(conv.offsets.weight, std=0.5)

@@ -25,9 +25,9 @@ def ssim(image: Image, truth: Image) -> float:
 
 
 def ssim_gaussian(image: Image, truth: Image) -> float:
-    """Mean structural similarity of two (H, W) images as Wang et al. (2004) define it: an 11 x 11 Gaussian window with a
-    standard deviation of 1.5 voxels, K1 = 0.01, K2 = 0.03, and covariances divided by the sum of the window's weights.
-    The mean is over the windows that lie wholly inside the image.
+    """Mean structural similarity of two (H, W) images as Wang et al. (2004) define it: an 11 x 11 Gaussian window with
+    a standard deviation of 1.5 voxels, K1 = 0.01, K2 = 0.03, and covariances divided by the sum of the window's
+    weights. The mean is over the windows that lie wholly inside the image.
 
     Raises ValueError where H or W is less than 11.
     """
