@@ -1,4 +1,10 @@
-"""Networks in plain PyTorch. They know nothing of volumes, Dask or storage. Importing this does not import torch."""
+"""Networks in plain PyTorch. They know nothing of volumes, Dask or storage. Importing this does not import torch.
+
+Docstrings in this package call "Learning Large-Factor EM Image Super-Resolution with Generative Priors" (Shou et al.,
+CVPR 2024) "the paper" and use its symbols, and call those who wrote it "the authors". `network.md` is a description of
+their published code that is not part of this repository. In shapes, r is the scale and p the compression patch, the
+side in HR voxels of the patch that one code (token) stands for.
+"""
 
 from __future__ import annotations
 
