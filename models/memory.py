@@ -70,9 +70,8 @@ def _fuse(params: Params, tile: int) -> float:
     n, r, width, window, groups = tile * tile, params.scale, params.width, params.window, params.offset_groups
     pair = max(a + b for a, b in pairwise((8, *params.flow_widths, 2)))
     stacked = window * (2 * width * LEVELS + 1)
-    flow = stacked + window * 16 * (
-        2 + pair + 8 + 8 + 2
-    )  # images twice; a convolution, its level's input, two pyramids, the flow
+    # two images; input and output of a convolution, the input of its level, two pyramids, the flow
+    flow = stacked + window * 16 * (2 + pair + 8 + 8 + 2)
     inputs = stacked + window * (16 + 2 * params.flow_features * LEVELS + 3 * width)
     one = 9 * (20 * groups + width)  # corners' indices and weights, and the samples, of one section at a time
     aligned = inputs + window * 27 * groups + (window - 1) * width + one

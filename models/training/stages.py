@@ -48,11 +48,11 @@ class Stage(Protocol):
         ...
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
-        """The critic's losses `critic_loss` and its parts for the batch that `losses` last saw; None while it rests."""
+        """The critic's `critic_loss` and its parts for the batch that `losses` was last given; None before it is trained."""
         ...
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
-        """Mean scores over windows, and one image (1, H, W) of each window for the eye."""
+        """Mean scores over windows, and one image (1, H, W) of each window to look at."""
         ...
 
 
@@ -173,9 +173,7 @@ class VQGANStage:
         return {"critic_loss": loss, **parts}
 
     def _count_and_revive(self, network: nn.Module, latent: Tensor, step: int) -> None:
-        """Count the codes that Z_e (B, d, h, w) uses, and move unused rows of the codebook where this step is one for
-        it.
-        """
+        """Count the codes of Z_e (B, d, h, w); in the steps for it, set unused rows of the codebook to columns of Z_e."""
         vqgan = cast(VQGAN, getattr(network, "module", network))
         self.usage.count(vqgan.codebook.nearest(latent))
         if step == self.quantise_from - 1:
