@@ -87,9 +87,8 @@ class Crops:
         hr: list[Bytes] = []
         for i in range(self.sections):
             dy, dx = (int(d) // step * step for d in rng.integers(-drift, drift + 1, 2))
-            for part, image in zip(
-                (lr, hr), pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size)), strict=True
-            ):
+            crop = pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size))
+            for part, image in zip((lr, hr), crop, strict=True):
                 part.append(image)
         return self._augmented(rng, np.stack(lr), np.stack(hr))
 

@@ -173,16 +173,11 @@ class Loop:
         began, first = time.monotonic(), self.step
         while self.step < self.recipe.steps and not stopped():
             rate = learning_rate(self.step, self.recipe)
-            recent = [
-                *recent[1 - REPORTED_STEPS :],
-                self._one_step(
-                    crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank), rate
-                ),
-            ]
+            batch = crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank)
+            recent = [*recent[1 - REPORTED_STEPS :], self._one_step(batch, rate)]
             self.step += 1
-            progress = Progress(
-                self.step, self.recipe.steps, _means(recent), rate, (self.step - first) / (time.monotonic() - began)
-            )
+            speed = (self.step - first) / (time.monotonic() - began)
+            progress = Progress(self.step, self.recipe.steps, _means(recent), rate, speed)
             if not all(math.isfinite(value) for value in recent[-1].values()):
                 raise FloatingPointError(f"step {self.step}: the loss is not finite ({recent[-1]})")
             if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
@@ -202,9 +197,8 @@ class Loop:
         self._update(self.adam, found["loss"], rate)
         if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
             self.critic_started = self.step if self.critic_started is None else self.critic_started
-            self._update(
-                self.critic_adam, of_critic["critic_loss"], learning_rate(self.step, self.recipe, self.critic_started)
-            )
+            critic_rate = learning_rate(self.step, self.recipe, self.critic_started)
+            self._update(self.critic_adam, of_critic["critic_loss"], critic_rate)
             found |= of_critic
         with torch.no_grad():
             for name, parameter in self.stage.network.named_parameters():

@@ -48,7 +48,7 @@ class Stage(Protocol):
         ...
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
-        """The critic's `critic_loss` and its parts for the batch that `losses` was last given; None before it is trained."""
+        """The critic's `critic_loss` and its parts for the last batch of `losses`; None before it is trained."""
         ...
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
@@ -173,7 +173,7 @@ class VQGANStage:
         return {"critic_loss": loss, **parts}
 
     def _count_and_revive(self, network: nn.Module, latent: Tensor, step: int) -> None:
-        """Count the codes of Z_e (B, d, h, w); in the steps for it, set unused rows of the codebook to columns of Z_e."""
+        """Count the codes of Z_e (B, d, h, w); in the steps for it, set unused rows to columns of Z_e."""
         vqgan = cast(VQGAN, getattr(network, "module", network))
         self.usage.count(vqgan.codebook.nearest(latent))
         if step == self.quantise_from - 1:
@@ -231,10 +231,8 @@ class IndexerStage:
             logits, indices = network(lr), self._indices(hr)
             reference = self.vqgan.decoder(self.vqgan.codebook.lookup(logits.argmax(1))).image
             right = float((logits.argmax(1) == indices).float().mean())
-            scores.append(
-                {"cross_entropy": float(index_loss(logits, indices)), "right": right}
-                | image_scores(reference, hr, None)
-            )
+            own = {"cross_entropy": float(index_loss(logits, indices)), "right": right}
+            scores.append(own | image_scores(reference, hr, None))
             images.append(torch.cat([hr, reference.clamp(0, 1)], 3)[0])
         return mean_scores(scores), images
 
