@@ -97,7 +97,8 @@ def make(out: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="Make the source of drosophila-vnc.yaml from a real ssTEM stack (licence of the data: CC BY-NC-SA 3.0)."
+        description="Make the source of drosophila-vnc.yaml from a real ssTEM stack. "
+        "The licence of the data is CC BY-NC-SA 3.0."
     )
     parser.add_argument(
         "--out",

@@ -309,7 +309,7 @@ class Tissue:
         return 48 * line * _step(0.35, 0.9, self.noise(61, z, wall.shape, 60, 4)) * _step(5, 9, wall)
 
     def _vesicles(self, rng: np.random.Generator, density: Float, wall: Float) -> Float:
-        """SectionCaches of about 40 nm where `density` (0..1) is high, a few with a dense core. They last one section."""
+        """Rings of about 40 nm where `density` (0..1) is high, a few with a dense core. They last one section."""
         pad = 12
         canvas = np.zeros((wall.shape[0] + 2 * pad, wall.shape[1] + 2 * pad), np.float32)
         grid = np.mgrid[-pad : pad + 1, -pad : pad + 1].astype(np.float32)

@@ -1,4 +1,10 @@
-"""Networks in plain PyTorch. Knows nothing of volumes, Dask or storage. Importing this does not import torch."""
+"""Networks in plain PyTorch. They know nothing of volumes, Dask or storage. Importing this does not import torch.
+
+Docstrings in this package call "Learning Large-Factor EM Image Super-Resolution with Generative Priors" (Shou et al.,
+CVPR 2024) "the paper" and use its symbols, and call those who wrote it "the authors". `network.md` is a description of
+their published code that is not part of this repository. In shapes, r is the scale and p the compression patch, the
+side in HR voxels of the patch that one code (token) stands for.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +24,11 @@ if TYPE_CHECKING:
 
 
 def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
-    """The one door to every network that volume.yaml can name; torch is imported here, not before. Weights are random.
+    """Build a network that volume.yaml can name (`NETWORKS`), with random weights. torch is imported here, not before.
 
     A network has `encode_section((1, 1, H, W) in 0..1) -> state` and `fuse_window([state] * window) -> (1, 1, rH, rW)`,
-    and sees one tile of one fixed size at a time.
+    for an LR tile of H x W voxels, scale r and a window of consecutive sections. All tiles of a run have one size.
+    Raises ValueError for an unknown preset.
     """
     if name == "gpemsr":
         from models.network import SuperResolver
@@ -34,17 +41,22 @@ def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
 
 
 def held_bytes(name: str, scale: int, preset: str | None, tile: int, value: int = 4) -> tuple[int, int]:
-    """Bytes beyond its weights that a network holds for a tile `tile` LR voxels across: at its fullest, what the process then
-    keeps among them, and per encoded section. `value`: bytes per number. Imports no torch.
+    """Bytes that a network holds beyond its weights for a tile of `tile` x `tile` LR voxels: the largest sum at one
+    moment, with what the process then keeps; and the state of one encoded section. `value` is the number of bytes per
+    number. Does not import torch.
     """
     if name != "gpemsr":
-        return 9 * (scale * tile) ** 2, 0  # twice in float32 and once as grey levels
+        return 9 * (scale * tile) ** 2, 0  # the output twice in float32 and once in uint8
     params = find_preset(scale, preset or "paper")
     return peak_bytes(params, tile, value) + WARM_BYTES, state_bytes(params, tile, value)
 
 
 def load(path: Path, network: nn.Module) -> None:
-    """Fill a network from a .safetensors file of ours or the authors' stage III dictionary. Raises WeightsError, OSError."""
+    """Copy weights into a network, from a .safetensors file that emsr wrote or from the authors' dictionary of stage
+    III.
+
+    Raises WeightsError, OSError.
+    """
     from models import weights
     from models.network import SuperResolver
 

@@ -1,4 +1,4 @@
-"""What stands in for a module that is switched off: residual blocks with about as many parameters (paper, table 5)."""
+"""Replacements of modules that are switched off: residual blocks with about as many parameters (paper, table 5)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from models.pod import POD
 
 
 def count(module: nn.Module) -> int:
-    """Parameters that training changes."""
+    """The number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
 def blocks(width: int, parameters: int) -> nn.Sequential:
+    """As many residual blocks of `width` channels as have about `parameters` parameters together."""
     with torch.device("meta"):
         one = count(Residual(width))
     return nn.Sequential(*(Residual(width) for _ in range(round(parameters / one))))
 
 
 class WithoutMPF(nn.Module):
-    """Residual blocks on the LR features of one section; no prior, no mask."""
+    """In place of MPF, mask and prior: residual blocks on the LR features of one section."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -34,11 +35,12 @@ class WithoutMPF(nn.Module):
         self.blocks = blocks(params.width, size)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return self.blocks(features)  # type: ignore[no-any-return]
 
 
 class WithoutPOD(nn.Module):
-    """Residual blocks on the features of each section; nothing is aligned, so all of it belongs to the section."""
+    """In place of POD: residual blocks on the features of each section. Nothing is aligned."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -48,14 +50,16 @@ class WithoutPOD(nn.Module):
         self.blocks = blocks(params.width, size)
 
     def pyramid(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W) -> one map of the same shape."""
         return (self.blocks(features),)
 
     def forward(self, sections: Tensor, pyramids: list[tuple[Tensor, ...]]) -> Tensor:
+        """LR sections, which are not used, and N pyramids of one (B, C, H, W) each -> (B, N, C, H, W)."""
         return torch.stack([level for (level,) in pyramids], 1)
 
 
 class WithoutThreeDA(nn.Module):
-    """One 1x1 convolution over the stacked sections, then residual blocks."""
+    """In place of 3DA: a 1x1 convolution over the concatenated sections, then residual blocks."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -65,4 +69,5 @@ class WithoutThreeDA(nn.Module):
         self.blocks = blocks(params.width, size)
 
     def forward(self, aligned: Tensor) -> Tensor:
+        """(B, N, C, H, W) -> (B, C, H, W)."""
         return self.blocks(self.reduce(aligned.flatten(1, 2).contiguous(memory_format=torch.channels_last)))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a plan must know of a network before it is built; importing this does not import torch."""
+"""Properties of networks that a plan needs before one is built. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Traits:
-    """`window` sections enter one output section; lateral `padding` is `mirror` or `edge`; `cell` and, by scale, `halo` are the
-    default lattice in LR voxels and `min_halo` the least that keeps cells without seams; `weights` tells whether it has any.
+    """Properties of one network. `window` is the number of consecutive sections that make one output section.
+    `padding`, `mirror` or `edge`, is how voxels beyond the volume are invented. `cell` and, by scale, `halo` are the
+    defaults of the tile lattice in LR voxels, and `min_halo` is the smallest halo allowed. `weights` tells whether the
+    network has any.
     """
 
     window: int
@@ -27,16 +29,22 @@ NETWORKS: dict[str, Traits] = {
 }
 
 BUILTIN_PRESET = "small"
+"""The preset of the weights that come with emsr."""
 DEFAULT_TISSUE = "flyem-medulla"
-"""What `builtin` alone means: trained on data that may be used for anything, with attribution."""
+"""The tissue of `builtin` without a name. The licence of its training data allows any use, with attribution."""
 
 
 def builtin(weights: str, scale: int) -> Path:
-    """The file of `builtin` or `builtin:TISSUE` weights. Raises ValueError that lists what there is."""
+    """The path of the weights `builtin` or `builtin:TISSUE` for a scale. Raises ValueError with a list of those there
+    are.
+    """
     tissue = weights.partition(":")[2] or DEFAULT_TISSUE
     folder = Path(__file__).parent / "builtin"
     path = folder / f"{tissue}-x{scale}.safetensors"
     if path.parent != folder or not path.is_file():
-        there = ", ".join(f"builtin:{name} (x{at})" for name, _, at in sorted(f.stem.rpartition("-x") for f in folder.glob("*.safetensors")))
-        raise ValueError(f"no {weights} at scale {scale}; there are {there}")
+        available = ", ".join(
+            f"builtin:{name} (x{at})"
+            for name, _, at in sorted(f.stem.rpartition("-x") for f in folder.glob("*.safetensors"))
+        )
+        raise ValueError(f"no {weights} at scale {scale}; there are {available}")
     return path

@@ -1,4 +1,4 @@
-"""Stage II: the latent vector indexer W, which guesses codes from an LR section (paper, section 3.3)."""
+"""Stage II: the latent vector indexer W, which predicts codes from an LR section (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ class Indexer(nn.Module):
         weights_channels_last(self)
 
     def forward(self, section: Tensor) -> Tensor:
+        """LR section in 0..1 -> logits of the v codes for every token."""
         x = functional.relu_(self.input(channels_last(section)))
         x = self.project(self.head(self.body(x)))
         return self.logits(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def _widen(inputs: int, outputs: int, groups: int, place: int, halvings: int) -> nn.Module:
-    """The last `halvings` of the three widening blocks halve the size (-1: the last one doubles it), so that a code is one position."""
+    """Block `place`, 0 to 2, of those with more outputs than inputs. The last `halvings` of them halve the size, or
+    with -1 the last one doubles it, so that the output has one position per token.
+    """
     if place >= 3 - halvings:
         return conv3(inputs, outputs, stride=2)
     if place == 2 and halvings < 0:

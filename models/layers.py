@@ -12,23 +12,24 @@ from models.memory import band_rows
 
 
 def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with padding 1."""
     return nn.Conv2d(inputs, outputs, 3, stride, 1)
 
 
 def pointwise(inputs: int, outputs: int) -> nn.Conv2d:
-    """1x1 convolution. A dilation means nothing to one tap, but keeps PyTorch from choosing the operator, and with it the
-    rounding, by the number of threads and of images.
+    """A 1x1 convolution. Its dilation changes nothing for a single tap, but it keeps PyTorch from choosing the
+    operator, and with it the rounding, by the number of threads and of images.
     """
     return nn.Conv2d(inputs, outputs, 1, dilation=2)
 
 
 def lrelu(x: Tensor) -> Tensor:
-    """Leaky ReLU with slope 0.1, in place: every caller hands over the fresh output of a convolution."""
+    """Leaky ReLU with slope 0.1, in place: every caller passes the output of a convolution that nothing else reads."""
     return functional.leaky_relu_(x, 0.1)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` in channels-last layout, also where one channel leaves PyTorch no way to tell the layouts apart."""
+    """`x` (B, C, H, W) in channels-last layout, also for one channel, where PyTorch cannot tell the layouts apart."""
     if x.shape[1] == 1:
         b, _, h, w = x.shape
         return x.reshape(b, h, w, 1).permute(0, 3, 1, 2)
@@ -36,19 +37,19 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def weights_channels_last(module: nn.Module) -> None:
-    """Lay the kernels of all convolutions out channels-last; from then on every map has that layout."""
+    """Store the kernels of all convolutions channels-last; PyTorch then gives every feature map that layout."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = channels_last(parameter.data)
 
 
 def bilinear(x: Tensor, factor: float) -> Tensor:
-    """Half-pixel bilinear resizing (align_corners=False)."""
+    """Bilinear resizing of (B, C, H, W) by `factor`, with half-pixel centres (align_corners=False)."""
     return x if factor == 1 else functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 class Up(nn.ConvTranspose2d):
-    """3x3 transposed convolution to twice the size."""
+    """A 3x3 transposed convolution to twice the size."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, 2, 1, output_padding=1)
@@ -56,28 +57,29 @@ class Up(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C', 2H, 2W).
 
-        On a CPU as four convolutions, one for each parity of row and column: as many multiplications and as fast, but
-        oneDNN's transposed operator rounds differently for different numbers of threads.
+        On a CPU without gradients it is computed as four convolutions, one for each parity of row and column of the
+        output. That takes as many multiplications and as long, but the rounding of oneDNN's transposed operator depends
+        on the number of threads. Along one axis the taps are:
 
-            even: tap 1 of i        odd: tap 2 of i and tap 0 of i + 1
+            output 2i: tap 1 of input i        output 2i + 1: tap 2 of input i and tap 0 of input i + 1
         """
         if not _by_hand(x):
             return super().forward(x, output_size)
         b, _, h, w = x.shape
         weight = self.weight.transpose(0, 1)
         padded = functional.pad(x, (0, 1, 0, 1))
-        out = x.new_empty(b, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)
+        out = x.new_empty(b, 2 * h, 2 * w, self.out_channels).permute(0, 3, 1, 2)  # (B, C', 2H, 2W), channels-last
         for row, rows in enumerate(([1], [2, 0])):
             for column, columns in enumerate(([1], [2, 0])):
                 kernel = channels_last(weight[:, :, rows][:, :, :, columns])
                 single = len(rows) * len(columns) == 1
-                seen = x if single else padded[:, :, : h - 1 + len(rows), : w - 1 + len(columns)]
-                out[:, :, row::2, column::2] = functional.conv2d(seen, kernel, self.bias, dilation=2 if single else 1)
+                read = x if single else padded[:, :, : h - 1 + len(rows), : w - 1 + len(columns)]
+                out[:, :, row::2, column::2] = functional.conv2d(read, kernel, self.bias, dilation=2 if single else 1)
         return out
 
 
 class Narrow(nn.Conv2d):
-    """k x k convolution to one or two channels."""
+    """A k x k convolution to one or two channels."""
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
         super().__init__(inputs, outputs, size, 1, size // 2)
@@ -85,8 +87,8 @@ class Narrow(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W).
 
-        On a CPU as k x 1 convolution to k times the channels, which are moved and added up: oneDNN fills C' up to 16 and
-        multiplies zeros otherwise.
+        On a CPU without gradients it is computed as a k x 1 convolution to k times the channels, which are then shifted
+        and added: oneDNN would pad C' to 16 channels and multiply zeros.
         """
         if not _by_hand(x):
             return super().forward(x)
@@ -100,13 +102,17 @@ class Narrow(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with eps 1e-6."""
+    """Group normalisation with an epsilon of 1e-6, in at most as many groups as there are channels."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__(min(groups, width), width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """On a CPU by sums per channel: PyTorch's operator adds up per thread, so its rounding depends on their number."""
+        """(B, C, H, W) -> (B, C, H, W).
+
+        On a CPU without gradients the moments are computed from sums per channel: PyTorch's operator adds up per
+        thread, so that its rounding depends on their number.
+        """
         if not _by_hand(x):
             return super().forward(x)
         b, c, h, w = x.shape
@@ -119,12 +125,16 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _by_hand(x: Tensor) -> bool:
-    """Where results must not depend on the number of threads; gradients and other devices take PyTorch's operators."""
+    """Whether an operator of our own is used, whose result does not depend on the number of threads: on a CPU without
+    gradients. Training and other devices use PyTorch's operators.
+    """
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 class Residual(nn.Module):
-    """Residual block without norm (Stage III); starts near the identity."""
+    """The residual block of stage III, without normalisation. Its first weights are small: it begins near the
+    identity.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -136,11 +146,14 @@ class Residual(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return self.conv2(functional.relu_(self.conv1(x))).add_(x)  # type: ignore[no-any-return]
 
 
 class NormResidual(nn.Module):
-    """Residual block with group norm (prior). The last ReLU is before the sum, nothing after it."""
+    """The residual block of stages I and II, with group normalisation. Its last ReLU comes before the sum, none
+    after.
+    """
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
@@ -151,13 +164,16 @@ class NormResidual(nn.Module):
         self.skip = pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
         y = functional.relu_(self.norm1(self.conv1(x)))
         y = functional.relu_(self.norm2(self.conv2(y)))
         return y + self.skip(x)  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):
-    """One head over all positions of a tile, added to the input; scores are never held whole."""
+    """Self-attention with one head over all positions of a tile, added to the input. The matrix of all pairs of
+    positions is never stored whole.
+    """
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -168,6 +184,7 @@ class SelfAttention(nn.Module):
         self.project = pointwise(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         b, c, h, w = x.shape
         y = self.norm(x)
         q, k, v = (conv(y).permute(0, 2, 3, 1).reshape(b, 1, h * w, c) for conv in (self.q, self.k, self.v))
@@ -175,14 +192,15 @@ class SelfAttention(nn.Module):
         return x + self.project(y.reshape(b, h, w, c).permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
 
-def in_bands(chain: Callable[..., Tensor], *maps: Tensor, reach: int, peak: int) -> Tensor:
-    """chain(*maps), computed band of rows by band of rows where the whole would not fit memory.BAND_BYTES.
+def in_bands(chain: Callable[..., Tensor], *maps: Tensor, halo: int, peak: int) -> Tensor:
+    """`chain(*maps)`, computed in bands of rows where the whole would not fit into memory.BAND_BYTES.
 
-    `maps` are (B, *, H, W) of one size. Each row of the result depends on rows at most `reach` away (a multiple of the
-    chain's stride), so what a band's edge spoils is cut off. `peak` is the largest intermediate map's size, channels
-    times the square of its enlargement, per input position.
+    `maps` are (B, *, H, W) of one size. A row of the result may depend on rows of the input that are at most `halo`
+    away (a multiple of the chain's stride). Each band is therefore computed with `halo` rows on both sides, which are
+    cut off from its result. `peak` is the size of the largest intermediate map in values per input position: its
+    channels times the square of its enlargement.
 
-        |...reach|----------band----------|reach...|
+        |..halo..|----------band----------|..halo..|
     """
     b, _, height, width = maps[0].shape
     rows = band_rows(b, peak, width)
@@ -191,7 +209,7 @@ def in_bands(chain: Callable[..., Tensor], *maps: Tensor, reach: int, peak: int)
     parts = []
     for start in range(0, height, rows):
         stop = min(start + rows, height)
-        low, high = max(0, start - reach), min(height, stop + reach)
+        low, high = max(0, start - halo), min(height, stop + halo)
         part = chain(*(m[:, :, low:high] for m in maps))
         scale = part.shape[2] / (high - low)
         parts.append(part[:, :, int((start - low) * scale) : int((stop - low) * scale)])

@@ -1,4 +1,5 @@
-"""The mask M: how far the reference may be trusted, by comparing it with the enlarged section (paper, figure 1 d)."""
+"""The mask M, which weights the reference's features by how well it agrees with the enlarged LR section (paper, figure
+1 d)."""
 
 from __future__ import annotations
 
@@ -10,11 +11,15 @@ from models.config import VGG19, Params, PriorParams
 from models.layers import NormResidual, bilinear, channels_last, conv3, in_bands, lrelu
 
 PATCH = 16
+"""Side in HR voxels of the patches whose features are compared."""
 EPSILON = 1e-12
+"""Least norm of a patch's features."""
 
 
 class VGGFeatures(nn.Module):
-    """VGG19 to relu1_2 of a grey image shown as three equal channels: the first convolution is run once, with summed weights."""
+    """VGG19 (Simonyan and Zisserman, 2015) to relu1_2. A grey image stands for three equal channels, so the first
+    convolution takes one, with the sum of its weights over channels.
+    """
 
     width = 64
     local = True
@@ -32,7 +37,7 @@ class VGGFeatures(nn.Module):
 
 
 class EncoderFeatures(nn.Module):
-    """The layers of our own VQGAN encoder at HR size."""
+    """The layers of the VQGAN's encoder at HR size, for presets without VGG19."""
 
     local = False  # group norm looks at the whole image
 
@@ -48,7 +53,9 @@ class EncoderFeatures(nn.Module):
 
 
 class Mask(nn.Module):
-    """Cosine similarity of reference and enlarged section in 16 x 16 patches of features, refined to M."""
+    """The cosine similarity of the features of reference and enlarged LR section in patches of 16 x 16, refined to M by
+    three convolutions.
+    """
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -57,23 +64,31 @@ class Mask(nn.Module):
         self.refine = nn.Sequential(conv3(1, params.width), conv3(params.width, params.width), conv3(params.width, 1))
 
     def forward(self, section: Tensor, reference: Tensor) -> Tensor:
-        """Section (B, 1, H, W) and I_Ref (B, 1, rH, rW) -> M (B, 1, rH/16, rW/16) in 0..1."""
+        """LR section (B, 1, H, W) and I_Ref (B, 1, rH, rW) -> M (B, 1, rH/16, rW/16) in 0..1."""
         x = self.cosine(section, reference)
         for conv in self.refine:
             x = lrelu(conv(channels_last(x)))
         return torch.sigmoid(x)
 
     def cosine(self, section: Tensor, reference: Tensor) -> Tensor:
-        """CS of the paper, (B, 1, rH/16, rW/16).
+        """The cosine similarity CS of the paper: LR section (B, 1, H, W) and I_Ref (B, 1, rH, rW) -> (B, 1, rH/16,
+        rW/16).
 
-        A patch's dot product and norms are sums over its positions: no patch is laid out as a vector of 16,384 numbers.
+        The dot product and norms of patches are computed as sums over positions, without a vector of 16,384 numbers per
+        patch.
         """
         images = (bilinear(section, self.scale), reference)
-        products = in_bands(self._products, *images, reach=2, peak=self.features.width) if self.features.local else self._products(*images)
+        products = (
+            in_bands(self._products, *images, halo=2, peak=self.features.width)
+            if self.features.local
+            else self._products(*images)
+        )
         dot, a, b = functional.avg_pool2d(products, PATCH).mul(PATCH * PATCH).chunk(3, 1)
         return dot / (a.sqrt().clamp_min(EPSILON) * b.sqrt().clamp_min(EPSILON))
 
     def _products(self, image: Tensor, reference: Tensor) -> Tensor:
-        """(B, 3, rH, rW): per position the sums over channels of a * b, a * a and b * b."""
+        """Two images (B, 1, rH, rW) with features a and b -> (B, 3, rH, rW): the sums over channels of a * b, a * a and
+        b * b.
+        """
         a, b = self.features(image), self.features(reference)
         return torch.stack([(a * b).sum(1), a.square_().sum(1), b.square_().sum(1)], 1)

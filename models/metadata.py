@@ -1,4 +1,5 @@
-"""What a weights file says of itself; read from its head without torch, so that a plan can look before a network is built."""
+"""The metadata of a weights file, read from its header without torch, so that a plan can check it before a network is
+built."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ FORMAT = "emsr-weights-1"
 
 
 class WeightsError(ValueError):
-    """A file or dictionary of weights that does not fit. One text: what was seen, what was wanted, what to do."""
+    """A file or dictionary of weights that cannot be used. The message says what was seen, what was wanted, what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """`licence` is that of the data the values were trained on; `sha256` is the digest of the stored tensors."""
+    """What a weights file says about its weights: the network's parameters, the name of their preset or "", the licence
+    of the training data, the digest of the stored tensors (`weights.digest`), and the card, a text about how they were
+    made.
+    """
 
     params: Params
     preset: str
@@ -31,7 +37,7 @@ class Metadata:
         return self.params.scale
 
     def to_header(self) -> dict[str, str]:
-        """safetensors metadata holds text only."""
+        """The same as texts by name, which is all that the metadata of a safetensors file can hold."""
         return {
             "format": FORMAT,
             "params": to_json(self.params),
@@ -44,21 +50,35 @@ class Metadata:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """From the JSON head of a safetensors file (8 bytes of length, then text). Raises WeightsError, OSError."""
+    """Read the metadata from the header of a safetensors file: 8 bytes of length, then JSON. Raises WeightsError,
+    OSError.
+    """
     with path.open("rb") as file:
         head = file.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 0 < size <= path.stat().st_size - 8:
-            raise WeightsError(f"{path} is no safetensors file: its head is cut or of another format. Name a .safetensors file that emsr wrote")
+            raise WeightsError(
+                f"{path} is no safetensors file: its head is cut or of another format. "
+                "Name a .safetensors file that emsr wrote"
+            )
         text = file.read(size)
     try:
         header = json.loads(text).get("__metadata__", {})
     except (ValueError, AttributeError):
-        raise WeightsError(f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote") from None
+        raise WeightsError(
+            f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote"
+        ) from None
     if header.get("format") != FORMAT:
-        raise WeightsError(f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. Name a file that emsr wrote, or convert this one")
+        raise WeightsError(
+            f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. "
+            "Name a file that emsr wrote, or convert this one"
+        )
     try:
         params = from_json(header["params"])
-        return Metadata(params, header["preset"], header["training_data_licence"], header["sha256"], header.get("card", ""))
+        return Metadata(
+            params, header["preset"], header["training_data_licence"], header["sha256"], header.get("card", "")
+        )
     except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path}: its metadata does not describe a network ({error}). Write the file again with this version") from None
+        raise WeightsError(
+            f"{path}: its metadata does not describe a network ({error}). Write the file again with this version"
+        ) from None

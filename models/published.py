@@ -1,4 +1,4 @@
-"""The authors' names of parameters (network.md, Checkpoints), and ours."""
+"""Translates the authors' names of parameters (network.md, section 3, Checkpoints) into ours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from models.indexer import Indexer
 from models.network import SuperResolver
 from models.vqgan import VQGAN
 
-BLOCK = {"block.0": "conv1", "block.1": "norm1", "block.3": "conv2", "block.4": "norm2", "channel_up": "skip", "gn": "norm", "proj_out": "project"}
+BLOCK = {
+    "block.0": "conv1",
+    "block.1": "norm1",
+    "block.3": "conv2",
+    "block.4": "norm2",
+    "channel_up": "skip",
+    "gn": "norm",
+    "proj_out": "project",
+}
 RULES: tuple[tuple[str, str], ...] = (
     # stages I and II, with the prefix that stage III gives them already taken off
     (r"(encoder|indexer)\.input_layer\.0\.", r"\1.input."),
@@ -50,7 +58,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"ThreeDA\.spatial_attn([1-5])\.", r"fusion.spatial.conv\1."),
 )
 COUNTED: tuple[tuple[str, str, int, int], ...] = (
-    # theirs, ours, then step and first of the authors' count; ours is always 0, 1, 2, ...
+    # The authors' name, ours, then step and first number of the authors' numbering; ours is always 0, 1, 2, ...
     (r"decoder\.feat_extract\.([13579]|1[135])\.", "decoder.blocks.{}.", 2, 1),
     (r"decoder\.feat_extract\.([2468]|1[0246])\.", "decoder.ups.{}.", 2, 2),
     (r"refmaskconv(\d)\.", "mask.refine.{}.", 1, 1),
@@ -74,7 +82,9 @@ UNUSED_X8 = (r"reffea_L4_conv1\.", r"down_fea_conv3\.", r"reffusionconv4\.", r"f
 
 
 def ours(published: str, network: nn.Module) -> str:
-    """Our name in `network` (SuperResolver, VQGAN or Indexer) of a published one; an unknown name stays as it is."""
+    """The name of a published parameter in `network`, a SuperResolver, VQGAN or Indexer. An unknown name stays as it
+    is.
+    """
     if isinstance(network, Indexer):
         return _prior("indexer." + published).removeprefix("indexer.")
     if isinstance(network, VQGAN):
@@ -85,13 +95,14 @@ def ours(published: str, network: nn.Module) -> str:
 
 
 def unused(published: str, network: nn.Module) -> bool:
-    """Whether the authors' file holds this tensor without their network (or ours) ever reading it."""
+    """Whether a tensor of the authors' file is never read, neither by their network nor by ours."""
     if not isinstance(network, SuperResolver):
         return False
     return any(re.match(rule, published) for rule in (*UNUSED, *(UNUSED_X8 if network.params.scale == 8 else ())))
 
 
 def _prior(name: str) -> str:
+    """The name of a parameter of stages I and II."""
     name = _rename(name)
     for theirs, mine in BLOCK.items():
         name = name.replace(f".{theirs}.", f".{mine}.")
@@ -99,6 +110,7 @@ def _prior(name: str) -> str:
 
 
 def _rename(name: str) -> str:
+    """`name` with the beginning translated that the first matching rule names."""
     for rule, replacement in RULES:
         if re.match(rule, name):
             return re.sub("^" + rule, replacement, name)

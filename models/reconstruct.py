@@ -1,4 +1,6 @@
-"""Rec: fused LR features become the HR residual by sub-pixel convolution (network.md, section 3, step 14)."""
+"""Rec: computes from the fused LR features what is added to the enlarged LR section (network.md, section 3, step
+14).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from models.layers import Narrow, Residual, conv3, in_bands, lrelu
 
 
 class Reconstruction(nn.Module):
-    """Residual trunk, doublings by pixel shuffle, two convolutions at HR size."""
+    """Residual blocks at LR size, log2(r) times a sub-pixel convolution to twice the size, two convolutions at HR
+    size.
+    """
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -24,12 +28,14 @@ class Reconstruction(nn.Module):
         """(B, C, H, W) -> (B, 1, rH, rW)."""
         x = self.trunk(features)
         for up in self.up[:-1]:
-            x = _double(up, x)
-        return in_bands(self._to_image, x, reach=3, peak=4 * self.hr.in_channels)
+            x = _double(up, x)  # (B, C, 2^i H, 2^i W)
+        return in_bands(self._to_image, x, halo=3, peak=4 * self.hr.in_channels)
 
     def _to_image(self, x: Tensor) -> Tensor:
+        """(B, C, rH/2, rW/2) -> (B, 1, rH, rW)."""
         return self.last(lrelu(self.hr(_double(self.up[-1], x))))  # type: ignore[no-any-return]
 
 
 def _double(up: nn.Module, x: Tensor) -> Tensor:
+    """Sub-pixel convolution: (B, C, h, w) -> (B, 4C, h, w) -> (B, C, 2h, 2w)."""
     return lrelu(functional.pixel_shuffle(up(x), 2))

@@ -1,4 +1,4 @@
-"""An LR section's reference: what codebook and decoder make of the codes that the indexer reads in it (eq. 3)."""
+"""The prior: the HR image and features that indexer, codebook and decoder predict from an LR section (eq. 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.vqgan import Codebook, Decoded, Decoder
 
 
 class Prior(nn.Module):
-    """Indexer, codebook and decoder, frozen in stage III."""
+    """Indexer, codebook and decoder, which stages I and II train and stage III leaves as they are."""
 
     def __init__(self, params: Params) -> None:
         super().__init__()
@@ -19,9 +19,9 @@ class Prior(nn.Module):
         self.decoder = Decoder(params.prior)
 
     def indices(self, section: Tensor) -> Tensor:
-        """(B, 1, H, W) -> (B, rH/p, rW/p) most likely codes."""
+        """LR section (B, 1, H, W) -> the most likely code of every token, (B, rH/p, rW/p)."""
         return self.indexer(section).argmax(1)  # type: ignore[no-any-return]
 
     def forward(self, section: Tensor) -> Decoded:
-        """(B, 1, H, W) -> I_Ref (B, 1, rH, rW) and F_Ref."""
+        """LR section (B, 1, H, W) -> I_Ref (B, 1, rH, rW) and the features F_Ref^l."""
         return self.decoder(self.codebook.lookup(self.indices(section)))  # type: ignore[no-any-return]

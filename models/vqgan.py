@@ -38,36 +38,43 @@ class Encoder(nn.Module):
         self.project = pointwise(widths[-1], params.code_width)
 
     def forward(self, section: Tensor) -> Tensor:
+        """HR section in 0..1, H and W multiples of p."""
         x = functional.relu_(self.input(channels_last(section)))
         return self.project(self.head(self.body(x)))  # type: ignore[no-any-return]
 
 
 class Codebook(nn.Module):
-    """v rows of width d, Z_q of eq. 1."""
+    """The codebook C: v latent vectors of d numbers, the rows Z_q[j] of eq. 1. They start uniform in -1/v .. 1/v."""
 
     def __init__(self, params: PriorParams) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(params.codes, params.code_width).uniform_(-1 / params.codes, 1 / params.codes))
+        self.weight = nn.Parameter(
+            torch.empty(params.codes, params.code_width).uniform_(-1 / params.codes, 1 / params.codes)
+        )
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """(B, d, h, w) -> (B, h, w) index of the row at the least squared Euclid distance, eq. 1."""
+        """(B, d, h, w) -> (B, h, w): the index of the row with the smallest squared Euclidean distance, eq. 1."""
         z = latent.permute(0, 2, 3, 1)
         return (self.weight.square().sum(1) - 2 * z @ self.weight.T).argmin(-1)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """(B, h, w) -> (B, d, h, w), Z_d of eq. 1."""
+        """Indices (B, h, w) -> their rows (B, d, h, w), Z_d of eq. 1."""
         return functional.embedding(indices, self.weight).permute(0, 3, 1, 2)
 
 
 class Decoded(NamedTuple):
-    """`features`[l] is F_Ref^l: (B, C_l, H / 2^(l+1), W / 2^(l+1)), finest first; `image` is I_Ref, (B, 1, H, W)."""
+    """What the decoder gives for an HR section of H x W: `image` is I_Ref (B, 1, H, W), and `features[l]` is F_Ref^l
+    (B, C_l, H / 2^(l+1), W / 2^(l+1)), finest first.
+    """
 
     image: Tensor
     features: list[Tensor]
 
 
 class Decoder(nn.Module):
-    """(B, d, H/p, W/p) quantised latents -> the HR section and the features of every scale."""
+    """Quantised latents (B, d, H/p, W/p) -> the HR section and the features of every scale. There is no activation
+    after the last convolution, and the image is not clamped.
+    """
 
     def __init__(self, params: PriorParams) -> None:
         super().__init__()
@@ -87,12 +94,12 @@ class Decoder(nn.Module):
             if len(features) < len(self.ups):
                 x = up(features[0])
         last = self.ups[-1]
-        image = in_bands(lambda x: self.output(last(x)), features[0], reach=2, peak=4 * self.output.in_channels)
+        image = in_bands(lambda x: self.output(last(x)), features[0], halo=2, peak=4 * self.output.in_channels)
         return Decoded(image, features)
 
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder as stage I trains them."""
+    """Encoder, codebook and decoder, as stage I trains them together."""
 
     def __init__(self, params: PriorParams) -> None:
         super().__init__()
@@ -102,13 +109,16 @@ class VQGAN(nn.Module):
         weights_channels_last(self)
 
     def forward(self, section: Tensor, quantise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 1, H, W) in 0..1 -> I_HRref of the same shape, Z_e and Z_d (eq. 1), for eq. 5.
+        """HR section (B, 1, H, W) in 0..1 -> I_HRref (B, 1, H, W), Z_e and Z_d (both (B, d, H/p, W/p), eq. 1), for the
+        loss of eqs. 5 and 6.
 
-        Gradients pass from Z_d to Z_e as they are (straight through). Where `quantise` (B, 1, h, w) is false
-        the decoder is given Z_e.
+        The gradient of I_HRref at Z_d is passed on unchanged to Z_e (straight-through estimator). Where `quantise` (B,
+        1, H/p, W/p) is false, the decoder is given Z_e in place of Z_d.
         """
         latent = self.encoder(section)
         quantised = self.codebook.lookup(self.codebook.nearest(latent))
         straight_through = latent + (quantised - latent).detach()
-        image = self.decoder(straight_through if quantise is None else torch.where(quantise, straight_through, latent)).image
+        image = self.decoder(
+            straight_through if quantise is None else torch.where(quantise, straight_through, latent)
+        ).image
         return image, latent, quantised

@@ -1,4 +1,5 @@
-"""Weights in and out: safetensors of ours, the authors' files, VGG19 and SPyNet from where users have them. Never a pickled object."""
+"""Reads and writes weights: emsr's own safetensors, the authors' files, VGG19 and SPyNet. Pickled objects are never
+loaded."""
 
 from __future__ import annotations
 
@@ -20,15 +21,20 @@ from models.network import SuperResolver
 from models.pod import POD
 
 State = dict[str, Tensor]
-SHOWN = 8
-"""Names listed in one message; a file of another network would fill pages."""
+MAX_NAMES = 8
+"""Tensors that one message lists; a file of another network has hundreds that do not fit."""
 
 
 def save(path: Path, network: SuperResolver, licence: str, card: str = "", half: bool = False) -> Metadata:
-    """Write all weights, those of prior, mask features and flow among them. `licence` is the training data's; `half` stores
-    float16, which `load` turns back into float32.
+    """Write all weights, with those of prior, mask features and flow, and return the file's metadata.
+
+    `licence` is that of the training data, `card` a text about the weights. `half` stores float16, which `load`
+    converts back to float32. Raises OSError.
     """
-    state = {name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous() for name, value in network.state_dict().items()}
+    state = {
+        name: value.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+        for name, value in network.state_dict().items()
+    }
     metadata = Metadata(network.params, preset_name(network.params) or "", licence, digest(state), card)
     save_file(state, path, metadata=metadata.to_header())
     return metadata
@@ -39,18 +45,21 @@ def load(path: Path, network: SuperResolver) -> Metadata:
     metadata = read_metadata(path)
     if metadata.params != network.params:
         raise WeightsError(
-            f"{path} holds x{metadata.scale} {metadata.preset or 'custom'} weights; the network is x{network.params.scale} "
-            f"{preset_name(network.params) or 'custom'}. Set network.scale and network.preset to the file's"
+            f"{path} holds x{metadata.scale} {metadata.preset or 'custom'} weights; "
+            f"the network is x{network.params.scale} {preset_name(network.params) or 'custom'}. "
+            "Set network.scale and network.preset to the file's"
         )
     state = read_state(path)
     if digest(state) != metadata.sha256:
-        raise WeightsError(f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again")
+        raise WeightsError(
+            f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again"
+        )
     _fill(network, state, str(path))
     return metadata
 
 
 def digest(state: State) -> str:
-    """sha256 over names, types, shapes and values, in the order of names."""
+    """The sha256 of names, types, shapes and values of all tensors, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(state):
         value = state[name].contiguous()
@@ -60,7 +69,10 @@ def digest(state: State) -> str:
 
 
 def read_state(path: Path) -> State:
-    """The tensors of a .safetensors file, or of a PyTorch file that holds nothing else. Raises WeightsError, OSError."""
+    """The tensors by name of a .safetensors file, or of a PyTorch file that has nothing but tensors.
+
+    Raises WeightsError, OSError.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -68,9 +80,13 @@ def read_state(path: Path) -> State:
     except FileNotFoundError:
         raise
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again") from None
-    except Exception as error:  # pickle.UnpicklingError among others: what a hostile file raises is not foreseeable
-        raise WeightsError(f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict") from None
+        raise WeightsError(
+            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again"
+        ) from None
+    except Exception as error:  # pickle.UnpicklingError among others: a hostile file may raise anything
+        raise WeightsError(
+            f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict"
+        ) from None
     for wrapper in ("params_ema", "params", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
@@ -80,28 +96,45 @@ def read_state(path: Path) -> State:
 
 
 def load_published(network: nn.Module, state: State) -> None:
-    """Fill `network` from the authors' dictionary: stage III for a SuperResolver (with or without the tensors that nobody
-    reads), stage I for a VQGAN, stage II for an Indexer. Raises WeightsError that names all that is missing, too much or of another shape.
+    """Copy the authors' dictionary into `network`: that of stage III into a SuperResolver, of stage I into a VQGAN, of
+    stage II into an Indexer. Tensors that their network never reads may be missing.
+
+    Raises WeightsError, which names the tensors that are missing, unknown or of another shape.
     """
     theirs = {published.ours(name, network): name for name in state if not published.unused(name, network)}
     for name, expected in (("mean", MEAN), ("std", STD)):
-        if (key := theirs.pop(f"align_module.spynet.{name}", None)) and not torch.allclose(state[key].flatten(), torch.tensor(expected), atol=1e-3):
-            raise WeightsError(f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. This is a checkpoint of another network")
+        if (key := theirs.pop(f"align_module.spynet.{name}", None)) and not torch.allclose(
+            state[key].flatten(), torch.tensor(expected), atol=1e-3
+        ):
+            raise WeightsError(
+                f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. "
+                "This is a checkpoint of another network"
+            )
     _fill(network, {mine: state[name] for mine, name in theirs.items()}, "published weights", theirs)
 
 
 def load_vgg19(network: SuperResolver, state: State) -> None:
-    """The first two convolutions of torchvision's VGG19, `features.0` and `features.2`, or the same without the prefix."""
+    """Copy the first two convolutions of torchvision's VGG19 into the mask: `features.0` and `features.2`, or the same
+    names without the prefix. Raises WeightsError.
+    """
     features = network.mask.features if network.params.mpf else None
     if not isinstance(features, VGGFeatures):
-        raise WeightsError("this network's mask does not use VGG19 features. Remove the VGG19 weights, or choose preset paper")
+        raise WeightsError(
+            "this network's mask does not use VGG19 features. Remove the VGG19 weights, or choose preset paper"
+        )
     names = {0: "conv1", 2: "conv2"}
-    wanted = {f"{mine}.{kind}": _either(state, f"features.{i}.{kind}", f"{i}.{kind}") for i, mine in names.items() for kind in ("weight", "bias")}
+    wanted = {
+        f"{mine}.{kind}": _either(state, f"features.{i}.{kind}", f"{i}.{kind}")
+        for i, mine in names.items()
+        for kind in ("weight", "bias")
+    }
     _fill(features, {mine: state[name] for mine, name in wanted.items()}, "VGG19 weights", wanted)
 
 
 def load_spynet(network: SuperResolver, state: State) -> None:
-    """What `read_spynet` gives, or a dictionary in BasicSR's or pytorch-spynet's names."""
+    """Copy SPyNet's weights into POD, in our names as `read_spynet` gives them, or in BasicSR's or pytorch-spynet's.
+    Raises WeightsError.
+    """
     if not isinstance(network.pod, POD):
         raise WeightsError("this network has no optical flow (pod is off). Remove the SPyNet weights")
     names = {_of_spynet(name): name for name in state if name not in ("mean", "std")}
@@ -109,8 +142,10 @@ def load_spynet(network: SuperResolver, state: State) -> None:
 
 
 def read_spynet(path: Path) -> State:
-    """SPyNet in our names, `levels.0.0.weight`, from a file in those of BasicSR (`basic_module.0.basic_module.0.weight`) or its source,
-    pytorch-spynet (`moduleBasic`, `netBasic`), or from the original .t7 files. Raises WeightsError, OSError.
+    """SPyNet's weights in our names, such as `levels.0.0.weight`.
+
+    The file has the names of BasicSR (`basic_module.0.basic_module.0.weight`) or of pytorch-spynet (`moduleBasic`,
+    `netBasic`), or is one of the original .t7 files. Raises WeightsError, OSError.
     """
     if path.is_dir() or path.suffix == ".t7":
         return torch7.read_spynet(path)
@@ -118,11 +153,13 @@ def read_spynet(path: Path) -> State:
 
 
 def _of_spynet(name: str) -> str:
+    """Our name of a parameter of SPyNet in BasicSR or pytorch-spynet."""
     part = r"(?:basic_module|moduleBasic|netBasic)"
     return re.sub(rf"^(?:spynet\.)?{part}\.(\d+)\.{part}\.", r"levels.\1.", name)
 
 
 def _either(state: State, *names: str) -> str:
+    """The first of `names` that is in `state`. Raises WeightsError where none is."""
     found = [name for name in names if name in state]
     if not found:
         raise WeightsError(f"VGG19 weights: no {' or '.join(names)}. Use torchvision's vgg19 state dict")
@@ -130,20 +167,30 @@ def _either(state: State, *names: str) -> str:
 
 
 def _fill(network: nn.Module, state: State, source: str, names: dict[str, str] | None = None) -> None:
-    """Copy `state` into all of `network`; `names` are the file's own names for a message."""
+    """Copy `state` into all tensors of `network`. `names` are the file's own names by ours, for messages. Raises
+    WeightsError.
+    """
     wanted = network.state_dict()
-    told = names or {}
+    shown = names or {}
     complaints = {
         "missing": [name for name in wanted if name not in state],
         "of another shape": [
-            f"{told.get(n, n)} is {tuple(state[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in wanted if n in state and state[n].shape != wanted[n].shape
+            f"{shown.get(n, n)} is {tuple(state[n].shape)}, wanted {tuple(wanted[n].shape)}"
+            for n in wanted
+            if n in state and state[n].shape != wanted[n].shape
         ],
-        "not of this network": [told.get(name, name) for name in state if name not in wanted],
-        "not finite": [told.get(n, n) for n in wanted if n in state and not torch.isfinite(state[n]).all()],
+        "not of this network": [shown.get(name, name) for name in state if name not in wanted],
+        "not finite": [shown.get(n, n) for n in wanted if n in state and not torch.isfinite(state[n]).all()],
     }
     if any(complaints.values()):
-        lines = [f"{len(c)} {what}: {', '.join(c[:SHOWN])}{', ...' if len(c) > SHOWN else ''}" for what, c in complaints.items() if c]
-        raise WeightsError(f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset")
+        lines = [
+            f"{len(c)} {what}: {', '.join(c[:MAX_NAMES])}{', ...' if len(c) > MAX_NAMES else ''}"
+            for what, c in complaints.items()
+            if c
+        ]
+        raise WeightsError(
+            f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset"
+        )
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(state[name])

@@ -18,7 +18,7 @@ import yaml
 from conftest import REPOSITORY, SHARED, texture, write_lr
 from PIL import Image
 from safetensors.torch import load_file
-from scipy import ndimage
+from scipy import ndimage, signal
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from models.evaluation import fidelity, perceptual
@@ -115,6 +115,43 @@ def test_psnr_by_hand() -> None:
     truth = np.full((8, 8), 100, np.uint8)
     assert fidelity.psnr(truth + 5, truth) == pytest.approx(20 * np.log10(51))
     assert fidelity.psnr(truth, truth) == np.inf
+
+
+def test_gaussian_ssim_is_that_of_wang_et_al() -> None:
+    """Against their formula written out: local moments by one convolution each with their 11 x 11 window, whole windows
+    only, C1 = (0.01 * 255)^2 and C2 = (0.03 * 255)^2."""
+    truth = texture((1, 40, 52))[0]
+    image = np.clip(truth + np.random.default_rng(3).normal(0, 20, truth.shape), 0, 255).astype(np.uint8)
+    place = np.arange(11) - 5
+    window = np.exp(-(place[:, None] ** 2 + place**2) / (2 * 1.5**2))
+    x, y = image.astype(float), truth.astype(float)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return signal.convolve2d(values, window / window.sum(), mode="valid")
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, cov = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    assert fidelity.ssim_gaussian(image, truth) == pytest.approx(similarity.mean(), abs=1e-6)
+
+
+def test_the_two_ssims_may_order_two_methods_differently() -> None:
+    """A blurred image is the better one by the uniform window, a noisy one by Wang et al.'s (docs/evaluation.md)."""
+    truth = texture((1, 64, 80))[0]
+    blurred = np.rint(ndimage.gaussian_filter(truth.astype(float), 1.7)).astype(np.uint8)
+    noisy = np.clip(truth + np.random.default_rng(0).normal(0, 56, truth.shape), 0, 255).astype(np.uint8)
+    assert fidelity.ssim(blurred, truth) > fidelity.ssim(noisy, truth) + 0.01
+    assert fidelity.ssim_gaussian(blurred, truth) < fidelity.ssim_gaussian(noisy, truth) - 0.01
+
+
+def test_the_gaussian_ssim_is_a_column_beside_the_other(volumes: Path) -> None:
+    assert main([str(table_yaml(volumes, {"sections": [0, 1]}, metrics=["ssim", "ssim_gaussian"]))]) == 0
+    sr, _ = csv.DictReader((volumes / "scores" / "table.csv").open())
+    image, truth = (read(volumes / f"{name}.zarr")[0] for name in ("sr", "gt"))
+    assert float(sr["ssim"]) == pytest.approx(fidelity.ssim(image, truth), rel=1e-5)
+    assert float(sr["ssim_gaussian"]) == pytest.approx(fidelity.ssim_gaussian(image, truth), rel=1e-5)
+    assert "SSIM (Gaussian) up" in (volumes / "scores" / "table.md").read_text()
 
 
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""The network against reference vectors of the authors' one (EMSR_SHARED/golden), and its parameter counts."""
+"""The network against reference vectors of the authors' one (EMSR_SHARED/golden), its parameter counts, and what the
+vectors do not reach."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from torch import nn
+from torch.nn import functional
 
-from models import weights
-from models.config import X8, X8_SMALL, X16, X16_SMALL, Params
-from models.flow import MEAN, STD
+from models import memory, weights
+from models.config import X8, X8_SMALL, X16, X16_SMALL, Params, with_patch
+from models.flow import MEAN, STD, SPyNet
+from models.layers import GroupNorm
 from models.metadata import WeightsError
 from models.network import SuperResolver
 
@@ -110,6 +114,77 @@ def test_parameter_counts_and_the_papers(params: Params, trained: int, paper: fl
 def test_small_presets_are_small(params: Params) -> None:
     network = SuperResolver(params)
     assert count(network, True) + count(network, False) <= 5_000_000
+
+
+@pytest.mark.parametrize("params", [X8_SMALL, X16_SMALL])
+def test_bands_of_rows_are_the_whole(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile so large that its maps are computed in bands gives what it gives at once."""
+    torch.manual_seed(2)
+    network = SuperResolver(params).eval()
+    with torch.inference_mode():
+        for parameter in network.reconstruct.parameters():
+            parameter.mul_(3)
+        sections = torch.rand(5, 1, 1, 24, 8)
+        found = []
+        for size in (memory.BAND_BYTES, 1):
+            monkeypatch.setattr(memory, "BAND_BYTES", size)
+            states = [network.encode_section(section) for section in sections]
+            found.append([network.prior(sections[0]).image, states[0].pyramid[0], network.fuse_window(states)])
+    for whole, banded in zip(*found, strict=True):
+        assert torch.allclose(whole, banded, atol=1e-5)
+
+
+def test_the_cosine_in_bands_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    mask = SuperResolver(X8).mask
+    section, reference = torch.rand(1, 1, 8, 6), torch.rand(1, 1, 64, 48)
+    with torch.inference_mode():
+        whole = mask.cosine(section, reference)
+        monkeypatch.setattr(memory, "BAND_BYTES", 1)
+        assert torch.allclose(whole, mask.cosine(section, reference), atol=1e-6)
+
+
+def test_flow_of_sections_that_are_no_multiple_of_32() -> None:
+    """network.md, section 3: the sections are resized up to the next multiples, and the flow back, in their own
+    voxels.
+    """
+    torch.manual_seed(0)
+    network = SPyNet((8, 16, 16, 8), 6)
+    first, second = torch.rand(2, 1, 40, 72), torch.rand(2, 1, 40, 72)
+
+    def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return functional.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+    with torch.no_grad():
+        x, y = resized(network(resized(first, (64, 96)), resized(second, (64, 96))), (40, 72)).unbind(1)
+        assert torch.allclose(network(first, second), torch.stack([x * 72 / 96, y * 40 / 64], 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("params", "patch"), [(X16_SMALL, 8), (X16_SMALL, 64), (X8_SMALL, 8), (X8_SMALL, 64)])
+def test_every_patch_of_table_3_is_a_network(params: Params, patch: int) -> None:
+    """A prior with fewer levels than the fusion, or with more, gives SR and a reference of the right size."""
+    torch.manual_seed(0)
+    network = SuperResolver(with_patch(params, patch)).eval()
+    with torch.inference_mode():
+        sr, references = network.with_references(torch.rand(1, 5, 1, 8, 16))
+    assert sr.shape == (1, 1, 1, 8 * params.scale, 16 * params.scale)
+    assert references.shape == (1, 5, 1, 8 * params.scale, 16 * params.scale)
+
+
+def test_group_norm_on_a_cpu() -> None:
+    """Our sums are PyTorch's operator with an epsilon of 1e-6, also where the variance is as small as that; and a map
+    that is the same everywhere gives the bias, although rounding makes its variance negative.
+    """
+    torch.manual_seed(0)
+    norm = GroupNorm(8, 4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 8, 16, 16) * 1e-3
+    with torch.no_grad():
+        wanted = functional.group_norm(x, 4, norm.weight, norm.bias, 1e-6)
+        assert torch.allclose(norm(x), wanted, atol=1e-4)
+        flat = norm(torch.full((1, 8, 33, 33), 10.1))  # whose variance by these sums is less than -1e-6
+    assert torch.allclose(flat, norm.bias.view(1, 8, 1, 1), atol=0.01)
 
 
 def test_saved_weights_come_back(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The paper's network in the pipeline: law 1 with random weights, caches carried over slabs, weights refused or found."""
+"""The paper's network in the pipeline: law 1 with random weights, caches carried over slabs, weights refused or
+found.
+"""
 
 from __future__ import annotations
 

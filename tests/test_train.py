@@ -1,6 +1,5 @@
 """`python -m pipeline.train`: four stages one after the other, killed and resumed, and data that nothing can be learnt
-from.
-"""
+from."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""The weights that come with emsr, from the data on: the whole recipe, as it was run.
+"""Trains, scores and installs the weights that come with emsr: the whole recipe from the data on, as it was run.
 
-    python examples/train/builtin_weights.py flyem-medulla WORK            trains, scores, writes models/builtin/flyem-medulla-x8.safetensors, ...
-    python examples/train/builtin_weights.py drosophila-vnc WORK --only network-x8       one stage
+All stages of a tissue, at the end of which models/builtin/flyem-medulla-x8.safetensors and others are written; one
+stage:
 
-The same command goes on where it was interrupted. Needs `pip install '.[train,evaluate]'` and EMSR_SHARED, the folder with `data/` and `weights/`
-(LPIPS' AlexNet serves as a loss; none of its values is in the result). Each stage leaves its stage.yaml in WORK, for `emsr train`.
+    python examples/train/builtin_weights.py flyem-medulla WORK
+    python examples/train/builtin_weights.py drosophila-vnc WORK --only network-x8
+
+An interrupted run is resumed by the same command. The script needs `pip install '.[train,evaluate]'` and EMSR_SHARED,
+the folder with `data/` and `weights/` (LPIPS' AlexNet serves as a loss; none of its values is in the result). It writes
+the stage.yaml of every stage to WORK, for `emsr train`.
 """
 
 from __future__ import annotations
@@ -32,15 +36,17 @@ from pipeline.convert import convert
 
 @dataclass(frozen=True)
 class Tissue:
-    """A stack of HR sections: which teach, which are held out for choosing, what the scores in the card come from, what must be said of them.
+    """A stack of HR sections, with sections [first, one past the last] for training and for validation, the volumes
+    whose scores are in the card, and the licence and credit of the data.
 
-    `perceptual` is the weight of LPIPS beside squared errors in the last stage, by scale: less than a tenth of the squared error reached, so that LPIPS
-    costs a few hundredths of a dB. `cycles` of 1000 steps are what the stage longer-x8 takes: more where there are more sections to learn from.
+    `perceptual` is the weight of LPIPS beside the squared error in the last stage, by scale. It is so small that LPIPS
+    is less than a tenth of the squared error, and costs a few hundredths of a dB. The stage longer-x8 takes `cycles`
+    times 1000 steps: more where there are more sections to train on.
     """
 
     stack: str
     voxel_size_nm: tuple[float, float, float]
-    taught: tuple[int, int]
+    trained_on: tuple[int, int]
     held_out: tuple[int, int]
     licence: str
     credit: str
@@ -56,9 +62,9 @@ TISSUES = {
         (0, 85),
         (85, 100),
         "CC BY 3.0 US",
-        "FlyEM project, Janelia Research Campus (HHMI): NeuroProof example data, Drosophila medulla, FIB-SEM at 10 nm, of which every fourth plane was "
-        "kept (github.com/janelia-flyem/neuroproof_examples, validation_sample). Takemura et al., Nature 500 (2013) 175-181; Parag et al., PLoS ONE 10 "
-        "(2015) e0125825",
+        "FlyEM project, Janelia Research Campus (HHMI): NeuroProof example data, Drosophila medulla, "
+        "FIB-SEM at 10 nm, of which every fourth plane was kept (github.com/janelia-flyem/neuroproof_examples, "
+        "validation_sample). Takemura et al., Nature 500 (2013) 175-181; Parag et al., PLoS ONE 10 (2015) e0125825",
         {8: 0.0003, 16: 0.0003},
         2,
         {"held-out": ("flyem-medulla-z40", (85, 100)), "another-sample": ("flyem-medulla-labelled-z40", (0, 31))},
@@ -69,8 +75,8 @@ TISSUES = {
         (0, 16),
         (16, 20),
         "CC BY-NC-SA 3.0",
-        "Gerhard, Funke, Martel, Cardona, Fetter: Segmented anisotropic ssTEM dataset of neural tissue, figshare, 2013, doi 10.6084/m9.figshare.856713: "
-        "Drosophila larva, ventral nerve cord, ssTEM, stack 1",
+        "Gerhard, Funke, Martel, Cardona, Fetter: Segmented anisotropic ssTEM dataset of neural tissue, figshare, "
+        "2013, doi 10.6084/m9.figshare.856713: Drosophila larva, ventral nerve cord, ssTEM, stack 1",
         {8: 0.001, 16: 0.001},
         1,
         {"held-out": ("drosophila-vnc-stack1", (16, 20))},
@@ -92,7 +98,8 @@ PAIRS: dict[str, Any] = {
     "after": ["vqgan"],
 }
 WINDOWS: dict[str, Any] = {"stage": "network", "centres": 4, "validate_every": 250, "precision": "bf16-mixed"}
-"""What indexer stages, and what network stages have in common: `after` and `start` name the stages whose weights they take."""
+"""Settings that the indexer stages, and that the network stages have in common. `after` and `start` name the stages
+whose weights they take."""
 
 STAGES: dict[str, dict[str, Any]] = {
     "flow": {"stage": "flow", "crop": 128, "batch": 8, "steps": 3000, "rate": 1e-3, "validate_every": 500},
@@ -155,27 +162,31 @@ Weights of `gpemsr`, scale {scale}, preset `small`, for
 |---|---|
 | Data | {tissue.credit} |
 | Licence | {tissue.licence}, that of the data; name their authors when you pass on these weights or what they make |
-| Learnt from | sections {tissue.taught[0]} to {last}, voxels of {tissue.voxel_size_nm} nm (z, y, x), reduced {scale} times in y and x by antialiased bicubic |
+| Trained on | sections {tissue.trained_on[0]} to {last}, voxels of {tissue.voxel_size_nm} nm (z, y, x), \
+reduced {scale} times in y and x by antialiased bicubic |
 | Recipe | `python examples/train/builtin_weights.py {name} WORK`, seed {seed}, on one core: {stages} |
-| Contains | values trained by this recipe alone: prior, mask features and optical flow too; LPIPS' AlexNet served as a loss. Stored as float16 |
+| Contains | values trained by this recipe alone: prior, mask features and optical flow too; \
+LPIPS' AlexNet served as a loss. Stored as float16 |
 
 ## Scores
 
 {table}
 
-Whole volumes through `emsr run`, definitions in docs/evaluation.md; no section of them was learnt from. `held-out` are sections {tissue.held_out[0]} to
-{last_held_out} of the same stack; they also showed how training went.
+The scores are of whole volumes, super-resolved by `emsr run`; docs/evaluation.md defines them. No section of these
+volumes was trained on. `held-out` are sections {tissue.held_out[0]} to {last_held_out} of the same stack, which were
+also the validation data.
 
 ## Use
 
-For looking at and for developing on tissue, staining and voxel sizes like those above; other data want weights of their own (docs/training.md).
-**Detail is synthesised**: membranes and vesicles finer than a measured voxel are what such tissue usually looks like there, not what the microscope saw.
-Do not count, trace or measure structures that the measured volume does not support; the target's `fidelity/` says where the two disagree.
+The weights are for looking at, and for developing on, tissue, staining and voxel sizes like those above. Other data
+need weights of their own (docs/training.md). **Detail is synthesised**: membranes and vesicles finer than a measured
+voxel are what such tissue usually looks like there, not what the microscope saw. Do not count, trace or measure
+structures that the measured volume does not support. The target's `fidelity/` says where the two disagree.
 """
 
 
 def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
-    """The stage.yaml of one stage, to lie in WORK."""
+    """The contents of the stage.yaml of one stage, whose paths are relative to WORK."""
     own = dict(STAGES[name])
     losses, after, start = dict(own.pop("losses", {})), own.pop("after", []), own.pop("start", None)
     if name == "longer-x8":
@@ -187,12 +198,11 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
     network: dict[str, Any] = {"scale": own.pop("scale", 8), "preset": "small"}
     network |= {earlier.partition("-")[0]: f"{earlier}/last.safetensors" for earlier in after}
     network |= {"start": f"{start}/last.safetensors"} if start else {}
-    reach = (
-        2 if own["stage"] == "network" else 0
-    )  # neighbours of the first held-out centre are taught ones; they are only looked at
+    # The window of the first held-out centre begins with sections that were trained on; they are not scored.
+    neighbours = 2 if own["stage"] == "network" else 0
     data = {
-        "train": [{"url": "hr.zarr", "sections": list(tissue.taught)}],
-        "validate_on": [{"url": "hr.zarr", "sections": [tissue.held_out[0] - reach, tissue.held_out[1]]}],
+        "train": [{"url": "hr.zarr", "sections": list(tissue.trained_on)}],
+        "validate_on": [{"url": "hr.zarr", "sections": [tissue.held_out[0] - neighbours, tissue.held_out[1]]}],
         "licence": tissue.licence,
         "crop": own.pop("crop"),
         "validation_crop": 512,
@@ -202,7 +212,9 @@ def stage_yaml(name: str, tissue: Tissue, shared: Path) -> dict[str, Any]:
 
 
 def make(name: str, work: Path, only: Sequence[str]) -> int:
-    """Convert, train, and score and install what is finished; returns the first exit code that is not 0."""
+    """Convert the data, train the stages, score and install finished weights. Returns the first exit code that is not
+    0.
+    """
     shared, tissue = Path(os.environ.get("EMSR_SHARED", "../shared")).resolve(), TISSUES[name]
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "hr.zarr").exists():
@@ -220,6 +232,7 @@ def make(name: str, work: Path, only: Sequence[str]) -> int:
 
 
 def stack(shared: Path, name: str) -> Path:
+    """The path of a stack of HR sections. Raises UserError where it is missing."""
     path = shared / "data" / name / "raw.tif"
     if not path.exists():
         raise UserError(f"no {path}", "a stack of HR sections", "Set EMSR_SHARED to the folder with data/ and weights/")
@@ -227,12 +240,13 @@ def stack(shared: Path, name: str) -> Path:
 
 
 def write(path: Path, body: dict[str, Any]) -> Path:
+    """Write a YAML file and return its path."""
     path.write_text(yaml.safe_dump(body, sort_keys=False))
     return path
 
 
 def scores(folder: Path, tissue: Tissue, shared: Path, scale: int, weights: Path) -> str:
-    """Every test volume reduced, sent through the main job, and scored against what it was reduced from: table.md."""
+    """Reduce every test volume, super-resolve it by `emsr run` and score it against the original. Returns table.md."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     volumes = []
@@ -272,13 +286,13 @@ def scores(folder: Path, tissue: Tissue, shared: Path, scale: int, weights: Path
 
 
 def card(name: str, tissue: Tissue, scale: int, work: Path, table: str) -> str:
-    """What must be said of the weights wherever they go."""
+    """The text that accompanies the weights: data, licence, recipe, scores and limits."""
     told = []
     for stage in STAGES:
         if not stage.endswith(f"x{16 // scale * 8}") or stage == STAGES[f"network-x{scale}"].get("start"):
             last = json.loads((work / stage / "metrics.jsonl").read_text().splitlines()[-1])
             told.append(f"{stage} ({last['step']} steps, {last['step'] / last['steps_per_s'] / 60:.0f} minutes)")
-    ends = {"last": tissue.taught[1] - 1, "last_held_out": tissue.held_out[1] - 1, "seed": COMMON["seed"]}
+    ends = {"last": tissue.trained_on[1] - 1, "last_held_out": tissue.held_out[1] - 1, "seed": COMMON["seed"]}
     return CARD.format(name=name, scale=scale, tissue=tissue, table=table.strip(), stages=", ".join(told), **ends)
 
 

@@ -1,1 +1,1 @@
-"""Networks that the paper's one is compared with."""
+"""Networks that the paper's network is compared with."""

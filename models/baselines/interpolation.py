@@ -1,4 +1,4 @@
-"""Nearest and bicubic upsampling: networks without weights, one section at a time."""
+"""Nearest and bicubic upsampling: networks without weights, whose window is one section."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from torch.nn import functional
 
 
 class Nearest(nn.Module):
-    """Every LR voxel repeated r x r times."""
+    """Repeats every LR voxel r x r times."""
 
     def __init__(self, scale: int) -> None:
         super().__init__()
         self.scale = scale
 
     def encode_section(self, section: Tensor) -> Tensor:
+        """The state of a section is the section itself, (1, 1, H, W)."""
         return section
 
     def fuse_window(self, states: list[Tensor]) -> Tensor:
-        """One (1, 1, H, W) section in 0..1 -> (1, 1, rH, rW)."""
+        """One section (1, 1, H, W) in 0..1 -> (1, 1, rH, rW)."""
         return states[0].repeat_interleave(self.scale, -2).repeat_interleave(self.scale, -1)
 
 
 class Bicubic(nn.Module):
-    """Cubic convolution (Keys 1981, a = -0.75), half-pixel centres, edge voxels repeated: what
-    torch.nn.functional.interpolate(mode="bicubic", align_corners=False) and OpenCV's INTER_CUBIC compute.
+    """Cubic convolution (Keys, 1981, a = -0.75) with half-pixel centres and repeated edge voxels, as
+    torch.nn.functional.interpolate(mode="bicubic", align_corners=False) and OpenCV's INTER_CUBIC compute it.
 
-    The interpolation is linear and separable, so it is run as two matrix products, with the matrix read off torch's own
-    operator: equal to float32 rounding and three times faster on a CPU.
+    The interpolation is linear and separable. It is computed as two products with a matrix that torch's own operator
+    gives for the unit matrix: equal up to float32 rounding, and three times faster on a CPU.
     """
 
     def __init__(self, scale: int) -> None:
@@ -36,14 +37,16 @@ class Bicubic(nn.Module):
         self._matrices: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def encode_section(self, section: Tensor) -> Tensor:
+        """The state of a section is the section itself, (1, 1, H, W)."""
         return section
 
     def fuse_window(self, states: list[Tensor]) -> Tensor:
-        """One (1, 1, H, W) section in 0..1 -> (1, 1, rH, rW), not clamped (cubic overshoots)."""
+        """One section (1, 1, H, W) in 0..1 -> (1, 1, rH, rW). It is not clamped: cubic interpolation can overshoot."""
         x = states[0]
         return self._matrix(x.shape[-2], x) @ x @ self._matrix(x.shape[-1], x).T
 
     def _matrix(self, n: int, like: Tensor) -> Tensor:
+        """The interpolation of n voxels along one axis, (r n, n), with the device and type of `like`."""
         key = (n, like.device, like.dtype)
         if key not in self._matrices:
             unit = torch.eye(n, dtype=torch.float32)[None, None]

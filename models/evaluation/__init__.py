@@ -1,1 +1,1 @@
-"""Scores of images against ground truth: arrays in, numbers out."""
+"""Metrics that compare images with ground truth. They take arrays and give numbers."""

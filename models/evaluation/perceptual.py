@@ -1,4 +1,5 @@
-"""LPIPS (Zhang et al., 2018) and DISTS (Ding et al., 2022) of grey or colour images, differentiable, so that training can use them."""
+"""LPIPS (Zhang et al., 2018) and DISTS (Ding et al., 2022) of grey or colour images. They are differentiable, so that
+training can use LPIPS."""
 
 from __future__ import annotations
 
@@ -12,14 +13,20 @@ from models.evaluation import fetch
 from models.weights import read_state
 
 Layer = tuple[int, int, int]
-"""Place in torchvision's `features`, stride, padding."""
+"""A convolution's index in torchvision's `features`, its stride and its padding."""
 ALEX: list[list[Layer]] = [[(0, 4, 2)], [(3, 1, 2)], [(6, 1, 1)], [(8, 1, 1)], [(10, 1, 1)]]
-VGG16: list[list[Layer]] = [[(i, 1, 1) for i in block] for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))]
-SMALL = 1e-6
+VGG16: list[list[Layer]] = [
+    [(i, 1, 1) for i in block] for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+]
+EPSILON = 1e-6
+"""c1 and c2 of DISTS, added to numerators and divisors."""
 
 
 class LPIPS(nn.Module):
-    """Weighted distance of unit-length features at five depths; 0 for equal images. Images are (B, 1 or 3, H, W) in 0..1."""
+    """The weighted squared distance of normalised features at five depths of a network; 0 for equal images.
+
+    Images are (B, 1 or 3, H, W) in 0..1; a grey one stands for three equal channels.
+    """
 
     mean: Tensor
     std: Tensor
@@ -35,7 +42,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """-> (B,)."""
+        """Two batches of images -> their distances (B,)."""
         total = a.new_zeros(len(a))
         for x, y, head in zip(self._features(a), self._features(b), self.heads, strict=True):
             difference = (_unit(x) - _unit(y)).square()
@@ -55,30 +62,34 @@ class LPIPS(nn.Module):
 
 
 def lpips_alex(path: Path | None) -> LPIPS:
-    """From a file with `features.N.*` as torchvision names AlexNet's and `linN.model.1.weight`; None fetches. Raises WeightsError, OSError."""
+    """LPIPS with AlexNet. The file has `features.<n>.*` in torchvision's names and `lin<n>.model.1.weight`; without a
+    path the weights are fetched (`fetch.lpips`). Raises WeightsError, OSError, KeyError where one is missing.
+    """
     return LPIPS(read_state(path) if path else fetch.lpips("alex"), ALEX)
 
 
 def lpips_vgg(path: Path | None) -> LPIPS:
-    """The same with VGG16."""
+    """LPIPS with VGG16; otherwise like `lpips_alex`."""
     return LPIPS(read_state(path) if path else fetch.lpips("vgg"), VGG16)
 
 
-def _conv(state: dict[str, Tensor], place: int, stride: int, padding: int) -> nn.Conv2d:
-    weight, bias = state[f"features.{place}.weight"], state[f"features.{place}.bias"]
+def _conv(state: dict[str, Tensor], index: int, stride: int, padding: int) -> nn.Conv2d:
+    weight, bias = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], int(weight.shape[2]), stride, padding)
     conv.load_state_dict({"weight": weight, "bias": bias})
     return conv
 
 
 def _unit(x: Tensor) -> Tensor:
+    """Features (B, C, h, w) divided by their norm over channels."""
     return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 class DISTS(nn.Module):
-    """Structure and texture similarity over the image and five depths of VGG16, pooled by L2 norm; 0 for equal images.
+    """1 minus the weighted similarity of structure and texture of the image and of features at five depths of VGG16; 0
+    for equal images. VGG16's max pooling is replaced by L2 pooling with a Hann window.
 
-    Images are (B, 1 or 3, H, W) in 0..1.
+    Images are (B, 1 or 3, H, W) in 0..1; a grey one stands for three equal channels.
     """
 
     mean: Tensor
@@ -100,14 +111,14 @@ class DISTS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """-> (B,)."""
+        """Two batches of images -> their distances (B,)."""
         texture, structure = [], []
         for x, y in zip(self._features(a), self._features(b), strict=True):
             mean_x, mean_y = x.mean((2, 3)), y.mean((2, 3))
-            texture.append((2 * mean_x * mean_y + SMALL) / (mean_x.square() + mean_y.square() + SMALL))
+            texture.append((2 * mean_x * mean_y + EPSILON) / (mean_x.square() + mean_y.square() + EPSILON))
             centred_x, centred_y = x - mean_x[:, :, None, None], y - mean_y[:, :, None, None]
             variances = centred_x.square().mean((2, 3)) + centred_y.square().mean((2, 3))
-            structure.append((2 * (centred_x * centred_y).mean((2, 3)) + SMALL) / (variances + SMALL))
+            structure.append((2 * (centred_x * centred_y).mean((2, 3)) + EPSILON) / (variances + EPSILON))
         return 1 - (self.alpha * torch.cat(texture, 1)).sum(1) - (self.beta * torch.cat(structure, 1)).sum(1)
 
     def _features(self, image: Tensor) -> list[Tensor]:
@@ -116,7 +127,12 @@ class DISTS(nn.Module):
         for i, block in enumerate(self.blocks):
             if i:
                 channels = x.shape[1]
-                x = (functional.conv2d(x.square(), self.window.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels) + 1e-12).sqrt()
+                x = (
+                    functional.conv2d(
+                        x.square(), self.window.expand(channels, -1, -1, -1), stride=2, padding=1, groups=channels
+                    )
+                    + 1e-12
+                ).sqrt()
             for conv in block:  # type: ignore[attr-defined]
                 x = functional.relu(conv(x))
             found.append(x)
@@ -124,5 +140,9 @@ class DISTS(nn.Module):
 
 
 def dists(vgg: Path | None, weights: Path | None) -> DISTS:
-    """From VGG16's file (as `lpips_vgg` reads) and that of `alpha` and `beta`; None fetches. Raises WeightsError, OSError."""
+    """DISTS from VGG16's file (such as `lpips_vgg` reads) and that of `alpha` and `beta`; without a path they are
+    fetched.
+
+    Raises WeightsError, OSError, KeyError where a tensor is missing.
+    """
     return DISTS(read_state(vgg) if vgg else fetch.vgg16(), read_state(weights) if weights else fetch.dists())

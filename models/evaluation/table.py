@@ -1,4 +1,4 @@
-"""Scores as a table: every section in CSV, means per volume and method in Markdown."""
+"""Tables of scores: every section as CSV, means per volume and method as Markdown."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-HIGHER = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False, "dists": False}
-"""Which metrics there are, and whether more is better."""
-TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (Alex)", "lpips_vgg": "LPIPS (VGG)", "dists": "DISTS"}
+HIGHER = {"psnr": True, "ssim": True, "ssim_gaussian": True, "lpips_alex": False, "lpips_vgg": False, "dists": False}
+"""All metrics by name, and whether a larger value is better."""
+TITLES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ssim_gaussian": "SSIM (Gaussian)",
+    "lpips_alex": "LPIPS (Alex)",
+    "lpips_vgg": "LPIPS (VGG)",
+    "dists": "DISTS",
+}
 DIGITS = {"psnr": 2}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one section of one volume by one method."""
+    """The scores by metric of one section of one volume, super-resolved by one method."""
 
     volume: str
     method: str
@@ -24,6 +31,7 @@ class Row:
 
 
 def to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """All rows with a header, numbers with six significant digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["volume", "method", "section", *metrics])
@@ -33,7 +41,7 @@ def to_csv(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 
 def means(rows: Sequence[Row], metrics: Sequence[str]) -> dict[tuple[str, str], dict[str, float]]:
-    """(volume, method) -> mean over sections, in the order of their first rows."""
+    """The mean of every metric over sections, by (volume, method), in the order of their first rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.volume, row.method), []).append(row)
@@ -41,13 +49,16 @@ def means(rows: Sequence[Row], metrics: Sequence[str]) -> dict[tuple[str, str], 
 
 
 def cells(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of means, as text."""
+    """The header and the lines of the table of means, cell by cell as text."""
     head = ["volume", "method", *(f"{TITLES[m]} {'up' if HIGHER[m] else 'down'}" for m in metrics)]
-    lines = [[*key, *(f"{scores[m]:.{DIGITS.get(m, 4)}f}" for m in metrics)] for key, scores in means(rows, metrics).items()]
+    lines = [
+        [*key, *(f"{scores[m]:.{DIGITS.get(m, 4)}f}" for m in metrics)] for key, scores in means(rows, metrics).items()
+    ]
     return head, lines
 
 
 def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """The table of means in Markdown."""
     head, lines = cells(rows, metrics)
     rule = ["---", "---", *("---:" for _ in metrics)]
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])

@@ -1,1 +1,4 @@
-"""One loop, four stages: optical flow, VQGAN, indexer, the five-section network. Takes arrays; knows no file format of volumes."""
+"""Training of the four stages: optical flow, VQGAN, indexer and the five-section network, by one loop.
+
+It takes arrays; volumes are opened by the caller.
+"""

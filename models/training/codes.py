@@ -1,4 +1,4 @@
-"""Is the codebook alive? Which rows are used, how evenly, and a way to bring dead ones back."""
+"""Codebook usage: how many rows are used and how evenly, and a way to set unused rows to outputs of the encoder."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from models.vqgan import Codebook
 
 
 class CodeUsage:
-    """How often each code was nearest since rows were last revived."""
+    """Counts how often each code was the nearest one since unused rows were last revived."""
 
     def __init__(self, codes: int) -> None:
         self.counts = torch.zeros(codes, dtype=torch.int64)
 
     def count(self, indices: Tensor) -> None:
+        """Add codes of any shape to the counts."""
         self.counts += torch.bincount(indices.flatten().cpu(), minlength=len(self.counts))
 
     def revive(self, codebook: Codebook, latent: Tensor, rng: np.random.Generator) -> int:
-        """Put the rows that nobody used on encoder outputs of this batch, drawn at random; returns how many."""
-        dead = torch.nonzero(self.counts == 0)[:, 0]
+        """Set every row with a count of 0 to one of the encoder's outputs `latent` (B, d, h, w), drawn at random, and
+        all counts to 0. Returns the number of rows.
+        """
+        unused = torch.nonzero(self.counts == 0)[:, 0]
         self.counts.zero_()
-        if not len(dead):
+        if not len(unused):
             return 0
         rows = latent.permute(0, 2, 3, 1).flatten(0, 2)
-        drawn = torch.from_numpy(rng.integers(len(rows), size=len(dead)))
+        drawn = torch.from_numpy(rng.integers(len(rows), size=len(unused)))
         with torch.no_grad():
-            codebook.weight[dead.to(codebook.weight.device)] = rows[drawn.to(rows.device)].to(codebook.weight.dtype)
-        return len(dead)
+            codebook.weight[unused.to(codebook.weight.device)] = rows[drawn.to(rows.device)].to(codebook.weight.dtype)
+        return len(unused)
 
     @staticmethod
     def health(indices: Tensor, codes: int) -> dict[str, float]:
-        """`codes_used`, a share, and `perplexity`, e to the entropy of usage: `codes` where all are used alike, 1 for a dead book."""
+        """Of the codes `indices` of any shape: `codes_used`, the share of all `codes` that occur, and `perplexity`, e
+        to the power of the entropy of their frequencies. It is `codes` where all occur equally often, and 1 where one
+        alone does.
+        """
         counts = torch.bincount(indices.flatten().cpu(), minlength=codes).double()
         share = counts[counts > 0] / counts.sum()
         return {"codes_used": len(share) / codes, "perplexity": float((-(share * share.log()).sum()).exp())}

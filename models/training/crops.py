@@ -1,4 +1,7 @@
-"""Random crops of consecutive sections, HR and LR. Sample i of step s depends on (seed, s, i) alone: a resumed run sees what it would have seen."""
+"""Random crops of consecutive sections, LR and HR.
+
+Sample i of step s depends on the seed, s and i alone, so that a resumed run has the samples of an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.degrade import REACH, degrade
+from models.degrade import HALO, degrade
 
 Bytes = NDArray[np.uint8]
 Read = Callable[[slice, slice, slice], Bytes]
-"""Voxels of a volume by z, y and x slices, uint8."""
+"""Reads the voxels of a volume, uint8, at slices of z, y and x."""
 
 
 @dataclass(frozen=True)
 class Volume:
-    """HR sections `hr` of `shape` (z, y, x); `lr` of the same tissue, each side a scale smaller, where LR was really scanned;
-    `good` says per section whether it may be used.
+    """A volume to learn from. `hr` reads its HR sections, `shape` is their (z, y, x) in voxels, and `good` tells for
+    every section whether it may be used. `lr` reads the LR sections of the same tissue where they were really scanned;
+    each side is smaller by the scale. Without `lr`, LR is made from HR.
     """
 
     shape: tuple[int, int, int]
@@ -29,16 +33,20 @@ class Volume:
     lr: Read | None = None
 
     def starts(self, sections: int) -> NDArray[np.intp]:
-        """First sections of runs of that many good ones."""
-        runs = np.lib.stride_tricks.sliding_window_view(self.good, sections).all(1) if len(self.good) >= sections else np.zeros(0, bool)
+        """The z of all runs of `sections` consecutive good sections, by their first section."""
+        runs = (
+            np.lib.stride_tricks.sliding_window_view(self.good, sections).all(1)
+            if len(self.good) >= sections
+            else np.zeros(0, bool)
+        )
         return np.flatnonzero(runs)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """`flips`: horizontal, vertical, transpose, each for half of the samples and all sections alike (network.md, section 4).
-    `drift`: each section is shifted by up to so many HR voxels. `noise`: deviation of Gaussian
-    noise on LR, in grey values.
+    """Random changes of samples. `flips` turns on horizontal flip, vertical flip and transposition, each for half of
+    the samples and for all sections of a sample alike (network.md, section 4). `drift` shifts every section by up to so
+    many HR voxels. `noise` is the standard deviation of Gaussian noise that is added to LR, in grey values.
     """
 
     flips: bool = True
@@ -48,7 +56,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Crops:
-    """Samples of `sections` consecutive sections, `size` HR voxels square."""
+    """Draws samples of `sections` consecutive sections of `size` x `size` HR voxels from `volumes`."""
 
     volumes: list[Volume]
     sections: int
@@ -57,13 +65,15 @@ class Crops:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """LR (B, N, 1, h, w) and HR (B, N, 1, H, W) in 0..1."""
+        """`count` samples of one step and device `rank`: LR (B, N, 1, h, w) and HR (B, N, 1, H, W) in 0..1."""
         pairs = [self.sample(np.random.default_rng([seed, step, rank, i])) for i in range(count)]
         lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[:, :, None] for part in zip(*pairs, strict=True))
         return lr, hr
 
     def sample(self, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-        """LR (N, h, w) and HR (N, H, W). Volumes are drawn by their number of windows."""
+        """One sample, LR (N, h, w) and HR (N, H, W). A volume is drawn with a probability proportional to the number of
+        its windows.
+        """
         starts = [volume.starts(self.sections) for volume in self.volumes]
         ends = np.cumsum([len(s) for s in starts])
         drawn = int(rng.integers(ends[-1]))
@@ -77,7 +87,8 @@ class Crops:
         hr: list[Bytes] = []
         for i in range(self.sections):
             dy, dx = (int(d) // step * step for d in rng.integers(-drift, drift + 1, 2))
-            for part, image in zip((lr, hr), pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size)), strict=True):
+            crop = pair(volume, self.scale, z + i, (y + dy, x + dx), (self.size, self.size))
+            for part, image in zip((lr, hr), crop, strict=True):
                 part.append(image)
         return self._augmented(rng, np.stack(lr), np.stack(hr))
 
@@ -96,29 +107,34 @@ class Crops:
 
 
 def pair(volume: Volume, scale: int, z: int, corner: tuple[int, int], size: tuple[int, int]) -> tuple[Bytes, Bytes]:
-    """LR and HR of a rectangle of one section, in HR voxels. LR is cut from that of a larger crop: it is what the whole section gives."""
+    """LR (h / scale, w / scale) and HR (h, w) of the rectangle of section z that begins at `corner` (y, x) and has
+    `size` (h, w), all in HR voxels and multiples of the scale. LR is made from a larger crop, so that it is that of the
+    whole section.
+    """
     (y, x), (h, w), r = corner, size, scale
     if volume.lr is not None:
         lr = volume.lr(slice(z, z + 1), slice(y // r, (y + h) // r), slice(x // r, (x + w) // r))
         return lr[0], volume.hr(slice(z, z + 1), slice(y, y + h), slice(x, x + w))[0]
     _, height, width = volume.shape
-    up, left = min(REACH, y // r), min(REACH, x // r)
-    down, right = min(REACH, (height - y - h) // r), min(REACH, (width - x - w) // r)
+    up, left = min(HALO, y // r), min(HALO, x // r)
+    down, right = min(HALO, (height - y - h) // r), min(HALO, (width - x - w) // r)
     wide = volume.hr(slice(z, z + 1), slice(y - up * r, y + h + down * r), slice(x - left * r, x + w + right * r))[0]
     lr = degrade(wide, r)[up : up + h // r, left : left + w // r]
     return lr, wide[up * r : up * r + h, left * r : left * r + w]
 
 
-def centre_windows(volume: Volume, sections: int, size: int, scale: int, most: int) -> list[tuple[Tensor, Tensor]]:
-    """For validation: up to `most` windows, evenly spread in z, of the middle of the volume, at most `size` HR voxels square:
-    LR (1, N, 1, h, w) and HR (1, N, 1, H, W) in 0..1.
+def centre_windows(volume: Volume, sections: int, size: int, scale: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Windows for validation: up to `count`, evenly spread in z, of the middle of every section, at most `size` x
+    `size` HR voxels. Each is LR (1, N, 1, h, w) and HR (1, N, 1, H, W) in 0..1.
     """
     starts = volume.starts(sections)
     height, width = (min(size, length) // (4 * scale) * (4 * scale) for length in volume.shape[1:])
     corner = ((volume.shape[1] - height) // 2 // scale * scale, (volume.shape[2] - width) // 2 // scale * scale)
     windows = []
-    for z in starts[np.unique(np.linspace(0, len(starts) - 1, most).round().astype(int))] if len(starts) else []:
+    for z in starts[np.unique(np.linspace(0, len(starts) - 1, count).round().astype(int))] if len(starts) else []:
         pairs = [pair(volume, scale, int(z) + i, corner, (height, width)) for i in range(sections)]
-        lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[None, :, None] for part in zip(*pairs, strict=True))
+        lr, hr = (
+            torch.from_numpy(np.stack(part)).float().div_(255)[None, :, None] for part in zip(*pairs, strict=True)
+        )
         windows.append((lr, hr))
     return windows

@@ -1,4 +1,8 @@
-"""The losses of the three stages, each as the paper's equation and the published code have it (network.md, section 4)."""
+"""The losses of the three stages: eqs. 5 to 8 of the paper, in the form that the published code computes.
+
+Where the two differ, the code is followed (network.md, section 4): sums are means, the adversarial loss is the
+difference of mean scores, and the multi-reference fidelity is averaged in another way (see `reference_loss`).
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,52 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BANDWIDTH = 0.5
+"""The contextual loss' h (Mechrez et al., 2018): how fast the similarity of two features falls with their distance."""
 EPSILON = 1e-5
+"""Added to divisors and to the logarithm's argument."""
 
 
 def codebook_loss(latent: Tensor, quantised: Tensor, beta: float = 1.0) -> Tensor:
-    """Second and third term of eq. 5: the codebook's rows go to Z_e, and with weight beta Z_e to its rows."""
+    """L_c of eq. 5, of Z_e `latent` and Z_d `quantised`, both (B, d, h, w): the mean squared distance whose gradient
+    moves the rows of the codebook towards Z_e, plus beta times the one whose gradient moves Z_e towards its rows.
+    """
     return functional.mse_loss(quantised, latent.detach()) + beta * functional.mse_loss(latent, quantised.detach())
 
 
-def generator_loss(of_fake: Tensor) -> Tensor:
-    """Eq. 5's adversarial term for the generator: minus the mean score of what it made."""
-    return -of_fake.mean()
+def generator_loss(fake_scores: Tensor) -> Tensor:
+    """L_adv of eq. 5 as the generator minimises it: minus the mean of the discriminator's scores of its images."""
+    return -fake_scores.mean()
 
 
-def critic_loss(of_real: Tensor, of_fake: Tensor) -> Tensor:
-    """The discriminator's own: half the mean difference of its scores; no hinge, no logarithm."""
-    return 0.5 * (of_fake.mean() - of_real.mean())
+def critic_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """L_adv of eq. 5 as the discriminator minimises it: half of the mean score of generated images minus that of real
+    ones. There is no hinge and no logarithm, as in a Wasserstein GAN's critic.
+    """
+    return 0.5 * (fake_scores.mean() - real_scores.mean())
 
 
 def r1_penalty(critic: nn.Module, real: Tensor, weight: float, every: int) -> Tensor:
-    """weight / 2 * every * mean over the batch of the squared norm of the scores' gradient at real images (Mescheder et al., 2018)."""
+    """R1 regularisation (Mescheder et al., 2018) at real images (B, 1, H, W): weight / 2 times the mean over the batch
+    of the squared norm of the gradient of the scores; times `every`, because only every such step has this term.
+    """
     real = real.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(real).sum(), real, create_graph=True)
     return weight / 2 * every * gradient.square().flatten(1).sum(1).mean()
 
 
 def index_loss(logits: Tensor, indices: Tensor) -> Tensor:
-    """Eq. 6: mean cross entropy of (B, v, h, w) logits against the (B, h, w) indices of the HR section."""
+    """Eq. 7: the cross entropy of logits (B, v, h, w) against the codebook indices (B, h, w) of the HR section, as a
+    mean over tokens.
+    """
     return functional.cross_entropy(logits, indices)
 
 
 class Features(nn.Module):
-    """The first layers of VGG19 (to relu3_4) or VGG16 (to relu3_3) in torchvision's names, from a file that the user has."""
+    """The first layers of VGG19 (to relu3_4) or of VGG16 (to relu3_3), whose features the reference loss compares.
+
+    `state` has torchvision's names, `features.<n>.weight` and `.bias`; VGG19 is told by its `features.16`. Raises
+    KeyError where one is missing.
+    """
 
     mean: Tensor
     std: Tensor
@@ -59,30 +77,40 @@ class Features(nn.Module):
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 1, H, W) in 0..1 -> (B, 256, H/4, W/4)."""
+        """Grey images (B, 1, H, W) in 0..1, normalised as three equal channels -> (B, 256, H/4, W/4)."""
         return self.layers((image - self.mean) / self.std)  # type: ignore[no-any-return]
 
 
 def reference_loss(features: nn.Module, sr: Tensor, references: Tensor) -> Tensor:
-    """Eq. 8, multi-reference fidelity: SR (B, 1, H, W) against the references of its five sections, (B, N, 1, H, W)."""
-    n = references.shape[1]
-    seen = features(sr).repeat_interleave(n, 0)
-    with torch.no_grad():
-        wanted = features(references.flatten(0, 1))
-    return contextual_loss(seen, wanted)
+    """L_Mfid of eq. 8, multi-reference fidelity: SR (B, 1, H, W) against the references of its N sections, (B, N, 1, H,
+    W) -> one number.
 
-
-def contextual_loss(seen: Tensor, wanted: Tensor) -> Tensor:
-    """Contextual similarity of (B, C, h, w) features, minus its logarithm, mean over B; `wanted` is the reference's.
-
-    Every position j of the reference finds the position of SR that resembles it most, among all; c_j says how much.
+    It is the published code's, which differs from the paper. Eq. 8 is one mean of the contextual loss, weighted by
+    confidence, over all positions of all N references together. The code takes the confidence-weighted mean of the
+    contextual similarity for each reference alone, then minus its logarithm, and then the plain mean over references
+    and samples: a reference of low confidence everywhere counts as much as any other.
     """
-    mean = wanted.mean((0, 2, 3), keepdim=True)
-    a = functional.normalize((seen - mean).flatten(2), dim=1)
-    b = functional.normalize((wanted - mean).flatten(2), dim=1)
+    n = references.shape[1]
+    sr_features = features(sr).repeat_interleave(n, 0)  # (B * N, C, H/4, W/4)
+    with torch.no_grad():
+        reference_features = features(references.flatten(0, 1))  # (B * N, C, H/4, W/4)
+    return contextual_loss(sr_features, reference_features)
+
+
+def contextual_loss(sr: Tensor, reference: Tensor) -> Tensor:
+    """Minus the logarithm of the contextual similarity (Mechrez et al., 2018) of features (B, C, h, w), as a mean over
+    B.
+
+    For every position j of the reference, the most similar position i of SR is found among all h * w. The similarities
+    are averaged with the weights c_j, the matching confidences of eq. 8, which fall with the cosine distance of i and
+    j. Takes a matrix of (h * w)^2 numbers per sample.
+    """
+    mean = reference.mean((0, 2, 3), keepdim=True)
+    a = functional.normalize((sr - mean).flatten(2), dim=1)  # (B, C, i)
+    b = functional.normalize((reference - mean).flatten(2), dim=1)  # (B, C, j)
     distance = (1 - a.transpose(1, 2) @ b).clamp_min(0)  # (B, i, j)
     relative = distance / (distance.amin(2, keepdim=True) + EPSILON)
     weight = ((1 - relative) / BANDWIDTH).exp()
-    similarity, best = (weight / (weight.sum(2, keepdim=True) + EPSILON)).max(1)
-    confidence = ((1 - distance.gather(1, best[:, None])[:, 0]) / BANDWIDTH).exp()
+    similarity, best = (weight / (weight.sum(2, keepdim=True) + EPSILON)).max(1)  # (B, j) each
+    confidence = ((1 - distance.gather(1, best[:, None])[:, 0]) / BANDWIDTH).exp()  # (B, j)
     return -((similarity * confidence).sum(1) / confidence.sum(1) + EPSILON).log().mean()

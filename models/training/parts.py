@@ -1,4 +1,4 @@
-"""What a stage hands on to the next: its weights in a safetensors file that says what they are and what they were trained on."""
+"""Weights of one stage that a later stage needs, as safetensors files whose metadata describes them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ VQGAN, INDEXER, FLOW = "vqgan", "indexer", "flow"
 
 @dataclass(frozen=True)
 class Part:
-    """`kind` is vqgan, indexer or flow; `params` the network it was made for; `facts` are free: licence, scores, parents."""
+    """The weights of one trained part of the network.
+
+    `kind` is vqgan, indexer or flow, `params` are those of the network it was trained for, `licence` is that of the
+    training data, and `state` has the tensors by name. `facts` may hold anything that JSON can: scores, recipe, earlier
+    parts.
+    """
 
     kind: str
     params: Params
@@ -33,14 +38,23 @@ class Part:
     facts: Mapping[str, Any]
 
 
-def save_part(path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]) -> None:
+def save_part(
+    path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]
+) -> None:
+    """Write the weights of `network` as a part. Raises OSError."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    header = {"format": FORMAT, "kind": kind, "params": to_json(params), "training_data_licence": licence, "facts": json.dumps(dict(facts), sort_keys=True)}
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "params": to_json(params),
+        "training_data_licence": licence,
+        "facts": json.dumps(dict(facts), sort_keys=True),
+    }
     save_file(state, path, metadata=header)
 
 
 def load_part(path: Path, kind: str) -> Part:
-    """Raises WeightsError where the file is none of ours or of another stage, or not there."""
+    """Read what `save_part` wrote. Raises WeightsError where the file is missing, not a part, or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -50,46 +64,75 @@ def load_part(path: Path, kind: str) -> Part:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read as weights ({error}). Name a file that `emsr train` wrote") from None
     if header.get("format") != FORMAT or header.get("kind") != kind:
-        raise WeightsError(f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. Name the file that the {kind} stage wrote")
+        raise WeightsError(
+            f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. "
+            f"Name the file that the {kind} stage wrote"
+        )
     return Part(kind, from_json(header["params"]), header["training_data_licence"], state, json.loads(header["facts"]))
 
 
 def load_flow(path: Path, params: Params) -> Part:
-    """What stage flow wrote, or SPyNet as published, in any layout that `weights.read_spynet` reads. Raises WeightsError, OSError."""
+    """The optical flow that stage flow wrote, or SPyNet as published in any layout that `weights.read_spynet` reads.
+
+    Raises WeightsError, OSError.
+    """
     if not path.exists() or _is_ours(path):
         return load_part(path, FLOW)
     if params.flow_widths != X8.flow_widths:
-        raise WeightsError(f"{path} is no file of stage flow, and SPyNet as published fits preset paper only. Train stage flow, or use preset paper")
+        raise WeightsError(
+            f"{path} is no file of stage flow, and SPyNet as published fits preset paper only. "
+            "Train stage flow, or use preset paper"
+        )
     return Part(FLOW, params, "", weights.read_spynet(path), {})
 
 
 def _is_ours(path: Path) -> bool:
+    """Whether `load_part` is to read the file: it is a part, or cannot be read."""
     if path.suffix != ".safetensors":
         return False
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError):
-        return True  # load_part tells what is wrong
+        return True  # load_part raises with the reason
 
 
 def fill(network: nn.Module, part: Part, path: Path) -> None:
-    """Copy a part into the network it is of. Raises WeightsError where shapes differ: another preset or scale."""
+    """Copy a part's tensors into `network`. Raises WeightsError where names or shapes differ, as with another
+    preset.
+    """
     wanted = network.state_dict()
-    wrong = [n for n in wanted.keys() | part.state.keys() if n not in wanted or n not in part.state or wanted[n].shape != part.state[n].shape]
+    wrong = [
+        n
+        for n in wanted.keys() | part.state.keys()
+        if n not in wanted or n not in part.state or wanted[n].shape != part.state[n].shape
+    ]
     if wrong:
-        raise WeightsError(f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). Use the same preset and scale in all stages")
+        raise WeightsError(
+            f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). "
+            "Use the same preset and scale in all stages"
+        )
     network.load_state_dict(part.state)
 
 
-def assemble(network: SuperResolver, vqgan: Part | None, indexer: Part | None, flow: Part | None, paths: Mapping[str, Path]) -> None:
-    """Put the frozen parts into stage III's network: codebook, decoder and mask features from the VQGAN, indexer, flow."""
+def assemble(
+    network: SuperResolver, vqgan: Part | None, indexer: Part | None, flow: Part | None, paths: Mapping[str, Path]
+) -> None:
+    """Copy the frozen parts into the network of stage III: codebook, decoder and mask features from `vqgan`, the
+    indexer and the optical flow. `paths` are their files by kind, for messages. Raises WeightsError where one does not
+    fit.
+    """
     if vqgan is not None and network.params.mpf:
         for module, prefix in ((network.prior.codebook, "codebook."), (network.prior.decoder, "decoder.")):
             fill(module, _below(vqgan, prefix), paths[VQGAN])
         if network.params.mask == "encoder":
             first = {"encoder.input.": "input.", "encoder.body.0.": "block."}
-            state = {new + n[len(old) :]: v for old, new in first.items() for n, v in vqgan.state.items() if n.startswith(old)}
+            state = {
+                new + n[len(old) :]: v
+                for old, new in first.items()
+                for n, v in vqgan.state.items()
+                if n.startswith(old)
+            }
             fill(network.mask.features, Part(VQGAN, vqgan.params, vqgan.licence, state, {}), paths[VQGAN])
     if indexer is not None and network.params.mpf:
         fill(network.prior.indexer, indexer, paths[INDEXER])
@@ -98,7 +141,9 @@ def assemble(network: SuperResolver, vqgan: Part | None, indexer: Part | None, f
 
 
 def start_from(network: SuperResolver, state: dict[str, Tensor]) -> int:
-    """Take over the trained tensors that fit, such as those of the other scale; returns how many. The frozen parts stay."""
+    """Copy from `state` the trained tensors whose name and shape fit, for instance of a network of the other scale, and
+    return their number. The frozen parts are left as they are.
+    """
     frozen = {id(p) for part in network.frozen() for p in part.state_dict(keep_vars=True).values()}
     taken = 0
     with torch.no_grad():
@@ -110,5 +155,6 @@ def start_from(network: SuperResolver, state: dict[str, Tensor]) -> int:
 
 
 def _below(part: Part, prefix: str) -> Part:
+    """The tensors of a part whose names begin with `prefix`, without it."""
     state = {name[len(prefix) :]: value for name, value in part.state.items() if name.startswith(prefix)}
     return Part(part.kind, part.params, part.licence, state, part.facts)

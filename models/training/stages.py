@@ -1,4 +1,4 @@
-"""What each stage trains, on what, against which loss. A stage knows its networks and scores; the loop knows optimisers and files."""
+"""The four stages of training: the network of each, its samples, its loss and its scores. `loop` runs any of them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ from models.training.warps import endpoint_error, warped_pair
 from models.vqgan import VQGAN
 
 Batch = tuple[Tensor, Tensor]
+"""LR (B, N, 1, h, w) and HR (B, N, 1, H, W) of N consecutive sections, in 0..1."""
 Losses = dict[str, Tensor]
-"""The first entry, `loss`, is what is minimised; the others are its parts, for the eye."""
+"""Losses by name: `loss` is minimised, the others are its parts, without their weights, and are only reported."""
 Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""(B, 1, H, W) twice -> (B,) distances, such as LPIPS."""
+"""A distance of images such as LPIPS: two (B, 1, H, W) -> (B,)."""
 
 
 class Stage(Protocol):
-    """`network` is trained; `critic` against it, if any. A sample takes `sections` consecutive ones, a
-    validation window `validated`. `better` names scores to keep the best weights by: +1 larger, -1 smaller."""
+    """What the loop asks of a stage.
+
+    `network` is trained, and so is `critic`, the discriminator, where there is one. A sample has `sections` consecutive
+    sections, a validation window `validated` ones. `better` names the scores whose best weights are kept: 1 where a
+    larger score is better, -1 where a smaller one is.
+    """
 
     network: nn.Module
     critic: nn.Module | None
@@ -38,18 +43,26 @@ class Stage(Protocol):
     validated: int
     better: dict[str, int]
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses: ...
+    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+        """The network's losses for a batch of LR (B, N, 1, h, w) and HR (B, N, 1, H, W)."""
+        ...
 
-    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None: ...
+    def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
+        """The critic's `critic_loss` and its parts for the last batch of `losses`; None before it is trained."""
+        ...
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
-        """Mean scores, and images (1, H, W) to look at."""
+        """Mean scores over windows, and one image (1, H, W) of each window to look at."""
         ...
 
 
 @dataclass
 class FlowStage:
-    """SPyNet on sections whose warp is known (its published weights may not be passed on)."""
+    """Stage flow: SPyNet learns from sections that were warped by a known flow. Its published weights may not be passed
+    on.
+
+    `shift` and `bend` are in HR voxels (see `warped_pair`).
+    """
 
     params: Params
     shift: float = 16.0
@@ -86,11 +99,13 @@ class FlowStage:
 
 @dataclass
 class VQGANStage:
-    """Stage I, eq. 5: L1 + codebook_weight * codebook + adversarial * GAN from step `adversarial_from` on.
+    """Stage I, eqs. 5 and 6: L1 + codebook_weight * L_c, and + adversarial * L_adv from step `adversarial_from` on. The
+    discriminator has R1 regularisation of weight `r1` in every `r1_every`-th step.
 
-    Until step `quantise_from` it is a plain autoencoder; then all rows of the codebook are put on outputs of the encoder, and
-    over as many steps again a growing share of tokens is quantised. In short runs this keeps the codes from falling together
-    at zero. `revive_every` moves rows that nobody used.
+    Until step `quantise_from` the network is a plain autoencoder. Then all rows of the codebook are set to outputs of
+    the encoder, and over as many steps again a growing share of the tokens is quantised. This keeps the codebook from
+    collapsing, all rows near zero, in short runs. In every `revive_every`-th step the rows that no token used since are
+    set to outputs of the encoder.
     """
 
     params: Params
@@ -113,7 +128,7 @@ class VQGANStage:
         self.network: nn.Module = VQGAN(self.params.prior)
         self.critic: nn.Module | None = Discriminator(self.critic_width) if self.adversarial else None
         self.usage = CodeUsage(self.params.prior.codes)
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self._real_and_fake: tuple[Tensor, Tensor] | None = None
 
     def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
         real = batch[1].flatten(0, 1)
@@ -127,18 +142,18 @@ class VQGANStage:
         if self.perceptual is not None and self.perceptual_weight:
             parts["perceptual"] = self.perceptual(image, real).mean()
             loss = loss + self.perceptual_weight * parts["perceptual"]
-        self._pair = None
+        self._real_and_fake = None
         if critic is not None and step >= self.adversarial_from:
             critic.requires_grad_(False)
             parts["generator"] = generator_loss(critic(image))
             critic.requires_grad_(True)
             loss = loss + self.adversarial * parts["generator"]
-            self._pair = real, image.detach()
-        self._watch(network, latent.detach(), step)
+            self._real_and_fake = real, image.detach()
+        self._count_and_revive(network, latent.detach(), step)
         return {"loss": loss, **parts}
 
     def _tokens(self, real: Tensor, share: float, step: int) -> Tensor | None:
-        """Which tokens are quantised: that share of them, drawn anew in each step; None for all."""
+        """Which tokens are quantised, (B, 1, h, w): a share of them, drawn anew in each step; None for all."""
         if share >= 1:
             return None
         b, _, h, w = real.shape
@@ -147,9 +162,9 @@ class VQGANStage:
         return torch.from_numpy(drawn).to(real.device)
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
-        if self._pair is None:
+        if self._real_and_fake is None:
             return None
-        real, fake = self._pair
+        real, fake = self._real_and_fake
         parts = {"critic": critic_loss(critic(real), critic(fake))}
         loss = parts["critic"]
         if step % self.r1_every == 0:
@@ -157,11 +172,12 @@ class VQGANStage:
             loss = loss + parts["r1"]
         return {"critic_loss": loss, **parts}
 
-    def _watch(self, network: nn.Module, latent: Tensor, step: int) -> None:
+    def _count_and_revive(self, network: nn.Module, latent: Tensor, step: int) -> None:
+        """Count the codes of Z_e (B, d, h, w); in the steps for it, set unused rows to columns of Z_e."""
         vqgan = cast(VQGAN, getattr(network, "module", network))
         self.usage.count(vqgan.codebook.nearest(latent))
         if step == self.quantise_from - 1:
-            self.usage.counts.zero_()  # all rows move onto what the encoder says by now
+            self.usage.counts.zero_()  # so that all rows count as unused, and move
         if step == self.quantise_from - 1 or (self.revive_every and (step + 1) % self.revive_every == 0):
             self.usage.revive(vqgan.codebook, latent, np.random.default_rng([self.seed, step, 3]))
 
@@ -179,7 +195,9 @@ class VQGANStage:
 
 @dataclass
 class IndexerStage:
-    """Stage II, eq. 6: the LR section's logits against the codes that the frozen encoder gives for the HR section."""
+    """Stage II, eq. 7: the indexer's logits for the LR section against the codes that the frozen encoder and codebook
+    give for the HR section.
+    """
 
     params: Params
     vqgan: VQGAN
@@ -213,17 +231,19 @@ class IndexerStage:
             logits, indices = network(lr), self._indices(hr)
             reference = self.vqgan.decoder(self.vqgan.codebook.lookup(logits.argmax(1))).image
             right = float((logits.argmax(1) == indices).float().mean())
-            scores.append({"cross_entropy": float(index_loss(logits, indices)), "right": right} | image_scores(reference, hr, None))
+            own = {"cross_entropy": float(index_loss(logits, indices)), "right": right}
+            scores.append(own | image_scores(reference, hr, None))
             images.append(torch.cat([hr, reference.clamp(0, 1)], 3)[0])
         return mean_scores(scores), images
 
 
 @dataclass
 class NetworkStage:
-    """Stage III, eq. 9: L1 + reference_weight * multi-reference fidelity; prior, mask features and flow stay as they are.
+    """Stage III, eq. 8: L1 + reference_weight * multi-reference fidelity. Prior, mask features and flow are frozen.
 
-    `centres` consecutive centre sections are trained at once: they share the encoding of the sections between them.
-    `squares` takes the mean squared error in place of L1; `alone` shows the network the centre section five times.
+    `centres` consecutive centre sections are trained at once; they share the encoding of the sections between them.
+    `squares` replaces L1 by the mean squared error. `alone` fills every window with its centre section. `features`
+    gives the features that the multi-reference fidelity compares (`losses.Features`).
     """
 
     params: Params
@@ -249,7 +269,9 @@ class NetworkStage:
         parts = {"l2": functional.mse_loss(sr, wanted)} if self.squares else {"l1": functional.l1_loss(sr, wanted)}
         loss = parts["l2" if self.squares else "l1"]
         if self.features is not None and self.reference_weight:
-            parts["reference"] = torch.stack([reference_loss(self.features, sr[:, i], references[:, i : i + 2 * half + 1]) for i in range(self.centres)]).mean()
+            windows = [references[:, i : i + 2 * half + 1] for i in range(self.centres)]
+            per_centre = [reference_loss(self.features, sr[:, i], window) for i, window in enumerate(windows)]
+            parts["reference"] = torch.stack(per_centre).mean()
             loss = loss + self.reference_weight * parts["reference"]
         if self.perceptual is not None and self.perceptual_weight:
             parts["perceptual"] = self.perceptual(sr.flatten(0, 1), wanted.flatten(0, 1)).mean()
@@ -270,15 +292,17 @@ class NetworkStage:
 
 
 def psnr(image: Tensor, real: Tensor) -> float:
-    """dB of images in 0..1 after rounding to 256 grey values."""
+    """PSNR in dB of images in 0..1 after rounding to 256 grey values; at most 148 dB, for equal images."""
     error = (image.clamp(0, 1) * 255).round() - (real * 255).round()
     return float(20 * np.log10(255) - 10 * error.double().square().mean().clamp_min(1e-10).log10())
 
 
 def image_scores(image: Tensor, real: Tensor, perceptual: Perceptual | None) -> dict[str, float]:
+    """PSNR, and LPIPS where `perceptual` is given, of images (B, 1, H, W) in 0..1."""
     found = {"psnr": psnr(image, real)}
     return found if perceptual is None else found | {"lpips": float(perceptual(image.clamp(0, 1), real).mean())}
 
 
 def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of every score over windows; empty where there are none."""
     return {name: float(np.mean([s[name] for s in scores])) for name in (scores[0] if scores else {})}

@@ -11,7 +11,7 @@ from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
 from pipeline.config.volume import Url
 
-Metric = Literal["psnr", "ssim", "lpips_alex", "lpips_vgg", "dists"]
+Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
 
 
 class _Model(BaseModel):

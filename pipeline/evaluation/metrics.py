@@ -25,8 +25,8 @@ def metrics(names: Sequence[str], weights: WeightsConfig) -> dict[str, Metric]:
 
 
 def _metric(name: str, weights: WeightsConfig) -> Metric:
-    if name in ("psnr", "ssim"):
-        metric: Metric = fidelity.psnr if name == "psnr" else fidelity.ssim
+    if name in ("psnr", "ssim", "ssim_gaussian"):
+        metric: Metric = getattr(fidelity, name)
         return metric
     import torch
 
