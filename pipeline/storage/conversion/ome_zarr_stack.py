@@ -45,20 +45,19 @@ def write_stack(
     stack: Stack,
     url: str,
     voxel_size_nm: Nm,
-    corner_nm: Nm = (0.0, 0.0, 0.0),
     chunk: ZYX | None = None,
     attributes: Mapping[str, Any] | None = None,
     on_sections: Callable[[int], None] | None = None,
 ) -> None:
     """Write `stack` to `url`, where nothing may be stored yet; at most chunk.z sections are held in memory.
 
-    `corner_nm` is the position of the volume's lower corner (z, y, x); `attributes` are added to the group's.
+    The volume's lower corner lies at 0 nm. `attributes` are added to the group's.
     `on_sections` is called with the number of sections stored so far. The group's metadata are written last, so that
     readers find no OME-Zarr before it is whole. Raises TargetError where something is stored already, SourceError where
     a section cannot be read, and what kv.classify makes of the store's errors.
     """
     _refuse_unless_empty(url)
-    objects = _metadata(stack, voxel_size_nm, corner_nm, layer_shapes(stack.shape, chunk), attributes or {})
+    objects = _metadata(stack, voxel_size_nm, layer_shapes(stack.shape, chunk), attributes or {})
     root = objects.pop("zarr.json")
     store = kv.Store(url)
     store.put_all(objects)
@@ -106,14 +105,14 @@ def _refuse_unless_empty(url: str) -> None:
 
 
 def _metadata(
-    stack: Stack, voxel_size_nm: Nm, corner_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]
+    stack: Stack, voxel_size_nm: Nm, shapes: tuple[ZYX, ZYX], attributes: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """The metadata objects, key -> bytes, as zarr-python writes them.
 
     NGFF's translation is the centre of the first voxel.
     """
     chunk, shard = shapes
-    centre = [corner + size / 2 for corner, size in zip(corner_nm, voxel_size_nm, strict=True)]
+    centre = [size / 2 for size in voxel_size_nm]
     steps = [{"type": "scale", "scale": list(voxel_size_nm)}, {"type": "translation", "translation": centre}]
     axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
     multiscale = {"name": "sections", "axes": axes, "datasets": [{"path": LEVEL, "coordinateTransformations": steps}]}
