@@ -30,7 +30,7 @@ def command() -> None:
 
 
 def check() -> None:
-    """ImportError where another package is in emsr's place: for Dask's workers and for other programs."""
+    """Raises ImportError where another package is in emsr's place: for Dask's workers and for other programs."""
     if foreign := _foreign():
         raise ImportError(foreign)
 

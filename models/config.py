@@ -92,7 +92,7 @@ def with_patch(params: Params, patch: int) -> Params:
 
 
 def with_codebook(params: Params, codes: int, code_width: int) -> Params:
-    """The same network with `codes` codes of `code_width` numbers: the ablation of the paper's table 4."""
+    """The same parameters with a codebook of `codes` rows of `code_width` numbers (paper, table 4)."""
     return dataclasses.replace(params, prior=dataclasses.replace(params.prior, codes=codes, code_width=code_width))
 
 

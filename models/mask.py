@@ -53,8 +53,10 @@ class EncoderFeatures(nn.Module):
 
 
 class Mask(nn.Module):
-    """The cosine similarity of the features of reference and enlarged LR section in patches of 16 x 16, refined to M by
-    three convolutions.
+    """Computes the mask M (paper, figure 1 d).
+
+    It is the cosine similarity of the features of reference and enlarged LR section, in patches of 16 x 16 HR voxels,
+    turned into weights by three convolutions.
     """
 
     def __init__(self, params: Params) -> None:

@@ -1,8 +1,8 @@
 """Bytes of feature maps that the five-section network holds at once beyond its weights, computed from its parameters.
 
-Importing this does not import torch. Maps are counted in values per LR voxel at the moment when a module holds most of
-them; a map that a calling function still refers to is counted too. Residual blocks in place of a module that is
-switched off (the paper's table 5) need no more than that module. `BAND_BYTES` bounds what `layers.in_bands` holds.
+Importing this does not import torch. The unit is values per LR voxel. Each formula counts the moment when its module
+holds most maps; a map that a calling function still refers to is counted too. Residual blocks in place of a module that
+is switched off (the paper's table 5) need no more than that module. `BAND_BYTES` bounds what `layers.in_bands` holds.
 """
 
 from __future__ import annotations

@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(config: Config, dry_run: bool = False) -> int:
-    """Exit code 0 when the ledger closes without quarantine, 1 with quarantined slabs, 130 after Ctrl-C."""
+    """Run or resume the volume of `config`; with `dry_run`, print its price and write nothing. Returns the exit code.
+
+    It is 0 when all tasks are written or skipped, or after a dry run; 1 when some are quarantined; 130 when the run was
+    interrupted with tasks left. Raises UserError.
+    """
     prepared = prepare(config, lambda survey, source: _detect(config, survey, source, keep=not dry_run))
     resumed = check_place(prepared)
     if dry_run:

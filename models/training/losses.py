@@ -2,6 +2,8 @@
 
 Where the two differ, the code is followed (network.md, section 4): sums are means, the adversarial loss is the
 difference of mean scores, and the multi-reference fidelity is averaged in another way (see `reference_loss`).
+
+A loss is added up in `stages`; its weight is a key of config/stage.py, which pipeline/training/stage.py passes on.
 """
 
 from __future__ import annotations

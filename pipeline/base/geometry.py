@@ -16,7 +16,7 @@ class ZYX:
 
     @classmethod
     def of(cls, values: Sequence[int]) -> ZYX:
-        """From any three whole numbers, numpy's included. ValueError for another count."""
+        """From any three whole numbers, numpy's included. Raises ValueError for another count."""
         z, y, x = (int(v) for v in values)
         return cls(z, y, x)
 

@@ -1,6 +1,7 @@
 """The Dask client of a run: of workers on this machine, of a scheduler that is already there, or of a batch system.
 
-Another batch system is a file beside `slurm`, and a line in `connect`, `batch_job`, `worker_count` and `may_come`.
+Another batch system is a file beside `slurm`, a line in `connect`, `batch_job`, `worker_count` and `may_come`, and its
+keys in config/cluster.py.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _SETTINGS = {
 def worker_count(config: ClusterConfig) -> int:
     """How many workers there will be at most.
 
-    Without cluster.workers there is one for each visible GPU of this machine, or for each core where it has no GPU.
+    Without cluster.workers there is one for each visible GPU of this machine, or for each core where it has no GPU. For
+    kind address the number serves the price alone: the scheduler's workers are those that are there.
     """
     if config.kind in ("slurm", "kubernetes"):
         return config.bounds()[1]

@@ -28,7 +28,10 @@ SPOT = (
 
 
 def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
-    """The DaskCluster resource: a scheduler, and what each worker will be; no worker yet."""
+    """The DaskCluster resource `name`: a scheduler, and a template of workers with `in_flight` threads each.
+
+    It asks for no workers; `pods` adds them.
+    """
     settings = config.kubernetes
     assert settings is not None
     gpu = {"nvidia.com/gpu": "1"} if config.gpus_per_worker else {}
@@ -82,13 +85,17 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
 
 
 def manifest(config: ClusterConfig, in_flight: int) -> str:
-    """The same as YAML, as `run --dry-run` prints it."""
+    """The resource as YAML, as `run --dry-run` prints it."""
     return str(yaml.safe_dump(spec(config, in_flight, "emsr"), sort_keys=False))
 
 
 @contextmanager
 def pods(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
-    """A client of a cluster that the operator makes and that goes with it."""
+    """A context with the client of a new Dask cluster of pods; leaving it deletes the cluster.
+
+    Each worker runs `in_flight` slabs. Raises ClusterError where dask-kubernetes is missing or Kubernetes gives no
+    cluster.
+    """
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError:

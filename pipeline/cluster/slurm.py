@@ -122,8 +122,8 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
 
 
 def queued(cluster: Any) -> bool:
-    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. ClusterError where jobs
-    end in vain.
+    """Whether a worker may still come: Slurm has a job of the cluster, or will be given one. Raises ClusterError where
+    jobs end in vain.
     """
     in_vain = cluster.replacing.in_vain
     if len(in_vain) >= MAX_IN_VAIN:

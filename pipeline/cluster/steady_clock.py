@@ -22,7 +22,7 @@ def steady() -> float:
 
 
 def install() -> None:
-    """In this process, for as long as it lives."""
+    """Make Tornado and the modules of `distributed` that are loaded use `steady` in this process, until it ends."""
     IOLoop.time = lambda self: steady()  # type: ignore[method-assign]
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "distributed" and getattr(module, "time", None) is time.time:
@@ -30,8 +30,8 @@ def install() -> None:
 
 
 def install_everywhere(client: Client) -> None:
-    """In the client, its workers, those that come later too, and the scheduler where that has emsr (its own messages
-    wait otherwise).
+    """Call `install` in this process, in all workers, later ones too, and in the scheduler where it has emsr (its own
+    messages wait otherwise).
     """
     install()
     with contextlib.suppress(Exception):

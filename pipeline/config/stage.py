@@ -60,7 +60,9 @@ class NetworkConfig(_Model):
     """The network that is trained, and the files it starts from.
 
     `vqgan`, `indexer` and `flow` are files that earlier stages wrote; `flow` may also be SPyNet's published file.
-    `start` holds weights of the whole network to continue with.
+    `start` holds weights of the whole network to continue with. `mpf`, `pod` and `three_da` switch these modules off
+    where they are false; `alone` fills every window with its centre section. `vgg19` holds the weights of the mask's
+    network.
     """
 
     scale: Literal[8, 16]

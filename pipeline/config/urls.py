@@ -61,5 +61,8 @@ def local_path(url: str) -> Path | None:
 
 
 def sidecar(target_url: str) -> str:
-    """The folder of a target's plan, ledger, lock and reports. It lies beside the target, which holds the volume."""
+    """The URL of the sidecar, the folder beside the target that holds plan, ledger, lock and reports.
+
+    It is the target's URL without format prefix, and `.emsr`.
+    """
     return split_format(target_url)[1] + ".emsr"

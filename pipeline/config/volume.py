@@ -90,9 +90,10 @@ class FillConfig(_Model):
 
 
 class BadSectionsConfig(_Model):
-    """Sections that must not enter any window: `list` names them by z, `detect` has them found.
+    """Which sections are bad, and what is done about them: they must not enter any window.
 
-    `rule` says what stands in for them, `output` what their own output sections are made from.
+    `list` gives their z; with `detect` a run looks for more before it begins. `rule` says what stands in for them,
+    `output` what their own output sections are made from.
     """
 
     list: tuple[StrictInt, ...] = ()

@@ -37,7 +37,10 @@ class ScoredVolume:
     sections: range
 
     def read(self, z: int) -> SectionImages:
-        """Section z of all volumes, cut to the shape of SR. Raises UserError where one cannot be read."""
+        """Section `z`, counted from each volume's first: SR, truth, LR, and LR enlarged by bicubic where there is LR.
+
+        The truth is cut to the shape of SR. Raises UserError where one cannot be read.
+        """
         shape = self.sr.info.bounds.shape
         methods, truth = {SR: _read_section(self.sr, z, shape)}, _read_section(self.truth, z, shape)
         if self.lr is None:

@@ -1,4 +1,7 @@
-"""The tiles of a slab, one after another: cut on the lattice, padded, through the network, put together."""
+"""The tiles of a slab, one after another: cut on the lattice, padded, through the network, put together.
+
+Which padding a network has stands in models/catalog. What stands in beyond the ends in z is Plan.section.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Lattice:
         return self.cell + 2 * self.halo
 
     def padded(self, box: Box) -> Box:
-        """All voxels that the tiles of the cells in `box` see, padding included: the result may leave the volume."""
+        """All voxels that the tiles of `box` see, as one box, `z_halo` sections included. It may leave the volume."""
         cells = ZYX(1, self.cell, self.cell)
         start, stop = (box.start // cells) * cells, box.stop.ceil_div(cells) * cells
         return Box(start, stop).grow(ZYX(self.z_halo, self.halo, self.halo))

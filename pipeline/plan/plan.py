@@ -166,7 +166,7 @@ class Plan:
         return slab.lr.shift(ZYX(0, 0, 0) - self.region.start)
 
     def pyramid_block(self, index: int) -> PyramidBlock:
-        """The block of this number. IndexError where the number is a slab's, or none."""
+        """The block of this number. Raises IndexError where the number is a slab's, or none."""
         for stage, level in zip(self.stages()[1:], self.second_pass, strict=True):
             if index in stage:
                 block, blocks = self._block(level), self._blocks(level)
@@ -222,7 +222,7 @@ class Plan:
         """The section that the network is shown for `z`.
 
         Beyond the volume's ends that is the end section; for a bad section it is the nearest good one, of two the
-        lower. ValueError where every section is bad.
+        lower. Raises ValueError where every section is bad.
         """
         z = min(max(z, self.bounds.start.z), self.bounds.stop.z - 1)
         if z not in self.bad_sections:

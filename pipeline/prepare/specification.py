@@ -39,7 +39,11 @@ class Choices:
 
 
 def specification(choices: Choices) -> dict[str, Any]:
-    """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials."""
+    """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials.
+
+    It is plain JSON. `prepare` adds the slab shape for plan.json. A new key of volume.yaml that changes bytes goes in
+    here, and only where it is not the default, as `survey` does: else every target that was begun before is refused.
+    """
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
     plan = choices.plan
     levels = [{"shape": list(v.shape), "chunk": list(v.chunk), "shard": list(v.shard)} for v in plan.levels]

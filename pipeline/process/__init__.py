@@ -1,1 +1,1 @@
-"""The process that computes: its device, its heap, and a watch over its progress."""
+"""The process that computes: its device and the memory free there, its own size, its heap, a watch over its progress."""

@@ -31,7 +31,7 @@ def pick() -> torch.device:
 
 
 def fix_rounding(device: torch.device) -> None:
-    """Same voxels, same bytes, on every worker with such a device (law 1), and float32 where float32 is asked for.
+    """Set torch so that workers with the same kind of device make the same bytes (law 1), and float32 is float32.
 
     On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute
     float32 convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of

@@ -39,6 +39,7 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
 
 def _run_stage(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
     while True:
+        # A new reason to end a run early stands here, beside a lost lock.
         if run.lock is not None and run.lock.lost.is_set():
             raise LedgerError(
                 "another run took this target over while this one was out of reach",

@@ -143,7 +143,7 @@ class InFlight:
 
 
 def _call(question: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """What the scheduler answers. ClusterError where it is gone."""
+    """What the scheduler answers. Raises ClusterError where it is gone."""
     try:
         return question(*arguments)
     except OSError as error:

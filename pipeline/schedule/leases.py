@@ -138,12 +138,11 @@ class Leases:
         if not lease.alone:
             self._suspects.append(start)
             return ()
-        place = f"LR box {self._plan.slab(start).lr}" if start < self._plan.slabs else "a pyramid block"
         return (
             Receipt(
                 start,
                 QUARANTINED,
-                error=f"its worker died on every try (out of memory or killed): task {start}, {place}",
+                error=f"its worker died on every try (out of memory or killed): task {start}, {self._plan.place(start)}",
             ),
         )
 

@@ -23,7 +23,7 @@ Detect = Callable[[Survey, Source], dict[int, str]]
 def listed(config: BadSectionsConfig, info: VolumeInfo) -> dict[int, str]:
     """The sections that volume.yaml lists: z -> reason.
 
-    SourceError where one lies outside the volume or none may be bad.
+    Raises SourceError where one lies outside the volume or none may be bad.
     """
     span = range(info.bounds.start.z, info.bounds.stop.z)
     if outside := [z for z in config.list if z not in span]:
@@ -38,7 +38,7 @@ def listed(config: BadSectionsConfig, info: VolumeInfo) -> dict[int, str]:
 
 
 def check_allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeInfo) -> None:
-    """SourceError where the rule refuses bad sections, or no good one is left. `bad` is z -> reason."""
+    """Raises SourceError where the rule refuses bad sections, or no good one is left. `bad` is z -> reason."""
     if bad and config.rule == "refuse":
         named = [f"{z} ({why})" for z, why in bad.items()][:MAX_SHOWN] + ["..."] * (len(bad) > MAX_SHOWN)
         raise SourceError(

@@ -51,7 +51,7 @@ def nearest_shape(grid: ZYX, wanted: ZYX) -> ZYX:
 def bits_for(grid: ZYX, shard_in_chunks: ZYX) -> tuple[int, int, int]:
     """(preshift_bits, minishard_bits, shard_bits) of shards of this shape.
 
-    ValueError where the grid has no such shards.
+    Raises ValueError where the grid has no such shards.
     """
     shapes = shard_shapes(grid)
     if shard_in_chunks not in shapes:
@@ -62,7 +62,9 @@ def bits_for(grid: ZYX, shard_in_chunks: ZYX) -> tuple[int, int, int]:
 
 
 def chunk_number(grid: ZYX, chunk: ZYX) -> int:
-    """The compressed Morton code of the chunk at this position (z, y, x) of the grid. ValueError outside the grid."""
+    """The compressed Morton code of the chunk at this position (z, y, x) of the grid. Raises ValueError outside the
+    grid.
+    """
     if not all(0 <= c < n for c, n in zip(chunk, grid, strict=True)):
         raise ValueError(f"chunk {chunk} is outside a grid of {grid}")
     rest, number = list(chunk), 0

@@ -44,7 +44,8 @@ class Source(Protocol):
     def read(self, box: Box) -> Uint8Array:
         """The voxels of `box` (inside info.bounds), uint8 (z, y, x).
 
-        Raises MissingChunkError, DamagedChunkError (both final) or TransientError; never returns invented voxels.
+        Raises MissingChunkError, DamagedChunkError (both final) or TransientError; voxels that are not stored are those
+        of a stated fill.
         """
         ...
 

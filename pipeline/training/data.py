@@ -73,7 +73,9 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
 
 
 def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
-    """The LR volume that config.lr names. UserError where its shape is not that of HR, y and x divided by `scale`."""
+    """The LR volume that config.lr names. Raises UserError where its shape is not that of HR, y and x divided by
+    `scale`.
+    """
     assert config.lr is not None
     source = open_source(SourceConfig(url=config.lr, intensity_window=config.intensity_window))
     found, wanted = source.info.bounds.shape, ZYX(hr.z, hr.y // scale, hr.x // scale)
@@ -131,7 +133,7 @@ def _usable(read: Read, shape: tuple[int, int, int], bad: set[int], url: str) ->
 
 
 def _check_correlation(config: VolumeConfig, wanted: np.ndarray, given: np.ndarray, z: int) -> None:
-    """UserError where the `given` LR of section z does not show the tissue of what its HR gives, `wanted`."""
+    """Raises UserError where the `given` LR of section z does not show the tissue of what its HR gives, `wanted`."""
     correlation = float(np.corrcoef(wanted.ravel(), given.ravel())[0, 1]) if given.std() > 0 else 0.0
     if correlation < MIN_CORRELATION:
         raise UserError(

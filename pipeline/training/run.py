@@ -48,7 +48,7 @@ def run(config: StageConfig) -> int:
 
 
 def _checked(build: Callable[[], Stage]) -> Stage:
-    """NetworkError where a file of weights is damaged, of another network, or cannot be read."""
+    """Raises NetworkError where a file of weights is damaged, of another network, or cannot be read."""
     try:
         return build()
     except (WeightsError, ValueError) as error:

@@ -57,7 +57,7 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
 def check_job(job: Job) -> int:
     """Open the job as every worker will, before anything is written. Returns the process's resident bytes.
 
-    Raises UserError where this worker cannot open it.
+    Raises what `open_job` raises.
     """
     return open_job(job).base_bytes
 

@@ -48,7 +48,7 @@ class Stack:
     def of(cls, volume: Section) -> Stack:
         """A stack of an array (z, y, x) in memory.
 
-        SourceError where it is not of three axes, or not uint8 or uint16.
+        Raises SourceError where it is not of three axes, or not uint8 or uint16.
         """
         if volume.ndim != 3 or volume.size == 0:
             raise SourceError(f"an array of shape {volume.shape}", "sections as (z, y, x), none of them empty")
@@ -258,7 +258,7 @@ def _logged_warnings() -> Iterator[list[str]]:
 
 
 def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
-    """The open file, and every section in it. SourceError where it is damaged or holds none."""
+    """The open file, and every section in it. Raises SourceError where it is damaged or holds none."""
     with _reading(path), _logged_warnings() as messages:
         tif = tifffile.TiffFile(path)
         tif.filehandle.set_lock(True)
@@ -275,7 +275,7 @@ def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
 
 
 def _series_pages(path: Path, tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Iterator[_Page]:
-    """The sections of one series of a TIFF file. SourceError where they are not whole grey images (z, y, x)."""
+    """The sections of one series of a TIFF file. Raises SourceError where they are not whole grey images (z, y, x)."""
     axes = {axis: n for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 or axis in "YX"}
     keyframe = series.keyframe
     if keyframe.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.RGB) or "S" in axes:

@@ -18,9 +18,10 @@ SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
 
 
 def open_by_cloud_volume(level: Level, info: Mapping[str, Any], mip: int, key: str) -> VoxelArray:
-    """The level, opened. `info` is the volume's info, `key` the scale's.
+    """Open a precomputed level through cloud-volume.
 
-    SourceError where cloud-volume refuses the info.
+    `info` is the parsed info file, `mip` the scale's number in it, `key` the scale's folder. Raises SourceError where
+    cloud-volume refuses the info.
     """
     from cloudvolume import CloudVolume
 

@@ -27,7 +27,7 @@ class Metadata:
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Metadata:
-        """From JSON text. SourceError where it is no JSON object."""
+        """From JSON text. Raises SourceError where it is no JSON object."""
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -139,7 +139,9 @@ class Folder:
         return spec | {"path": f"{spec['path']}{path}/"} if path else spec
 
     def data(self, key: str) -> bytes | None:
-        """The bytes under `key`, None where there are none. SourceError where they cannot be read; TransientError."""
+        """The bytes under `key`, None where there are none. Raises SourceError where they cannot be read;
+        TransientError.
+        """
         try:
             return self._store.get(key)
         except UserError as error:
@@ -154,7 +156,7 @@ class Folder:
     def metadata(self, key: str) -> Metadata | None:
         """The JSON object under `key`, None where there is none.
 
-        SourceError where it is no JSON object; TransientError.
+        Raises SourceError where it is no JSON object; TransientError.
         """
         data = self.data(key)
         return None if data is None else Metadata.parse(data, f"{self.url}/{quote(key)}")

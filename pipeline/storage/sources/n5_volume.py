@@ -99,7 +99,9 @@ def _level(folder: Folder, path: str, found: Metadata, group: Metadata | None, n
 
 
 def _compression(found: Metadata) -> Any:
-    """The value of `compression`, or of `compressionType` before N5 2.0. SourceError for one that cannot be read."""
+    """The value of `compression`, or of `compressionType` before N5 2.0. Raises SourceError for one that cannot be
+    read.
+    """
     old = "compression" not in found and "compressionType" in found
     holder, key = (found, "compressionType") if old else (found.child("compression"), "type")
     if holder.text(key) not in _COMPRESSIONS:

@@ -102,7 +102,7 @@ def _transforms(holder: Metadata, rank: int) -> list[tuple[str, list[float]]]:
 
 
 def pick(levels: list[OmeLevel], mip: int, place: str) -> OmeLevel:
-    """The level number `mip`. SourceError where there are not so many."""
+    """The level number `mip`. Raises SourceError where there are not so many."""
     if mip >= len(levels):
         raise SourceError(
             f"{place} has {len(levels)} level{'s' * (len(levels) > 1)}, source.mip is {mip}", f"0 to {len(levels) - 1}"

@@ -19,7 +19,8 @@ from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_
 from pipeline.storage.sources.voxel_array import Level, Voxels
 from pipeline.storage.volume import Source, Uint8Array, VolumeInfo
 
-# A new format gets a module with such a function, an entry here and in _WANTED, and a prefix in config/urls.py.
+# A new format gets a module with such a function, an entry here and in _WANTED, a prefix in config/urls.py,
+# and a reader of what Neuroglancer makes of it in viewer/data_source.py.
 _FINDERS: dict[str, Callable[[Folder, int, str | None], Level | None]] = {
     "precomputed": precomputed_volume.find,
     "zarr3": zarr_volume.find_v3,
@@ -110,7 +111,7 @@ def _find(url: str, mip: int, array: str | None) -> Level:
 
 
 def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
-    """How stored values become uint8. SourceError for types that are no EM image."""
+    """How stored values become uint8. Raises SourceError for types that are no EM image."""
     place, dtype = level.place, level.dtype
     if level.labels:
         raise SourceError(f"{place} is a segmentation ({dtype})", "an image of uint8 or uint16", _NOT_LABELS)
@@ -151,7 +152,7 @@ def _non_zero(voxels: Voxels) -> Uint8Array:
 
 
 def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str) -> tuple[float, float, float]:
-    """The stored or the given voxel size (z, y, x) in nm. SourceError where there is none, or the two differ."""
+    """The stored or the given voxel size (z, y, x) in nm. Raises SourceError where there is none, or the two differ."""
     stored = level.voxel_size_nm
     if stored is not None:
         if given is not None and not all(math.isclose(a, b, rel_tol=_SAME) for a, b in zip(stored, given, strict=True)):

@@ -21,7 +21,7 @@ from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Vox
 def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray:
     """The level, opened. `key` is the scale's, `sharding` as in the info.
 
-    SourceError where tensorstore refuses them.
+    Raises SourceError where tensorstore refuses them.
     """
     base = kv.spec(level.url)
     base |= {"path": f"{base['path']}{key}/"}

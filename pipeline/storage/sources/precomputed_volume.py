@@ -174,7 +174,7 @@ def _has_suffixes(url: str, key: str) -> bool:
 
 
 def _refuse_suffixes(folder: Folder, level: Level, key: str, box: Box) -> None:
-    """SourceError where the first chunk of `box` is stored under a name with a compression suffix."""
+    """Raises SourceError where the first chunk of `box` is stored under a name with a compression suffix."""
     name = next(chunk_names(level, box))
     for suffix in SUFFIXES:
         if folder.data(f"{key}/{name}{suffix}") is not None:

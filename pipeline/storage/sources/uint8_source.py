@@ -53,7 +53,11 @@ class VolumeSource:
         return self._info
 
     def read(self, box: Box) -> Uint8Array:
-        """The voxels of `box`, uint8 (z, y, x), C-contiguous. ValueError outside info.bounds; else as `Source.read`."""
+        """The voxels of `box`, uint8 (z, y, x), C-contiguous.
+
+        With `fill`, absent chunks hold that grey value. Raises ValueError where the box leaves info.bounds, and what
+        `Source.read` raises.
+        """
         if min(box.stop - box.start) < 0 or not self._info.bounds.contains(box):
             raise ValueError(f"box {box} is not inside the volume's {self._info.bounds}")
         if box.empty:
@@ -90,9 +94,9 @@ class VolumeSource:
         return (part.shift(origin) for part in tiles(Box(box.start - origin, box.stop - origin), self._level.chunk))
 
     def _check_hole(self, box: Box, missing: MissingChunkError) -> None:
-        """TransientError where the volume's metadata are absent too: of an unmounted disk every object is.
+        """Raises TransientError where the volume's metadata are absent too: of an unmounted disk every object is.
 
-        SourceError where the chunk is stored under another name.
+        Raises SourceError where the chunk is stored under another name.
         """
         if Folder(self._level.url).data(self._level.metadata_key) is None:
             raise TransientError(f"the whole volume {self._level.url} has gone ({missing})") from missing

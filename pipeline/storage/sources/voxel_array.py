@@ -25,7 +25,7 @@ MAX_CHUNK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Level:
-    """What a format's metadata says of one level, which is not opened yet. SourceError for chunks beyond
+    """What a format's metadata says of one level, which is not opened yet. Raises SourceError for chunks beyond
     MAX_CHUNK_BYTES.
 
     `place` is what messages call it, `spec` tensorstore's JSON that opens it. `zyx` are the indices of the axes z, y, x
@@ -81,8 +81,8 @@ def item_bytes(dtype: str) -> int:
 
 
 def open_array(level: Level) -> TensorArray:
-    """The level, opened through tensorstore. SourceError where that refuses the metadata, TransientError for a passing
-    fault.
+    """The level, opened through tensorstore. Raises SourceError where that refuses the metadata, TransientError for a
+    passing fault.
     """
     options = {"fill_missing_data_reads": False, "recheck_cached_data": "open", "open": True, "create": False}
     try:

@@ -223,7 +223,7 @@ def _number_type(found: Metadata, key: str) -> str:
 
 
 def _inner_chunk(holder: Metadata, rank: int) -> list[int] | None:
-    """The innermost chunk where the codecs shard, else None. SourceError for a codec that cannot be read."""
+    """The innermost chunk where the codecs shard, else None. Raises SourceError for a codec that cannot be read."""
     inner = None
     for codec in _codecs(holder, "codecs"):
         if codec.text("name") not in _CODECS_V3:

@@ -52,16 +52,16 @@ def _check_whole_shards(level: LevelSpec, box: Box) -> None:
 
 
 def keys(array: StoredArray, box: Box) -> list[str]:
-    """The sorted keys of the objects of `box`. ValueError where the box is not whole shards."""
+    """The sorted keys of the objects of `box`. Raises ValueError where the box is not whole shards."""
     _check_whole_shards(array.level, box)
     shard = array.level.shard
     return sorted(array.key(piece.start // shard) for piece in tiles(box, shard))
 
 
 def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
-    """The objects of `box`, key -> bytes, sorted by key, from `voxels` (z, y, x), uint8.
+    """Encode `voxels` (z, y, x), uint8, as the stored objects of `box`: key -> bytes, sorted by key.
 
-    ValueError where the box is not whole shards or the voxels are not of its shape.
+    Raises ValueError where the box is not whole shards or the voxels are not of its shape.
     """
     _check_whole_shards(array.level, box)
     if voxels.dtype != np.uint8 or voxels.shape != tuple(box.shape):
@@ -75,7 +75,10 @@ def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]
 
 
 def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
-    """The stored array as (z, y, x) from (0, 0, 0), for reading. TargetError where it is absent or of another shape."""
+    """Open the stored array for reading, as (z, y, x) from (0, 0, 0).
+
+    Raises TargetError where it is absent or of another shape, TransientError or UserError of the store.
+    """
     what = f"{url}/{array.folder}".rstrip("/")
     root = kv.spec(url)
     try:

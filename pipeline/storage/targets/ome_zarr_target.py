@@ -33,7 +33,7 @@ _CODECS: dict[str, list[dict[str, Any]]] = {
 
 
 def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
-    """The stored arrays by level, FIDELITY among them. TargetError where a shard is not whole chunks."""
+    """The stored arrays by level, FIDELITY among them. Raises TargetError where a shard is not whole chunks."""
     found = {k: _array(f"{k}/", level, spec.encoding) for k, level in enumerate(spec.levels)}
     if spec.fidelity is not None:
         found[FIDELITY] = _array("fidelity/0/", spec.fidelity, spec.encoding)

@@ -25,8 +25,8 @@ _METADATA_KEYS = ("zarr.json", "info", "provenance", ".zgroup", ".zarray", ".zat
 def open_target(spec: TargetSpec) -> Target:
     """The target that `spec` describes; nothing is read or written yet.
 
-    TargetError where its format cannot hold such arrays, or nothing can be written at its URL. ValueError for levels
-    that are no pyramid.
+    Raises TargetError where its format cannot hold such arrays, or nothing can be written at its URL. Raises ValueError
+    for levels that are no pyramid.
     """
     return StoredTarget(spec)
 
@@ -34,7 +34,7 @@ def open_target(spec: TargetSpec) -> Target:
 def is_empty(url: str) -> bool:
     """Whether nothing is stored below `url`; empty folders do not count.
 
-    TargetError for a URL that cannot be written to.
+    Raises TargetError for a URL that cannot be written to.
     """
     _check_writable(url)
     path = local_path(url)

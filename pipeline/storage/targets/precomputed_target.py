@@ -32,7 +32,9 @@ _VOLUME = {"type": "image", "data_type": "uint8", "num_channels": 1}
 
 
 def arrays(spec: TargetSpec) -> dict[int, StoredArray]:
-    """The stored arrays by level, FIDELITY among them. TargetError where the format has no such shards or images."""
+    """The stored arrays by level, FIDELITY among them. Raises TargetError where the format has no such shards or
+    images.
+    """
     found = {
         k: _array("", scale, level) for k, (scale, level) in enumerate(zip(_scales(spec), spec.levels, strict=True))
     }
