@@ -87,7 +87,7 @@ def on_lattice(network: SuperResolver, sections: Bytes, lattice: Lattice, origin
     indices = np.empty((height * scale // prior, width * scale // prior), np.int64)
     seconds = []
     for cell in lattice.cells(box):
-        want = lattice.padded(cell)
+        want = lattice.with_halo(cell)
         computed = tile(network, pad_laterally(sections, box, want, lattice.padding))
         inside, place = cell.slices(want.start)[1:], cell.slices(origin)[1:]
         sr[:, *enlarged(place, scale, 1)] = computed.sr[:, *enlarged(inside, scale, 1)]

@@ -140,7 +140,7 @@ class Simulation:
             slow = self._random.random() < scenario.slow_share
             worker = _Worker(scenario.slow_factor if slow else 1.0)
             self._at(scenario.arrival_s * n / scenario.workers, lambda worker=worker: self._come(worker))  # type: ignore[misc]
-        for stage in self._plan.stages():
+        for stage in self._plan.passes():
             self._leases = Leases(self._plan, self._ledger, stage, began=0.0)
             self._hand_out()
             while self._leases.out:

@@ -64,7 +64,7 @@ def status(config: Config) -> int:
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):
         why = ledger.why(index)
         print(
-            f"quarantined  task {index}, {plan.place(index)}: {why.first_line}"
+            f"quarantined  task {index}, {plan.describe(index)}: {why.first_line}"
             + (f" [{why.worker}]" if why.worker else "")
         )
     if counts["quarantined"] > SHOWN:

@@ -161,7 +161,7 @@ def run_here(yaml_path: Path) -> Any:
     prepared = prepare(wanted, lambda survey, source: detect(survey, source, store, keep=True))
     claim(prepared)
     ledger = Ledger(store, prepared.job.digest, prepared.job.plan.tasks, "here")
-    for stage in prepared.job.plan.stages():
+    for stage in prepared.job.plan.passes():
         result = process_lease(prepared.job, stage.start, stage.stop)
         assert all(r.state == WRITTEN for r in result.receipts), next(
             r.error for r in result.receipts if r.state != WRITTEN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 
 ints = st.integers(-50, 50)
 zyx = st.builds(ZYX, ints, ints, ints)
@@ -29,7 +29,7 @@ def test_finer_then_coarser_is_the_same_box(box: Box, factor: int) -> None:
 
 @given(boxes, sizes)
 def test_tiles_partition_the_box(box: Box, shape: ZYX) -> None:
-    parts = list(tiles(box, shape))
+    parts = list(grid_parts(box, shape))
     assert sum(p.size for p in parts) == box.size
     for i, part in enumerate(parts):
         assert box.contains(part)

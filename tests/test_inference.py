@@ -30,7 +30,7 @@ def compute(
     lattice = network.spec.lattice
     bounds = Box.at(origin, ZYX.of(volume.shape))
     plan = Plan(bounds, bounds, box.shape, network.spec.scale, lattice, (), None)
-    slab = Slab(0, box, lattice.padded(box).intersect(bounds), box)
+    slab = Slab(0, box, lattice.with_halo(box).intersect(bounds), box)
     sections = [plan.section(z) for z in range(box.start.z - lattice.z_halo, box.stop.z + lattice.z_halo)]
     _, rows, cols = slab.read.slices(origin)
     return super_resolve(network, volume[[z - origin.z for z in sections]][:, rows, cols], sections, slab, caches)

@@ -49,16 +49,16 @@ def test_every_voxel_of_every_level_is_written_exactly_once(plan: Plan) -> None:
     fidelity = np.zeros(tuple(plan.region.shape), np.uint8)
     for i in range(plan.slabs):
         slab = plan.slab(i)
-        for level in range(plan.in_memory):
+        for level in range(plan.levels_by_slabs):
             counts[level][plan.level_box(slab, level).slices()] += 1
         fidelity[plan.fidelity_box(slab).slices()] += 1
-    for stage in plan.stages()[1:]:
+    for stage in plan.passes()[1:]:
         for i in stage:
             block = plan.pyramid_block(i)
             counts[block.level][block.write.slices()] += 1
     assert all((c == 1).all() for c in counts)
     assert (fidelity == 1).all()
-    assert plan.tasks == sum(len(stage) for stage in plan.stages())
+    assert plan.tasks == sum(len(stage) for stage in plan.passes())
 
 
 @given(plans())
@@ -69,7 +69,7 @@ def test_a_slab_owns_whole_shards_and_reads_inside_the_volume(plan: Plan) -> Non
         assert plan.slab_at(slab.lr.start) == i == plan.slab_at(slab.lr.stop - 1)
         assert plan.bounds.contains(slab.read)
         assert slab.read.contains(slab.lr)
-        for level in range(plan.in_memory):
+        for level in range(plan.levels_by_slabs):
             box, spec = plan.level_box(slab, level), plan.levels[level]
             assert box.start % spec.shard == ZYX(0, 0, 0)
             assert all(b % s == 0 or b == e for b, s, e in zip(box.stop, spec.shard, spec.shape, strict=True))
@@ -144,7 +144,7 @@ shapes = layout.choose(box.shape, 8, TargetConfig(url="x"), None)
 plan = Plan(box, box, shapes.slab_shape, 8, Lattice(64, 8, 5, "mirror"), shapes.levels, shapes.fidelity)
 ledger = Ledger(Store("file://{folder}"), "d" * 64, plan.tasks, "run")
 ledger.load()
-first = plan.slab(next(ledger.indices(PENDING, plan.stages()[0])))
+first = plan.slab(next(ledger.indices(PENDING, plan.passes()[0])))
 seconds = time.process_time()
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(plan.slabs, seconds, peak / 1e3)

@@ -13,7 +13,7 @@ from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage.precomputed_morton import (
     MAX_PRESHIFT_BITS,
@@ -46,12 +46,12 @@ def test_shards_partition_the_grid(grid: ZYX, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(shard_shapes(grid)))
     everything = Box(ZYX(0, 0, 0), grid)
     names = {}
-    for box in tiles(everything, shape):
-        inside = {shard_name(grid, shape, one.start) for one in tiles(box, ZYX(1, 1, 1))}
+    for box in grid_parts(everything, shape):
+        inside = {shard_name(grid, shape, one.start) for one in grid_parts(box, ZYX(1, 1, 1))}
         assert len(inside) == 1
         names[inside.pop()] = box
     assert sum(box.size for box in names.values()) == everything.size
-    numbers = [chunk_number(grid, one.start) for one in tiles(everything, ZYX(1, 1, 1))]
+    numbers = [chunk_number(grid, one.start) for one in grid_parts(everything, ZYX(1, 1, 1))]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -116,9 +116,9 @@ def test_shapes_and_files_are_those_of_tensorstore(grid: ZYX, data: st.DataObjec
     theirs = {name.decode(): store.read(name).result().value for name in store.list().result()}
 
     whole = Box(ZYX(0, 0, 0), level.shape)
-    chunks = {str(tile.start // chunk): voxels[tile.slices()].tobytes() for tile in tiles(whole, chunk)}
+    chunks = {str(tile.start // chunk): voxels[tile.slices()].tobytes() for tile in grid_parts(whole, chunk)}
     assert ShardFiles(level, "k/", sharding, str).pack(whole, chunks) == theirs
-    assert set(theirs) == {f"k/{shard_name(grid, shape, tile.start // chunk)}" for tile in tiles(whole, chunk)}
+    assert set(theirs) == {f"k/{shard_name(grid, shape, tile.start // chunk)}" for tile in grid_parts(whole, chunk)}
 
 
 def test_numbers_worked_out_by_hand() -> None:
@@ -149,10 +149,10 @@ def test_a_chunk_of_zeros_is_stored_and_a_chunk_that_is_not_is_found(tmp_path: P
     level = LevelSpec(ZYX(1, 4, 8), ZYX(1, 2, 2), ZYX(1, 4, 4))
     files = ShardFiles(level, "k/", _sharding(2, 0, 1, "gzip"), str)
     box = Box(ZYX(0, 0, 0), ZYX(1, 4, 4))
-    packed = files.pack(box, {str(tile.start // level.chunk): bytes(4) for tile in tiles(box, level.chunk)})
+    packed = files.pack(box, {str(tile.start // level.chunk): bytes(4) for tile in grid_parts(box, level.chunk)})
     assert list(packed) == ["k/0.shard"]
     (tmp_path / "k").mkdir()
     (tmp_path / "k/0.shard").write_bytes(packed["k/0.shard"])
-    everything = [tile.start // level.chunk for tile in tiles(Box(ZYX(0, 0, 0), level.shape), level.chunk)]
+    everything = [tile.start // level.chunk for tile in grid_parts(Box(ZYX(0, 0, 0), level.shape), level.chunk)]
     missing = files.lacks(tmp_path.as_uri(), everything)
     assert missing == [position for position in everything if position.x >= 2]

@@ -17,7 +17,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from pipeline import status
-from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
 from pipeline.plan.requests import RequestRates
 from pipeline.storage import requests
 from pipeline.storage.kv import Store
@@ -85,7 +85,7 @@ def test_puts_are_paced(tmp_path: Path) -> None:
 
 def test_chunks_of_a_box() -> None:
     box, chunk = Box.of((1, -5, 3), (4, 9, 16)), ZYX(2, 4, 8)
-    assert chunk_count(box, chunk) == len(list(tiles(box, chunk))) == 2 * 5 * 2
+    assert chunk_count(box, chunk) == len(list(grid_parts(box, chunk))) == 2 * 5 * 2
     assert chunk_count(Box.of((0, 0, 0), (0, 4, 4)), chunk) == 0
 
 

@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 from ome_zarr_models.v05.image import Image
 
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, UserError
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage.precomputed_morton import shard_shapes
 from pipeline.storage.targets.open import is_empty, open_target
@@ -89,7 +89,7 @@ def fill(target: Target, k: int) -> Uint8Array:
     """Write level `k` shard by shard and return what was written."""
     box = whole(target, k)
     voxels = texture(box.shape, seed=k + 1)
-    for piece in tiles(box, array_of(target, k).shard):
+    for piece in grid_parts(box, array_of(target, k).shard):
         target.put(target.encode(k, piece, voxels[piece.slices()]))
     return voxels
 
@@ -147,7 +147,7 @@ def test_keys_are_those_of_the_encoded_objects(data: st.DataObject) -> None:
     box = random_box(data, one)
     objects = target.encode(k, box, np.zeros(tuple(box.shape), np.uint8))
     assert list(objects) == sorted(objects) == target.keys(k, box)
-    assert len(objects) == sum(1 for _ in tiles(box, one.shard))
+    assert len(objects) == sum(1 for _ in grid_parts(box, one.shard))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_same_bytes_whatever_else_runs_and_however_the_box_is_cut(form: str,
     with ThreadPoolExecutor(6) as pool:
         assert all(again == once for again in pool.map(lambda _: target.encode(0, box, voxels), range(12)))
     pieces: dict[str, bytes] = {}
-    for piece in reversed(list(tiles(box, array_of(target, 0).shard))):
+    for piece in reversed(list(grid_parts(box, array_of(target, 0).shard))):
         pieces |= pickle.loads(pickle.dumps(target)).encode(0, piece, voxels[piece.slices()])
     assert pieces == once
 

@@ -84,6 +84,6 @@ def is_tissue(plan: Plan, index: int) -> bool:
 def puts_per_slab(plan: Plan) -> int:
     """Objects that a slab inside the volume writes."""
     sr = plan.slab_shape.lateral(plan.scale)
-    boxes = [(sr.z, sr.y >> k, sr.x >> k) for k in range(plan.in_memory)]
+    boxes = [(sr.z, sr.y >> k, sr.x >> k) for k in range(plan.levels_by_slabs)]
     count = sum(ZYX(*box).ceil_div(level.shard).product for box, level in zip(boxes, plan.levels, strict=False))
     return count + (plan.slab_shape.ceil_div(plan.fidelity.shard).product if plan.fidelity else 0)

@@ -132,7 +132,7 @@ class Box:
         return f"{self.start}..{self.stop}"
 
 
-def tiles(box: Box, shape: ZYX) -> Iterator[Box]:
+def grid_parts(box: Box, shape: ZYX) -> Iterator[Box]:
     """The parts of `box` cut by the grid of `shape` anchored at voxel (0, 0, 0), in z, y, x order."""
     first, last = box.start // shape, box.stop.ceil_div(shape)
     if box.empty:

@@ -76,13 +76,13 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             raise ClusterError(f"cluster.security.{key} {path} cannot be read", "a PEM file", "See docs/clusters.md")
     with dask.config.set(_SETTINGS):
         if config.kind == "address":
-            clients = _there(config)
+            clients = _address_client(config)
         elif config.kind == "slurm":
             clients = slurm.jobs(config, in_flight, _security(config))
         elif config.kind == "kubernetes":
             clients = kubernetes.pods(config, in_flight)
         else:
-            clients = _here(config, in_flight)
+            clients = _local_client(config, in_flight)
         with clients as client:
             yield client
 
@@ -136,7 +136,7 @@ def _shorten_logs(dask_scheduler: Scheduler) -> None:
 
 
 @contextmanager
-def _there(config: ClusterConfig) -> Iterator[Client]:
+def _address_client(config: ClusterConfig) -> Iterator[Client]:
     assert config.address is not None
     try:
         client = Client(config.address, timeout=CONNECT_S, set_as_default=False, security=_security(config))
@@ -154,7 +154,7 @@ def _there(config: ClusterConfig) -> Iterator[Client]:
 
 
 @contextmanager
-def _here(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
+def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     workers, gpus = worker_count(config), visible_gpus()
     if config.gpus_per_worker and workers > len(gpus):
         raise ClusterError(

@@ -113,7 +113,7 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
                 "an address or network interface of this machine",
                 "See `ip address`",
             ) from None
-        with cluster, Client(cluster, set_as_default=False) as client, Replacing(cluster) as cluster.replacing:
+        with cluster, Client(cluster, set_as_default=False) as client, JobReplacer(cluster) as cluster.replacing:
             if config.adapt is None:
                 cluster.scale(config.bounds()[1])
             else:
@@ -135,7 +135,7 @@ def queued(cluster: Any) -> bool:
     return bool(cluster.workers)
 
 
-class Replacing:
+class JobReplacer:
     """Submits a job again that Slurm has no more: its walltime is over, its node is lost, or it ended before its worker
     came.
 
@@ -152,7 +152,7 @@ class Replacing:
         self.in_vain: list[str] = []
         """Numbers of the jobs that ended before their worker came, since there was a worker."""
 
-    def __enter__(self) -> Replacing:
+    def __enter__(self) -> JobReplacer:
         self._thread.start()
         return self
 

@@ -45,7 +45,7 @@ def super_resolve(
     have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
     out = np.empty(tuple(slab.lr.shape.lateral(scale)), np.uint8)
     for cell in lattice.cells(slab.lr):
-        want = lattice.padded(cell)
+        want = lattice.with_halo(cell)
         tile = pad_laterally(lr[_crop(want, have)], have.intersect(_laterally(want, have)), want, lattice.padding)
         keep = cell.lateral(scale).slices(want.start.lateral(scale))
         place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))

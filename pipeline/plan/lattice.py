@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Lattice:
         """Rows, and columns, of a tile."""
         return self.cell + 2 * self.halo
 
-    def padded(self, box: Box) -> Box:
+    def with_halo(self, box: Box) -> Box:
         """All voxels that the tiles of `box` see, as one box, `z_halo` sections included. It may leave the volume."""
         cells = ZYX(1, self.cell, self.cell)
         start, stop = (box.start // cells) * cells, box.stop.ceil_div(cells) * cells
@@ -62,5 +62,5 @@ class Lattice:
     def cells(self, box: Box) -> Iterator[Box]:
         """The parts of `box` that lie in one cell each, in y, x order. Each keeps the whole z range of `box`."""
         first = Box(ZYX(0, box.start.y, box.start.x), ZYX(1, box.stop.y, box.stop.x))
-        for cell in tiles(first, ZYX(1, self.cell, self.cell)):
+        for cell in grid_parts(first, ZYX(1, self.cell, self.cell)):
             yield Box(ZYX(box.start.z, cell.start.y, cell.start.x), ZYX(box.stop.z, cell.stop.y, cell.stop.x))

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import lcm
 
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.target_spec import LevelSpec
 
@@ -89,7 +89,7 @@ class Plan:
         return self.grid.product
 
     @property
-    def in_memory(self) -> int:
+    def levels_by_slabs(self) -> int:
         """How many levels a slab writes itself: those in which its voxels are whole shards."""
         count = 0
         for k, level in enumerate(self.levels[:1] if self.lossy else self.levels):
@@ -116,7 +116,7 @@ class Plan:
     @property
     def second_pass(self) -> range:
         """Levels averaged from the level before, after all slabs are written."""
-        return range(self.in_memory, len(self.levels))
+        return range(self.levels_by_slabs, len(self.levels))
 
     def _block(self, level: int) -> ZYX:
         """The shape of a block: as many whole shards as fit BLOCK_SIDE. It is made from four times as many voxels."""
@@ -126,7 +126,7 @@ class Plan:
     def _blocks(self, level: int) -> ZYX:
         return self.levels[level].shape.ceil_div(self._block(level))
 
-    def stages(self) -> list[range]:
+    def passes(self) -> list[range]:
         """Numbers of the tasks that may run at the same time: all slabs, then one level of the second pass after
         another.
         """
@@ -148,7 +148,7 @@ class Plan:
         return Slab(
             index,
             lr,
-            self.lattice.padded(lr).intersect(self.bounds),
+            self.lattice.with_halo(lr).intersect(self.bounds),
             lr.shift(ZYX(0, 0, 0) - self.region.start).lateral(self.scale),
         )
 
@@ -167,7 +167,7 @@ class Plan:
 
     def pyramid_block(self, index: int) -> PyramidBlock:
         """The block of this number. Raises IndexError where the number is a slab's, or none."""
-        for stage, level in zip(self.stages()[1:], self.second_pass, strict=True):
+        for stage, level in zip(self.passes()[1:], self.second_pass, strict=True):
             if index in stage:
                 block, blocks = self._block(level), self._blocks(level)
                 z, rest = divmod(index - stage.start, blocks.y * blocks.x)
@@ -187,7 +187,7 @@ class Plan:
         block = self.pyramid_block(index)
         return block.write.lateral(2**block.level)
 
-    def place(self, index: int) -> str:
+    def describe(self, index: int) -> str:
         """The task in words."""
         return (
             f"LR box {self.slab(index).lr}"
@@ -202,15 +202,15 @@ class Plan:
         finer = self.levels[block.level - 1]
         step = lcm(finer.chunk.y, 2)
         rows = step * max(1, STRIP_ROWS // step)
-        return list(tiles(block.read, ZYX(finer.shard.z, rows, finer.shape.x)))
+        return list(grid_parts(block.read, ZYX(finer.shard.z, rows, finer.shape.x)))
 
     def column_end(self, index: int) -> int:
         """One past the last number in this task's column along z, or in its level: a lease ends there at the latest."""
         if index < self.slabs:
             return (index // self.grid.z + 1) * self.grid.z
-        return next(stage.stop for stage in self.stages() if index in stage)
+        return next(stage.stop for stage in self.passes() if index in stage)
 
-    def empty_sections(self, slab: Slab) -> list[int]:
+    def sections_left_empty(self, slab: Slab) -> list[int]:
         """Which of the slab's sections are left empty, counted from its first."""
         return (
             [z - slab.lr.start.z for z in self.bad_sections if slab.lr.start.z <= z < slab.lr.stop.z]

@@ -102,12 +102,12 @@ def _middle(plan: Plan) -> Slab:
 
 def _second_pass_read(plan: Plan) -> int:
     """Voxels that the largest task of the second pass reads: it holds them once decoded and once as they arrive."""
-    return max((plan.pyramid_block(stage.start).read.size for stage in plan.stages()[1:]), default=0)
+    return max((plan.pyramid_block(stage.start).read.size for stage in plan.passes()[1:]), default=0)
 
 
 def _slab_output(plan: Plan, slab: Slab) -> int:
     """Voxels of everything that a slab writes."""
-    return sum(plan.level_box(slab, level).size for level in range(plan.in_memory)) + (
+    return sum(plan.level_box(slab, level).size for level in range(plan.levels_by_slabs)) + (
         slab.lr.size if plan.fidelity else 0
     )
 

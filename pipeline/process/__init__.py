@@ -1,1 +1,1 @@
-"""The process that computes: its device and the memory free there, its own size, its heap, a watch over its progress."""
+"""The process that computes: its device and what memory is free there, its own size, its heap, a watchdog."""

@@ -27,17 +27,17 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
     began = time.monotonic()
     in_flight = InFlight(client, run.job, work)
     try:
-        for stage in run.job.plan.stages():
+        for stage in run.job.plan.passes():
             before = range(stage.start)
             if stage.start and any(run.ledger.count(state, before) for state in (PENDING, QUARANTINED)):
                 break  # a level needs every shard of the one before it
-            _run_stage(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, progress)
+            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, progress)
     finally:
         in_flight.close()
         run.ledger.close()
 
 
-def _run_stage(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
+def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
         if run.lock is not None and run.lock.lost.is_set():

@@ -52,14 +52,14 @@ class Lease:
     """Consecutive tasks of one z column, handed out together. One that is late is started again; the first result
     closes it.
 
-    A worker begins no further task after `max_s` seconds, and gives the rest back. `ahead` is how many tasks may have
-    waited before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing else
-    runs beside it.
+    A worker begins no further task after `max_s` seconds, and gives the rest back. `tasks_ahead` is how many tasks may
+    have waited before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing
+    else runs beside it.
     """
 
     span: range
     max_s: float
-    ahead: int
+    tasks_ahead: int
     started: float
     alone: bool = False
     starts: int = 1
@@ -142,7 +142,8 @@ class Leases:
             Receipt(
                 start,
                 QUARANTINED,
-                error=f"its worker died on every try (out of memory or killed): task {start}, {self._plan.place(start)}",
+                error="its worker died on every try (out of memory or killed): "
+                f"task {start}, {self._plan.describe(start)}",
             ),
         )
 
@@ -181,7 +182,7 @@ class Leases:
             return None
         slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
         for lease in self._out:
-            expected_s = min((lease.ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s
+            expected_s = min((lease.tasks_ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s
             if (
                 now - lease.started > max(MIN_LATE_S, LATE_FACTOR * expected_s)
                 and lease.starts < MAX_STARTS

@@ -121,6 +121,6 @@ def quarantined(config: Config, sr: Layer) -> list[Mark]:
     for _, index in zip(range(MAX_MARKS), found.ledger.indices(QUARANTINED), strict=False):
         box = found.plan.box(index)
         low, high = (_corner(sr.corner_nm, voxel, sr.voxel_nm) for voxel in (box.start, box.stop))
-        description = f"task {index}, {found.plan.place(index)}: {found.ledger.why(index).first_line}"
+        description = f"task {index}, {found.plan.describe(index)}: {found.ledger.why(index).first_line}"
         marks.append(Mark(f"task {index}", low, high, description))
     return marks

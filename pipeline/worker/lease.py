@@ -13,7 +13,7 @@ from pipeline.base.errors import DataError, TargetError, TransientError, UserErr
 from pipeline.inference.tiles import SectionCaches
 from pipeline.plan.receipt import QUARANTINED, Receipt
 from pipeline.process import allocator, watchdog
-from pipeline.process.memory import peak_resident_bytes
+from pipeline.process.resident_size import peak_resident_bytes
 from pipeline.storage import requests
 from pipeline.worker.job import Job, LeaseResult
 from pipeline.worker.open_job import OpenJob, open_job
@@ -62,13 +62,17 @@ def check_job(job: Job) -> int:
     return open_job(job).base_bytes
 
 
-def _attempt(job: OpenJob, index: int, caches: SectionCaches | None) -> Receipt:
+def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Receipt:
     """The task's receipt. Bad data is quarantined at once, anything unforeseen after `retries` further tries."""
     began = time.perf_counter()
-    for left in range(job.job.retries, -1, -1):
+    for left in range(opened.job.retries, -1, -1):
         watchdog.heartbeat()
         try:
-            return process_slab(job, index, caches) if index < job.plan.slabs else process_pyramid_block(job, index)
+            return (
+                process_slab(opened, index, caches)
+                if index < opened.plan.slabs
+                else process_pyramid_block(opened, index)
+            )
         except TargetError:
             raise
         except (DataError, TransientError, UserError) as error:

@@ -8,7 +8,7 @@ from pipeline.inference.tiles import DEVICE_LOCK, super_resolve
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.open_job import open_job
-from pipeline.worker.slab import encode_slab, owned_voxels, read_padded
+from pipeline.worker.slab import encode_slab, owned_voxels, read_with_halo
 
 
 def measure_slab(job: Job) -> SlabCost:
@@ -17,16 +17,16 @@ def measure_slab(job: Job) -> SlabCost:
     plan = job.plan
     slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
     with DEVICE_LOCK:  # once unmeasured: the first call builds caches
-        super_resolve(opened.network, *read_padded(opened, slab), slab)
+        super_resolve(opened.network, *read_with_halo(opened, slab), slab)
     began = time.perf_counter()
-    lr, sections = read_padded(opened, slab)
+    lr, sections = read_with_halo(opened, slab)
     read = time.perf_counter()
     sr = super_resolve(opened.network, lr, sections, slab)
     computed = time.perf_counter()
     objects = encode_slab(opened, slab, owned_voxels(plan, slab, lr), sr)
     encoded = time.perf_counter()
     share = {}
-    for level in [*range(plan.in_memory), *([FIDELITY] if plan.fidelity is not None else [])]:
+    for level in [*range(plan.levels_by_slabs), *([FIDELITY] if plan.fidelity is not None else [])]:
         box = plan.fidelity_box(slab) if level == FIDELITY else plan.level_box(slab, level)
         share[level] = sum(len(objects[key]) for key in opened.target.keys(level, box)) / box.size
     return SlabCost(

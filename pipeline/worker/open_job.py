@@ -11,7 +11,7 @@ from pipeline.inference.network import Network
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import RequestRates
 from pipeline.process import allocator
-from pipeline.process.memory import resident_bytes
+from pipeline.process.resident_size import resident_bytes
 from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.targets.open import open_target
 from pipeline.storage.volume import Source, Target

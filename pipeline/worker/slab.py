@@ -29,108 +29,108 @@ ENCODE_LOCK = threading.Lock()
 """One slab encodes at a time: the encoder already uses every core of the worker, and memory stays as promised."""
 
 
-def process_slab(job: OpenJob, index: int, caches: SectionCaches | None = None) -> Receipt:
-    """Read a halo-padded slab, run the network, write whole shards. The receipt comes when every object is durable.
+def process_slab(opened: OpenJob, index: int, caches: SectionCaches | None = None) -> Receipt:
+    """Read a slab with its halo, run the network, write whole shards. The receipt comes when every object is durable.
 
     `caches` are the encoded sections that the slab before in z left, and that this one leaves for the next.
 
     Raises DataError where the source's voxels cannot be had, TransientError after `retries` further tries, TargetError
     where the target takes nothing, TooLargeError where the device has no memory for a tile.
     """
-    slab = job.plan.slab(index)
+    slab = opened.plan.slab(index)
     began = time.perf_counter()
-    mask = job.mask
-    if mask is not None and not _retrying(job, lambda: mask.read(_mask_box(job, slab))).any():
+    mask = opened.mask
+    if mask is not None and not _retrying(opened, lambda: mask.read(_mask_box(opened, slab))).any():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
-    lr, sections = read_padded(job, slab)
-    owned = owned_voxels(job.plan, slab, lr)
-    if job.job.source.skip_empty and owned.min() == owned.max():
+    lr, sections = read_with_halo(opened, slab)
+    owned = owned_voxels(opened.plan, slab, lr)
+    if opened.job.source.skip_empty and owned.min() == owned.max():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     read = time.perf_counter()
     with holding(DEVICE_LOCK):
         locked = time.perf_counter()
-        sr = super_resolve(job.network, lr, sections, slab, caches)
+        sr = super_resolve(opened.network, lr, sections, slab, caches)
         computed = time.perf_counter()
-    for z in job.plan.empty_sections(slab):
+    for z in opened.plan.sections_left_empty(slab):
         sr[z] = owned[z] = 0  # both, so that the fidelity volume claims nothing there
     with holding(ENCODE_LOCK):
-        objects = encode_slab(job, slab, owned, sr)
+        objects = encode_slab(opened, slab, owned, sr)
     voxels = sr.size
     del sr, lr, owned
-    _put(job, objects)
+    _put(opened, objects)
     done = time.perf_counter()
     parts = {"read_s": read - began, "network_s": computed - locked, "write_s": done - computed}
     return _written(index, objects, began, voxels=voxels, **parts)
 
 
-def process_pyramid_block(job: OpenJob, index: int) -> Receipt:
+def process_pyramid_block(opened: OpenJob, index: int) -> Receipt:
     """Whole shards of a level of the second pass, averaged from the level before, whose absent shards were skipped."""
     began = time.perf_counter()
-    block = job.plan.pyramid_block(index)
-    coarser = _read_halved(job, block)
+    block = opened.plan.pyramid_block(index)
+    coarser = _read_halved(opened, block)
     read = time.perf_counter()
     with holding(ENCODE_LOCK):
-        objects = job.target.encode(block.level, block.write, coarser)
+        objects = opened.target.encode(block.level, block.write, coarser)
     del coarser
-    _put(job, objects)
+    _put(opened, objects)
     return _written(index, objects, began, read_s=read - began, write_s=time.perf_counter() - read)
 
 
-def read_padded(job: OpenJob, slab: Slab) -> tuple[Uint8Array, list[int]]:
+def read_with_halo(opened: OpenJob, slab: Slab) -> tuple[Uint8Array, list[int]]:
     """The slab's LR sections with their halo, (D + 2 z_halo, h, w) in z order, and the number of each.
 
     Sections beyond the volume's ends, and bad ones, are replaced as Plan.section says.
     """
-    plan, halo = job.plan, job.plan.lattice.z_halo
+    plan, halo = opened.plan, opened.plan.lattice.z_halo
     wanted = [plan.section(z) for z in range(slab.lr.start.z - halo, slab.lr.stop.z + halo)]
     low, high = min(wanted), max(wanted) + 1
     box = Box(ZYX(low, slab.read.start.y, slab.read.start.x), ZYX(high, slab.read.stop.y, slab.read.stop.x))
-    voxels = _retrying(job, lambda: job.source.read(box))
+    voxels = _retrying(opened, lambda: opened.source.read(box))
     return (voxels if wanted == list(range(low, high)) else voxels[[z - low for z in wanted]]), wanted
 
 
 def owned_voxels(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
-    """The LR voxels that the slab owns, out of those that `read_padded` gave."""
+    """The LR voxels that the slab owns, out of those that `read_with_halo` gave."""
     halo = plan.lattice.z_halo
     _, rows, cols = slab.lr.slices(slab.read.start)
     return lr[halo : len(lr) - halo, rows, cols]
 
 
-def encode_slab(job: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
-    """Every object that the slab stores: mip 0, the levels in which it owns whole shards, its part of the fidelity
+def encode_slab(opened: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
+    """Every object that the slab stores: mip 0, levels in which it owns whole shards, its part of the fidelity
     volume.
 
     `owned` is (D, h, w), `sr` (D, rh, rw).
     """
-    plan, target = job.plan, job.target
+    plan, target = opened.plan, opened.target
     objects = target.encode(0, slab.write, sr)
     if plan.fidelity is not None:
         error = back_projection_error(owned, sr, plan.scale)
         objects |= target.encode(FIDELITY, plan.fidelity_box(slab), error)
-    for level in range(1, plan.in_memory):
+    for level in range(1, plan.levels_by_slabs):
         heartbeat()
         sr = halve(sr)
         objects |= target.encode(level, plan.level_box(slab, level), sr)
     return objects
 
 
-def _read_halved(job: OpenJob, block: PyramidBlock) -> Uint8Array:
+def _read_halved(opened: OpenJob, block: PyramidBlock) -> Uint8Array:
     """The block's averages. The finer level is four times as large; it is read in strips and never held whole."""
-    absent = 0 if job.mask is not None or job.job.source.skip_empty else None
+    absent = 0 if opened.mask is not None or opened.job.source.skip_empty else None
     coarser = np.empty(tuple(block.write.shape), np.uint8)
 
     def read(strip: Box) -> Uint8Array:
-        return _retrying(job, lambda: job.target.read(block.level - 1, strip, absent))
+        return _retrying(opened, lambda: opened.target.read(block.level - 1, strip, absent))
 
-    for strip in job.plan.strips(block):
+    for strip in opened.plan.strips(block):
         coarser[strip.coarser(2).slices(block.write.start)] = halve(read(strip))
     return coarser
 
 
-def _mask_box(job: OpenJob, slab: Slab) -> Box:
+def _mask_box(opened: OpenJob, slab: Slab) -> Box:
     """The mask's voxels that touch the slab. Both are volumes over the same space, the mask perhaps coarser."""
-    assert job.mask is not None
-    fine, coarse = job.source.info, job.mask.info
+    assert opened.mask is not None
+    fine, coarse = opened.source.info, opened.mask.info
     start, stop = [], []
     for axis in range(3):
         lo = fine.corner_nm[axis] + list(slab.lr.start)[axis] * fine.voxel_size_nm[axis]
@@ -146,16 +146,16 @@ def _written(index: int, objects: dict[str, bytes], began: float, **parts: Any) 
     return Receipt(index, WRITTEN, checksum(objects), size, time.perf_counter() - began, **parts)
 
 
-def _put(job: OpenJob, objects: dict[str, bytes]) -> None:
+def _put(opened: OpenJob, objects: dict[str, bytes]) -> None:
     try:
-        _retrying(job, lambda: job.target.put(objects))
+        _retrying(opened, lambda: opened.target.put(objects))
     except UserError as error:
         raise TargetError(error.saw, error.wanted, error.do) from None
 
 
-def _retrying(job: OpenJob, call: Callable[[], T]) -> T:
+def _retrying(opened: OpenJob, call: Callable[[], T]) -> T:
     def once() -> T:
         heartbeat()
         return call()
 
-    return retrying(once, job.job.retries, requests.COUNTER.retry)
+    return retrying(once, opened.job.retries, requests.COUNTER.retry)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
-from pipeline.base.geometry import Box, tiles
+from pipeline.base.geometry import Box, grid_parts
 from pipeline.config.urls import local_path
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line
 
@@ -90,7 +90,7 @@ class _CloudVolumeArray:
 def chunk_names(level: Level, box: Box) -> Iterator[str]:
     """The file names, without suffix, of the chunks that `box` touches."""
     origin, last = level.bounds.start, level.bounds.stop
-    for part in tiles(Box(box.start - origin, box.stop - origin), level.chunk):
+    for part in grid_parts(Box(box.start - origin, box.stop - origin), level.chunk):
         start = part.start // level.chunk * level.chunk + origin
         stop = (start + level.chunk).minimum(last)
         yield f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"

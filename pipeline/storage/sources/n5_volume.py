@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.base.errors import DamagedChunkError, SourceError
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.storage.sources.axes import find_zyx, nm_per
 from pipeline.storage.sources.metadata import Folder, Metadata, inner_path
 from pipeline.storage.sources.voxel_array import Level, Pending, TensorArray, VoxelArray, Voxels, open_array
@@ -186,7 +186,7 @@ class _WholeBlocks:
         def wait() -> Voxels:
             voxels = pending()
             if not voxels.all():
-                for part in tiles(box, self._level.chunk):
+                for part in grid_parts(box, self._level.chunk):
                     self._check(part, voxels[part.slices(box.start)])
             return voxels
 

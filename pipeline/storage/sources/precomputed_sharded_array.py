@@ -12,7 +12,7 @@ from typing import Any
 import tensorstore as ts
 
 from pipeline.base.errors import MissingChunkError, SourceError
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.storage import kv
 from pipeline.storage.precomputed_morton import chunk_number
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, open_array
@@ -57,7 +57,7 @@ class _ShardedArray:
         chunk, origin = self._level.chunk, self._level.bounds.start
         grid = self._level.bounds.shape.ceil_div(chunk)
         here = box.shift(ZYX(0, 0, 0) - origin)
-        zeros = [part.start // chunk for part in tiles(here, chunk) if not voxels[part.slices(here.start)].any()]
+        zeros = [part.start // chunk for part in grid_parts(here, chunk) if not voxels[part.slices(here.start)].any()]
         for position, found in [(p, self._shards.read(struct.pack(">Q", chunk_number(grid, p)))) for p in zeros]:
             try:
                 stored = found.result().state == "value"

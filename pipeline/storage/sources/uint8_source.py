@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.base.errors import MissingChunkError, TransientError
-from pipeline.base.geometry import Box, chunk_count, tiles
+from pipeline.base.geometry import Box, chunk_count, grid_parts
 from pipeline.storage import requests
 from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.voxel_array import Level, VoxelArray, Voxels
@@ -91,7 +91,9 @@ class VolumeSource:
 
     def _chunks(self, box: Box) -> Iterator[Box]:
         origin = self._info.bounds.start
-        return (part.shift(origin) for part in tiles(Box(box.start - origin, box.stop - origin), self._level.chunk))
+        return (
+            part.shift(origin) for part in grid_parts(Box(box.start - origin, box.stop - origin), self._level.chunk)
+        )
 
     def _check_hole(self, box: Box, missing: MissingChunkError) -> None:
         """Raises TransientError where the volume's metadata are absent too: of an unmounted disk every object is.

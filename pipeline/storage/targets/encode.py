@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
-from pipeline.base.geometry import ZYX, Box, chunk_count, tiles
+from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv, requests
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
@@ -55,7 +55,7 @@ def keys(array: StoredArray, box: Box) -> list[str]:
     """The sorted keys of the objects of `box`. Raises ValueError where the box is not whole shards."""
     _check_whole_shards(array.level, box)
     shard = array.level.shard
-    return sorted(array.key(piece.start // shard) for piece in tiles(box, shard))
+    return sorted(array.key(piece.start // shard) for piece in grid_parts(box, shard))
 
 
 def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
@@ -112,7 +112,7 @@ def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, ab
         if absent is None:
             raise
     out = np.full(tuple(box.shape), absent, np.uint8)
-    for piece in tiles(box, array.level.shard):
+    for piece in grid_parts(box, array.level.shard):
         try:
             out[piece.slices(box.start)] = _read_all(store, array, view, piece)
         except MissingChunkError as error:
@@ -142,4 +142,4 @@ def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Bo
 
 def _zero_chunks(chunk: ZYX, box: Box, voxels: Uint8Array) -> list[ZYX]:
     """Grid positions of the chunks that read as nothing but zeros within `box`: stored zeros, or not stored at all."""
-    return [tile.start // chunk for tile in tiles(box, chunk) if not voxels[tile.slices(box.start)].any()]
+    return [tile.start // chunk for tile in grid_parts(box, chunk) if not voxels[tile.slices(box.start)].any()]

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from pipeline.base.geometry import ZYX, Box, tiles
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv
 from pipeline.storage.precomputed_morton import chunk_number
@@ -40,7 +40,7 @@ class ShardFiles:
         # In one transaction every file is made once, not once per chunk that arrives.
         with ts.Transaction() as transaction:
             files = shards.with_transaction(transaction)
-            positions = (tile.start // self.level.chunk for tile in tiles(box, self.level.chunk))
+            positions = (tile.start // self.level.chunk for tile in grid_parts(box, self.level.chunk))
             for written in [
                 files.write(self._name(position), chunks[self.chunk_key(position)]) for position in positions
             ]:

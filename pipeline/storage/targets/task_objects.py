@@ -15,7 +15,7 @@ def object_keys(target: Target, plan: Plan, index: int) -> list[str]:
         block = plan.pyramid_block(index)
         return target.keys(block.level, block.write)
     slab = plan.slab(index)
-    keys = [key for level in range(plan.in_memory) for key in target.keys(level, plan.level_box(slab, level))]
+    keys = [key for level in range(plan.levels_by_slabs) for key in target.keys(level, plan.level_box(slab, level))]
     return sorted(keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else []))
 
 
