@@ -35,7 +35,7 @@ import models
 from examples.make_phantom import phantom
 from models.degrade import degrade
 from models.network import SectionState, SuperResolver
-from pipeline.process.allocator import settle
+from pipeline.process.allocator import configure_malloc
 
 GIB = 1 << 30
 
@@ -200,7 +200,7 @@ def high_water() -> int:
 
 def measure_memory(scale: int, lr: int, way: str) -> None:
     """Prints how far one centre raised this process's peak, in bytes."""
-    settle()
+    configure_malloc()
     network, sections = live_network(scale), tissue(5, lr, scale)
     run: Any = AuthorsWay(network) if way == "authors" else lambda window: slide(network, window[0], [], 0)
     network.features(torch.zeros(1, 1, 8, 8))

@@ -25,13 +25,14 @@ import numpy as np
 import standin
 
 from pipeline.storage import ledger
-from pipeline.worker import lease, slab
+from pipeline.worker import lease
+from pipeline.worker import slab as one_slab
 
 standin.install()
 ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
 # Dask's preloading imports a file again that is already there.
 _process_slab = getattr(lease.process_slab, "undisturbed", lease.process_slab)
-_super_resolve = getattr(slab.super_resolve, "undisturbed", slab.super_resolve)
+_super_resolve = getattr(one_slab.super_resolve, "undisturbed", one_slab.super_resolve)
 
 
 def _log(event: str, index: int) -> None:
@@ -75,7 +76,7 @@ def _exhaust() -> None:
 
 
 process_slab.undisturbed, super_resolve.undisturbed = _process_slab, _super_resolve  # type: ignore[attr-defined]
-lease.process_slab, slab.super_resolve = process_slab, super_resolve
+lease.process_slab, one_slab.super_resolve = process_slab, super_resolve
 if (
     "FAKETIME_TIMESTAMP_FILE" in os.environ
 ):  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps

@@ -28,7 +28,7 @@ from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.prepare.prepare import prepare
 from pipeline.schedule.in_flight import InFlight
-from pipeline.schedule.results import Answers, answer, asked
+from pipeline.schedule.results import Results, pack, run_packed
 from pipeline.worker.job import LeaseResult
 from pipeline.worker.lease import process_lease
 from pipeline.worker.open_job import open_job
@@ -191,12 +191,12 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
         prefixes = {InFlight(client, job, process_lease)._prefix for _ in range(2)}
         assert len(prefixes) == 2
         assert {key_split(f"{prefix}-1") for prefix in prefixes} == {"lease"}
-        heard = Answers(client, "lease-mine")
+        results = Results(client, "lease-mine")
         for key in ("lease-mine-1", "lease-other-1"):
-            client.submit(answer, asked(nothing, job, range(1), 1.0), key=key).result(timeout=GUARD_S)
-        assert heard.take("lease-mine-1") == LeaseResult((), 0, 0)
-        assert heard.take("lease-mine-1") is None
-        assert heard.take("lease-other-1") is None
+            client.submit(run_packed, pack(nothing, job, range(1), 1.0), key=key).result(timeout=GUARD_S)
+        assert results.take("lease-mine-1") == LeaseResult((), 0, 0)
+        assert results.take("lease-mine-1") is None
+        assert results.take("lease-other-1") is None
 
 
 def test_no_clock_that_is_set_holds_messages_up() -> None:
@@ -217,8 +217,8 @@ def test_no_clock_that_is_set_holds_messages_up() -> None:
     assert abs(steady_clock.steady() - time.time()) < 60
 
 
-def devices(asked: ClusterConfig) -> set[tuple[str | None, str | None]]:
-    with cluster.connect(asked, 1) as client:
+def devices(config: ClusterConfig) -> set[tuple[str | None, str | None]]:
+    with cluster.connect(config, 1) as client:
         return set(client.run(lambda: (os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("EMSR_DEVICE"))).values())
 
 

@@ -118,7 +118,7 @@ def test_records_wait_for_a_store_that_is_away(
     assert again.why(3).first_line == "why"
 
 
-def test_a_lease_whose_answer_was_lost_is_held(
+def test_a_lock_whose_answer_was_lost_is_held(
     gateway: Gateway, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The conditional write was carried out, its answer cut off: the retry finds the object changed, by ourselves."""
@@ -126,7 +126,7 @@ def test_a_lease_whose_answer_was_lost_is_held(
     store = Store("s3://lost/sr.emsr")
     held = TargetLock(store, "ours")
     held.refuse_others()
-    answers = iter([("", True), ("cut", True)])  # the lease is read, then written
+    answers = iter([("", True), ("cut", True)])  # the lock is read, then written
     monkeypatch.setattr(gateway, "fault", lambda: next(answers, ("", True)))
     held.acquire()
     try:
@@ -138,7 +138,7 @@ def test_a_lease_whose_answer_was_lost_is_held(
 def test_the_main_job_on_gcs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Main job, ledger, lease, resume, verify, view; the gateway adds the conditional writes the emulator lacks."""
+    """Main job, ledger, lock, resume, verify, view; the gateway adds the conditional writes the emulator lacks."""
     pytest.importorskip("gcp_storage_emulator")
     write_lr(tmp_path / "lr.zarr", VOXELS)
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "gs://brain/out/sr")
@@ -163,15 +163,15 @@ def test_the_main_job_on_gcs(
             )
             assert said.returncode == 0, said.stderr
             assert words in said.stdout
-        lease = subprocess.run(
+        lock = subprocess.run(
             [sys.executable, "-c", LEASE], env={**os.environ, **environ}, cwd=REPOSITORY, capture_output=True, text=True
         )
-        assert lease.returncode == 0, lease.stderr
+        assert lock.returncode == 0, lock.stderr
 
 
 LEASE = """
 from pipeline.storage.kv import Store
-store = Store("gs://brain/lease")
+store = Store("gs://brain/lock")
 assert store.get_with_generation("lock.json")[0] is None
 free = store.get_with_generation("lock.json")[1]
 assert store.put_if("lock.json", b"a", free), "the first one takes it"

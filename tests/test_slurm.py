@@ -20,7 +20,7 @@ from pipeline.cluster import connect as cluster
 from pipeline.cluster import slurm
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
-from pipeline.schedule import execute as schedule
+from pipeline.schedule import check_workers
 
 JOB = {"walltime": "01:00:00", "memory": "2GB", "cores": 2}
 CLUSTER = {"kind": "slurm", "host": "127.0.0.1", "workers": 1, "slurm": JOB}
@@ -127,12 +127,12 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
     number = len(states(conf))
     monkeypatch.setenv("SLURM_CONF", conf)
     monkeypatch.setattr(slurm, "LOOK_S", 1.0)
-    monkeypatch.setattr(schedule, "SAY_S", 2.0)
+    monkeypatch.setattr(check_workers, "SAY_S", 2.0)
     with (
         pytest.raises(ClusterError, match="ended before a worker answered"),
         cluster.connect(config.load(path).cluster, 2) as client,
     ):
-        schedule._first_worker(client)
+        check_workers._wait_for_worker(client)
     assert len(states(conf)) == number + slurm.MAX_IN_VAIN
     assert not (tmp_path / "sr").exists()
 
@@ -184,13 +184,13 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_job_script() -> None:
     """One process and its threads, one GPU, a lifetime that ends before the walltime does, and the user's own lines."""
-    asked = JOB | {
+    settings = JOB | {
         "partition": "gpu",
         "account": "em",
         "prologue": ["module load cuda"],
         "extra_directives": ["--constraint=a100"],
     }
-    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": asked, "gpus_per_worker": 1}), 3, None)
+    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": settings, "gpus_per_worker": 1}), 3, None)
     for line in (
         "-p gpu",
         "-A em",

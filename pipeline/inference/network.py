@@ -48,7 +48,9 @@ class Network:
         return footprint(self.spec) if self.device.type == "cpu" else Footprint()
 
     def refuse_too_large(self, plan: Plan) -> None:
-        """Raises TooLargeError where no slab of `plan` can be computed even with the device to itself."""
+        """Raises TooLargeError where the slab in the region's middle needs more than the device has with nobody else
+        there.
+        """
         slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2)).lr
         available = device.free_memory(self.device).alone
         if needed_bytes(self.spec, slab) > available:

@@ -37,7 +37,6 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     """
     network = describe(config.network)
     target_url = _target_url(config)
-    store = Store(urls.sidecar(target_url))
     try:
         source = open_source(config.source)
         info = source.info
@@ -61,6 +60,7 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
         leave_empty=config.source.bad_sections.output == "empty",
     )
     _within_budget(config, plan)
+    store = Store(urls.sidecar(target_url))
     wanted = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if wanted is not None:
         bad = dict(sorted((_detected(store, target_url, wanted, source, detect) | bad).items()))

@@ -33,8 +33,11 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
                 break  # a level needs every shard of the one before it
             _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, progress)
     finally:
-        in_flight.close()
-        run.ledger.close()
+        try:
+            in_flight.close()
+        finally:
+            run.ledger.close()
+    run.interrupted = run.stop.is_set()
 
 
 def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:

@@ -106,10 +106,10 @@ class Leases:
         return self._late_lease(now, capacity)
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
-        """A copy has ended with these receipts; returns those that count. The lease is closed then, and other copies
-        are useless.
+        """A copy has ended with these receipts, those of its first tasks; returns those that count.
 
-        Tasks without a receipt are handed out again.
+        Where none count, another copy is still out and decides. Else the lease is closed, other copies are useless, and
+        tasks without a receipt are handed out again.
         """
         self._count_back(lease)
         if lease.copies and (not receipts or any(r.state == QUARANTINED for r in receipts)):

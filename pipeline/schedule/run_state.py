@@ -17,7 +17,7 @@ class RunState:
     """`lock` is None where nobody else can write the target. Setting `stop` lets the leases in flight end, and no more
     begin.
 
-    `began` is Unix time.
+    `interrupted` says whether the run ended because of that. `began` is Unix time.
     """
 
     job: Job
@@ -25,9 +25,5 @@ class RunState:
     lock: TargetLock | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     totals: RunTotals = field(default_factory=RunTotals)
+    interrupted: bool = False
     began: float = field(default_factory=time.time)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self.stop.is_set()

@@ -26,8 +26,9 @@ class RunTotals:
     """What one run did.
 
     `started_again` counts late leases that a second worker was given. `requests` are those that failed for the moment.
-    `peak_bytes`, `base_bytes` and `network` are the largest of any worker's process (see LeaseResult). `seconds` are
-    those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored. `workers` are named HOST:PID.
+    `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
+    LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
+    `workers` are named HOST:PID.
     """
 
     written: int = 0
