@@ -169,7 +169,7 @@ def test_the_flow_of_a_stage_may_be_any_of_them(tmp_path: Path, spynet: SPyNet) 
     torch.save({"params": theirs | {"mean": torch.zeros(1, 3, 1, 1)}}, tmp_path / "spynet.pth")
     (tmp_path / "t7").mkdir()
     write_set(tmp_path / "t7", spynet)
-    parts.save_part(tmp_path / "last.safetensors", "flow", X8, "CC0-1.0", spynet, {})
+    parts.save_part(tmp_path / "last.safetensors", parts.Part("flow", X8, "CC0-1.0", spynet.state_dict(), {}))
     for name in ("spynet.pth", "t7", "last.safetensors"):
         network = SPyNet(X8.flow_widths, 6)
         parts.fill(network, parts.load_flow(tmp_path / name, X8), tmp_path / name)

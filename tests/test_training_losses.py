@@ -293,7 +293,7 @@ def test_a_warped_pair_is_undone_by_its_flow() -> None:
         1, 2, 1, 256, 256
     )
     lr = torch.from_numpy(degrade(smooth, 8).copy()).float().div(255).expand(1, 2, 1, 32, 32)
-    first, second, flow = warped_pair(lr, hr, 8, np.random.default_rng(1), shift=16, bend=2)
+    first, second, flow = warped_pair(lr, hr, np.random.default_rng(1), shift=16, bend=2)
     assert first.shape == second.shape == (1, 1, 128, 128)
     assert flow.shape == (1, 2, 128, 128)
     inner = (slice(None), slice(None), slice(16, -16), slice(16, -16))

@@ -38,17 +38,15 @@ class Part:
     facts: Mapping[str, Any]
 
 
-def save_part(
-    path: Path, kind: str, params: Params, licence: str, network: nn.Module, facts: Mapping[str, Any]
-) -> None:
-    """Write the weights of `network` as a part. Raises OSError."""
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+def save_part(path: Path, part: Part) -> None:
+    """Write a part, as `load_part` reads it. Raises OSError."""
+    state = {name: value.detach().cpu().contiguous() for name, value in part.state.items()}
     header = {
         "format": FORMAT,
-        "kind": kind,
-        "params": to_json(params),
-        "training_data_licence": licence,
-        "facts": json.dumps(dict(facts), sort_keys=True),
+        "kind": part.kind,
+        "params": to_json(part.params),
+        "training_data_licence": part.licence,
+        "facts": json.dumps(dict(part.facts), sort_keys=True),
     }
     save_file(state, path, metadata=header)
 

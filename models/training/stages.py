@@ -93,7 +93,7 @@ class FlowStage:
 
     def _pair(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         lr, hr = batch
-        first, second, flow = warped_pair(lr.cpu(), hr.cpu(), self.params.scale, rng, self.shift, self.bend)
+        first, second, flow = warped_pair(lr.cpu(), hr.cpu(), rng, self.shift, self.bend)
         return first.to(lr.device), second.to(lr.device), flow.to(lr.device)
 
 

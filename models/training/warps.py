@@ -15,7 +15,7 @@ ENLARGED = 4
 
 
 def warped_pair(
-    lr: Tensor, hr: Tensor, scale: int, rng: np.random.Generator, shift: float, bend: float
+    lr: Tensor, hr: Tensor, rng: np.random.Generator, shift: float, bend: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A training pair from two neighbouring sections, LR (B, 2, 1, h, w) and HR (B, 2, 1, H, W) in 0..1.
 
@@ -25,6 +25,7 @@ def warped_pair(
     the neighbouring section, and has noise and another contrast, as real neighbours differ too.
     """
     b, _, _, height, width = hr.shape
+    scale = height // lr.shape[3]
     coarse = rng.normal(0, bend, (b, 2, 4, 4)) + rng.uniform(-shift, shift, (b, 2, 1, 1))
     field = functional.interpolate(
         torch.from_numpy(coarse).float(), size=(height, width), mode="bicubic", align_corners=True

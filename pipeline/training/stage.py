@@ -101,7 +101,8 @@ def save(config: StageConfig, name: str, network: nn.Module, facts: dict[str, An
         text = config.card + ("\n\n" if config.card else "") + json.dumps(card, sort_keys=True)
         weights.save(unfinished, network, config.data.licence, text, half=config.half)
     else:
-        parts.save_part(unfinished, config.stage, params(config), config.data.licence, network, card)
+        part = Part(config.stage, params(config), config.data.licence, network.state_dict(), card)
+        parts.save_part(unfinished, part)
     unfinished.replace(config.output / f"{name}.safetensors")
 
 

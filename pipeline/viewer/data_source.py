@@ -74,11 +74,11 @@ def read_native(get: Get, kind: str | None = None, level: int = 0, array: str | 
     if kind in (None, "precomputed") and (meta := _json(get, f"{below}info")) is not None:
         return _precomputed(path, meta, level)
     if kind in (None, "zarr", "zarr3") and (meta := _json(get, f"{below}zarr.json")) is not None:
-        return _zarr(get, "zarr3", path, meta, meta.get("attributes") or {}, level)
+        return _zarr(get, "zarr3", path, meta, level)
     if kind in (None, "zarr", "zarr2"):
-        meta, attributes = _json(get, f"{below}.zarray"), _json(get, f"{below}.zattrs")
-        if meta is not None or attributes is not None:
-            return _zarr(get, "zarr2", path, meta or {}, attributes or {}, level)
+        meta = _json(get, f"{below}.zarray")
+        if meta is not None or _json(get, f"{below}.zattrs") is not None:
+            return _zarr(get, "zarr2", path, meta or {}, level)
     if kind in (None, "n5"):
         return _n5(get, path, level)
     return None
@@ -101,7 +101,14 @@ def _triple(values: Sequence[float]) -> Triple:
     return z, y, x
 
 
-def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict[str, Any], level: int) -> Native:
+def _attributes(get: Get, kind: str, path: str, meta: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the group or array at `path`: Zarr v2 keeps them in an object of their own."""
+    below = f"{path}/" if path else ""
+    return (_json(get, f"{below}.zattrs") if kind == "zarr2" else meta.get("attributes")) or {}
+
+
+def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> Native:
+    attributes = _attributes(get, kind, path, meta)
     if "shape" in meta:
         return _bare_array(kind, path, meta, attributes)
     multiscale = ((attributes.get("ome") or attributes)["multiscales"])[0]
@@ -116,12 +123,7 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], attributes: dict
     axes = multiscale["axes"] if version in _OME_VERSIONS else []
     if not axes or (version == "0.5" and kind == "zarr2") or not all(_readable(axis.get("unit")) for axis in axes):
         # Neuroglancer refuses such a multiscale, but it does open the level's array alone.
-        return _bare_array(
-            kind,
-            array_path,
-            array,
-            (_json(get, f"{array_path}/.zattrs") if kind == "zarr2" else array.get("attributes")) or {},
-        )
+        return _bare_array(kind, array_path, array, _attributes(get, kind, array_path, array))
     zyx = _spatial([str(axis["name"]) for axis in axes])
     units = [axes[i].get("unit") for i in zyx]
     fine, coarse = (_ome_transform(multiscale, datasets[k], len(axes)) for k in (0, level))
