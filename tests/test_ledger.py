@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pipeline.base.errors import LedgerError
+from pipeline.base.errors import LedgerError, TransientError
 from pipeline.storage import ledger as ledger_module
+from pipeline.storage import target_lease
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import PENDING, QUARANTINED, SKIPPED, WRITTEN, Entry, Ledger
 from pipeline.storage.target_lease import KEY, TargetLease, holder
@@ -193,3 +197,315 @@ def test_a_silent_lease_of_another_machine_runs_out(tmp_path: Path) -> None:
     ):  # the second was written by a clock that has been set back since
         store.put(KEY, json.dumps(lease | {"renewed": renewed}).encode())
         TargetLease(store, "near").acquire()
+
+
+def snapshots(folder: Path | str) -> list[Path]:
+    return sorted(Path(folder).rglob("snapshot-*"))
+
+
+def segments(folder: Path | str) -> list[Path]:
+    return sorted(Path(folder).rglob("segment-*"))
+
+
+def five_segments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks 0 to 4 of 8 written, 100 bytes and 1 s each, a segment each; a snapshot after the second and the fourth."""
+    monkeypatch.setattr(ledger_module, "SNAPSHOT_EVERY", 2)
+    book = opened(folder, 8)
+    for i in range(5):
+        book.record([Entry(i, WRITTEN, i, 100, 1.0)])
+        book.flush()
+    assert [f.name.split("-")[1] for f in snapshots(folder)] == ["0000000002", "0000000004"]
+
+
+def test_a_snapshot_that_is_not_what_was_published_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its body says, well-formed, that all tasks are written; the checksum is that of the true one. The segments count then."""
+    five_segments(tmp_path, monkeypatch)
+    for path in snapshots(tmp_path):
+        value = path.read_bytes()
+        body = zlib.decompress(value[12:])
+        path.write_bytes(value[:12] + zlib.compress(body[:16] + b"\xff" + bytes(1)))
+    again = opened(tmp_path, 8)
+    assert again.counts() == {"pending": 3, "written": 5, "skipped": 0, "quarantined": 0}
+    assert again.bytes_written == 500
+    assert again.timings.tasks == 5
+
+
+def test_a_snapshot_with_any_byte_wrong_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    five_segments(tmp_path, monkeypatch)
+    newest = snapshots(tmp_path)[-1]
+    value = newest.read_bytes()
+    for i in range(len(value)):
+        newest.write_bytes(value[:i] + bytes([value[i] ^ 0x10]) + value[i + 1 :])
+        again = opened(tmp_path, 8)
+        assert again.counts()["written"] == 5
+        assert again.timings.tasks == 3, "the snapshot before is the newest that can be read"
+
+
+def test_the_newest_snapshot_counts_and_nothing_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a snapshot holds is not lost with a segment from before it, nor counted twice."""
+    five_segments(tmp_path, monkeypatch)
+    for segment in segments(tmp_path)[:4]:
+        segment.write_bytes(b"damaged")
+    again = opened(tmp_path, 8)
+    assert again.damaged == []
+    assert again.counts()["written"] == 5
+    assert again.bytes_written == 500
+    assert again.timings.tasks == 1
+
+
+def test_every_state_comes_back_from_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "SNAPSHOT_EVERY", 1)
+    book = opened(tmp_path, 11)
+    book.record([Entry(0, WRITTEN), Entry(4, SKIPPED), Entry(9, QUARANTINED, error="x"), Entry(10, WRITTEN)])
+    book.flush()
+    for segment in segments(tmp_path):
+        segment.write_bytes(b"damaged")
+    again = opened(tmp_path, 11)
+    states = {0: WRITTEN, 4: SKIPPED, 9: QUARANTINED, 10: WRITTEN}
+    assert [again.state(i) for i in range(11)] == [states.get(i, PENDING) for i in range(11)]
+
+
+def test_a_second_load_forgets_what_was_known(tmp_path: Path) -> None:
+    """States, bytes, seconds and damage are those of the store, not the sum of two looks at it."""
+    book = opened(tmp_path, 6)
+    for i in range(3):
+        book.record([Entry(i, WRITTEN, 7, 100, 2.0 + i)])
+        book.flush()
+    first, last = segments(tmp_path)[0], segments(tmp_path)[-1]
+    last.write_bytes(b"damaged")
+    book.load()
+    for _ in range(2):
+        book.load()
+        assert book.counts() == {"pending": 4, "written": 2, "skipped": 0, "quarantined": 0}
+        assert book.bytes_written == 200
+        timings = book.timings
+        assert (timings.tasks, timings.total, timings.slowest, timings.slowest_task) == (2, 5.0, 3.0, 1)
+        assert len(book.damaged) == 1
+    last.unlink()
+    first.unlink()
+    book.load()
+    assert [book.state(i) for i in range(6)] == [PENDING, WRITTEN, PENDING, PENDING, PENDING, PENDING]
+    assert book.damaged == []
+
+
+def test_a_new_run_writes_after_the_last_segment(tmp_path: Path) -> None:
+    """Its records are newer than those of the run before, whatever the two are called."""
+    for run, state in (("z", QUARANTINED), ("m", SKIPPED), ("a", WRITTEN)):
+        book = opened(tmp_path, 3, run)
+        book.record([Entry(1, state)])
+        book.flush()
+    assert opened(tmp_path, 3).state(1) == WRITTEN
+
+
+def test_a_segment_of_a_larger_plan_is_damage(tmp_path: Path) -> None:
+    book = opened(tmp_path, 9)
+    book.record([Entry(8, WRITTEN)])
+    book.flush()
+    again = opened(tmp_path, 8)
+    assert len(again.damaged) == 1
+    assert again.counts()["pending"] == 8
+
+
+def test_indices_stay_within_what_was_asked(tmp_path: Path) -> None:
+    """Also across the blocks in which states are looked through."""
+    book = opened(tmp_path, 200_000)
+    book.record([Entry(i, WRITTEN) for i in (5, 65_536, 131_071, 131_072, 150_000)])
+    assert list(book.indices(WRITTEN)) == [5, 65_536, 131_071, 131_072, 150_000]
+    assert list(book.indices(WRITTEN, range(6, 131_072))) == [65_536, 131_071]
+    assert list(book.indices(WRITTEN, range(65_536, 65_537))) == [65_536]
+    assert book.count(WRITTEN, range(6, 131_072)) == 2
+
+
+def test_records_wait_for_the_next_flush_but_not_when_there_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4096 records are not kept for the rest of the five seconds; a single one is."""
+    clock = [1000.0]
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: clock[0])
+    book = opened(tmp_path, 10_000)
+    clock[0] += ledger_module.FLUSH_S / 2
+    book.record([Entry(0, WRITTEN)])
+    book.tick()
+    assert segments(tmp_path) == []
+    book.record(Entry(i, WRITTEN) for i in range(1, ledger_module.FLUSH_RECORDS))
+    book.tick()
+    assert len(segments(tmp_path)) == 1
+    book.record([Entry(9_999, WRITTEN)])
+    clock[0] += ledger_module.FLUSH_S + 0.1
+    book.tick()
+    assert opened(tmp_path, 10_000).counts()["written"] == ledger_module.FLUSH_RECORDS + 1
+
+
+class Away(Store):
+    """A store that cannot be reached for a while."""
+
+    gone = True
+
+    def put(self, key: str, value: bytes) -> None:
+        if self.gone:
+            raise TransientError("out of reach")
+        super().put(key, value)
+
+
+def test_what_cannot_be_published_waits_and_a_run_gives_up_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(ledger_module.time, "monotonic", lambda: clock[0])
+    store = Away(f"file://{tmp_path}")
+    book = Ledger(store, DIGEST, 4, "r")
+    book.load()
+    book.record([Entry(0, WRITTEN), Entry(1, QUARANTINED, error="why")])
+    while clock[0] < 1000 + ledger_module.PATIENCE_S:
+        clock[0] += ledger_module.FLUSH_S
+        book.tick()
+    clock[0] += 2 * ledger_module.FLUSH_S
+    with pytest.raises(TransientError):
+        book.tick()
+    store.gone = False
+    book.flush()
+    assert opened(tmp_path, 4).counts() == {"pending": 2, "written": 1, "skipped": 0, "quarantined": 1}
+
+
+def test_bytes_are_added_up_over_segments_and_records(tmp_path: Path) -> None:
+    book = opened(tmp_path, 5)
+    book.record([Entry(0, WRITTEN, 0, 30), Entry(1, WRITTEN, 0, 12)])
+    book.flush()
+    book.record([Entry(2, WRITTEN, 0, 8)])
+    book.flush()
+    assert book.bytes_written == opened(tmp_path, 5).bytes_written == 50
+
+
+_HOLDER = """
+import sys, time
+from pipeline.storage.kv import Store
+from pipeline.storage.target_lease import TargetLease
+TargetLease(Store("file://" + sys.argv[1]), "first").acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_dead_process_that_nobody_has_waited_for_holds_nothing(tmp_path: Path) -> None:
+    """A zombie has its number and its start time still: a container's first process often reaps none."""
+    store = Store(f"file://{tmp_path}")
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        assert holder(store) is not None
+        first.kill()
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+        assert psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
+        assert holder(store) is None
+        second = TargetLease(store, "second")
+        second.acquire()
+        second.release()
+
+
+def lease_of(pid: int, started: str, **changes: object) -> bytes:
+    lease = {"run": "old", "host": socket.gethostname(), "pid": pid, "started": started, "renewed": time.time()}
+    return json.dumps(lease | {"released": False} | changes).encode()
+
+
+def test_another_process_with_the_number_of_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    store.put(KEY, lease_of(os.getppid(), "long ago"))
+    TargetLease(store, "new").refuse_others()
+    assert holder(store) is None
+
+
+def test_a_released_lease_is_free_whoever_lives(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    store.put(KEY, lease_of(1, "long ago", host="elsewhere", released=True))
+    TargetLease(store, "new").refuse_others()
+    assert holder(store) is None
+
+
+def test_a_process_is_not_refused_by_its_own_lease_and_status_sees_it(tmp_path: Path) -> None:
+    """A run that was stopped with an exception and started again in the same process, as the viewer's notebook does."""
+    store = Store(f"file://{tmp_path}")
+    TargetLease(store, "before").acquire()
+    assert holder(store) is not None
+    again = TargetLease(store, "again")
+    again.acquire()
+    again.release()
+
+
+class Overtaken(Store):
+    """Another run takes the target between our look at the lease and our write."""
+
+    overtake = True
+
+    def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
+        found = super().get_with_generation(key)
+        if self.overtake:
+            self.overtake = False
+            self.put(key, lease_of(os.getppid(), "now"))
+        return found
+
+
+class Deaf(Store):
+    """The write arrives and its answer is lost, so the store's further try finds the key changed."""
+
+    def put_if(self, key: str, value: bytes, generation: bytes) -> bool:
+        super().put_if(key, value, generation)
+        return super().put_if(key, value, generation)
+
+
+def test_of_two_runs_in_the_same_moment_one_gets_the_target(tmp_path: Path) -> None:
+    store = Overtaken(f"file://{tmp_path}")
+    with pytest.raises(LedgerError, match="in the same moment"):
+        TargetLease(store, "late").acquire()
+    assert json.loads(store.get(KEY) or b"")["run"] == "old"
+
+
+def test_a_lease_whose_write_was_answered_twice_is_held(tmp_path: Path) -> None:
+    lease = TargetLease(Deaf(f"file://{tmp_path}"), "ours")
+    lease.acquire()
+    lease.release()
+
+
+def test_a_lease_in_other_hands_is_lost_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose machine slept is told at its next renewal, and does not release what is another's."""
+    monkeypatch.setattr(target_lease, "RENEW_S", 0.05)
+    store = Store(f"file://{tmp_path}")
+    lease = TargetLease(store, "slept")
+    lease.acquire()
+    store.put(KEY, lease_of(os.getppid(), "now"))
+    assert lease.lost.wait(30)
+    lease.release()
+    assert json.loads(store.get(KEY) or b"") == json.loads(store.get(KEY) or b"") | {"run": "old", "released": False}
+
+
+def test_a_lease_taken_just_before_release_is_left_alone(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}")
+    lease = TargetLease(store, "slept")
+    lease.acquire()
+    store.put(KEY, lease_of(os.getppid(), "now"))
+    lease.release()
+    assert json.loads(store.get(KEY) or b"")["released"] is False
+
+
+class Flaky(Store):
+    """Every other read fails."""
+
+    reads = 0
+
+    def get(self, key: str) -> bytes | None:
+        self.reads += 1
+        if self.reads % 2:
+            raise TransientError("out of reach")
+        return super().get(key)
+
+
+def test_a_passing_fault_does_not_end_the_renewals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_lease, "RENEW_S", 0.05)
+    lease = TargetLease(Flaky(f"file://{tmp_path}"), "ours")
+    lease.acquire()
+    other = Store(f"file://{tmp_path}")
+    other.put(KEY, lease_of(os.getppid(), "now"))
+    assert lease.lost.wait(30), "the renewal after the failed one has looked"
