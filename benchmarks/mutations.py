@@ -2,15 +2,17 @@
 
     python benchmarks/mutations.py [--only FILE] [--jobs N]
 
-`--only` takes a part of a file's path, `--jobs` runs so many at a time (1). The changes and their tests are in mutants.py.
-Each job works on a copy of the tree in a temporary folder. The tests run once unchanged, and all must pass. A change is killed
-when its tests fail, or take longer than HANGS_S. Prints each survivor, then a table by file. Exit code 1 where less than
-WANTED of the changes are killed, 2 where a text of mutants.py is not in its file exactly once or an unchanged test fails.
+`--only` takes a part of a file's path, `--jobs` runs so many at a time (1). The changes and their tests are in
+mutants.py. Each job works on a copy of the tree in a temporary folder. The tests run once without any change, and all
+must pass. A change is killed when its tests fail, or hang for HANGS_S. Prints each survivor, then a table by file.
+Exit code 1 where less than WANTED of the changes are killed, 2 where a text of mutants.py is not in its file exactly
+once, or where a test fails without any change.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import queue
 import shlex
@@ -23,14 +25,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from mutants import MUTANTS, SURVIVORS_EXPLAINED, Mutant
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 WANTED = 0.9
-HANGS_S = 240.0
+LIBRARIES = ["boto3", "cloudvolume", "hypothesis", "psutil", "pytest", "tensorstore", "torch", "torchvision", "zarr"]
+"""What tests import: loaded once, and every run of tests is a fork."""
+FORKS = multiprocessing.get_context("forkserver")
+HANGS_S = 120.0
 FAILED, NO_SUCH_TEST = (1, 2), (3, 4, 5)
-"""Exit codes of pytest: tests failed, or a file could not be imported; errors of pytest's own, of its usage, no test chosen."""
+"""Exit codes of pytest: tests failed or could not be imported; an error of pytest's own or of its usage, no tests."""
 
 
 def misplaced(mutants: list[Mutant]) -> list[str]:
@@ -62,18 +68,28 @@ def copy_of_tree(folder: Path) -> Path:
 
 def test(tree: Path, tests: str) -> tuple[int, str]:
     """pytest's exit code, 1 where it hangs, and what it printed. The same examples are drawn every time."""
-    flags = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci", f"--timeout={HANGS_S:.0f}"]
-    environ = os.environ | {"PYTHONPATH": str(tree), "EMSR_SHARED": str(SHARED), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, *shlex.split(tests)],
-        cwd=tree,
-        env=environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+    with tempfile.NamedTemporaryFile("r") as said:
+        child = FORKS.Process(target=in_child, args=(tree, tests, said.name))
+        child.start()
+        child.join(2 * HANGS_S)
+        if child.is_alive():
+            child.kill()
+            return 1, "hung"
+        return child.exitcode or 0, said.read()
+
+
+def in_child(tree: Path, tests: str, said: str) -> None:
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    os.environ |= {"PYTHONPATH": str(tree), "EMSR_SHARED": str(SHARED), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    with open(said, "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    flags = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutations", f"--timeout={HANGS_S:.0f}"]
+    code = int(pytest.main([*flags, *shlex.split(tests)]))
+    sys.stdout.flush()
+    os._exit(code)  # whatever threads the change has left hanging
 
 
 def killed(tree: Path, mutant: Mutant) -> bool:
@@ -103,6 +119,8 @@ def main() -> int:
         print(*wrong, sep="\n")
         return 2
     os.nice(10)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as folder:
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for job in range(arguments.jobs):
@@ -119,14 +137,16 @@ def main() -> int:
             print(f"{said} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.old.splitlines()[0]}", flush=True)
             return found
 
-        tree = trees.get()
-        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+        def unchanged(tests: str) -> str:
+            tree = trees.get()
             code, said = test(tree, tests)
-            if code:
-                print(f"without any change these fail: {tests}\n{said}")
-                return 2
-        trees.put(tree)
+            trees.put(tree)
+            return f"without any change these fail: {tests}\n{said}" if code else ""
+
         with ThreadPoolExecutor(arguments.jobs) as pool:
+            if wrong := list(filter(None, pool.map(unchanged, dict.fromkeys(mutant.tests for mutant in mutants)))):
+                print(*wrong, sep="\n")
+                return 2
             found = dict(zip(mutants, pool.map(in_a_tree, mutants), strict=True))
     return report(found)
 

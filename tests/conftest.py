@@ -20,6 +20,10 @@ TESTS = REPOSITORY / "tests"
 
 hypothesis.settings.register_profile("emsr", deadline=None)  # a shared machine's pauses are no failures
 hypothesis.settings.load_profile("emsr")
+# For benchmarks/mutations.py: the same examples every time, and failures as they are found.
+hypothesis.settings.register_profile(
+    "mutations", hypothesis.settings.get_profile("ci"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_many_values_come_in_order_whole_batches_or_not(count: int, store: Store
     ],
 )
 def test_what_may_pass_is_told_from_what_will_not(error: Exception, kind: type[EmsrError]) -> None:
-    """Only passing faults are tried again, only missing chunks may be filled, and the user is told what is theirs to mend."""
+    """Passing faults alone are tried again, missing chunks alone may be filled, and the user mends the rest."""
     found = classify(error, "place")
     assert type(found) is kind
     assert "place" in str(found)

@@ -220,7 +220,7 @@ def five_segments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_snapshot_that_is_not_what_was_published_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its body says, well-formed, that all tasks are written; the checksum is that of the true one. The segments count then."""
+    """Its body says, well-formed, that all tasks are written; its checksum is another. The segments count then."""
     five_segments(tmp_path, monkeypatch)
     for path in snapshots(tmp_path):
         value = path.read_bytes()

@@ -176,7 +176,7 @@ def by_hand(**changes: Any) -> Plan:
 
 
 def test_boxes_worked_out_by_hand() -> None:
-    """Cells of 16 from voxel 0 of the volume, halo 8, two sections more on either side; the region does not cut what is read."""
+    """Cells of 16 from voxel 0 of the volume, halo 8, two sections on either side; no region cuts what is read."""
     plan = by_hand()
     assert plan.lattice.tile == 32
     assert plan.lattice.padded(Box.of((4, 40, 48), (8, 56, 64))) == Box.of((2, 24, 40), (10, 72, 72))
@@ -219,7 +219,7 @@ def test_the_only_good_section_stands_in_for_all() -> None:
 
 @pytest.mark.parametrize("rows", [1, 31, 64, 513, 515])
 def test_strips_are_whole_rows_of_chunks_and_of_pairs(rows: int) -> None:
-    """They partition what is read, and their averages what is written: no strip may end between the two rows of a mean."""
+    """They partition what is read, and their averages what is written: none ends between the two rows of a mean."""
     finer = LevelSpec(ZYX(3, 2061, 70), ZYX(1, rows, 64), ZYX(2, rows, 64))
     coarser = LevelSpec(ZYX(3, 1031, 35), ZYX(1, 64, 64), ZYX(2, 2048, 64))
     plan = by_hand(levels=(finer, coarser), slab_shape=ZYX(8, 32, 48), lossy=True)

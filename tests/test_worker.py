@@ -79,7 +79,7 @@ def test_a_lease_whose_time_is_over_still_does_one_task(job: Job) -> None:
 
 @pytest.mark.parametrize(("column", "written"), [(7, {0}), (8, {1}), (0, {0}), (15, {1})])
 def test_a_slab_is_skipped_when_no_mask_voxel_touches_it(column: int, written: set[int], tmp_path: Path) -> None:
-    """Mask voxels are 4 LR voxels wide; those of one column are set, the last before or the first behind a slab's face."""
+    """Mask voxels are 4 LR voxels wide; one column is set, the last before or the first behind a slab's face."""
     mask = np.zeros((6, 18, 16), np.uint8)
     mask[:, :, column] = 1
     write_lr(tmp_path / "mask.zarr", mask, (45.0, 128.0, 128.0))
@@ -103,8 +103,8 @@ def test_a_shard_that_is_gone_is_no_black_block(tmp_path: Path) -> None:
         job = job_of(tmp_path, source__skip_empty=may_skip)
         assert set(states(job)) == {WRITTEN}
         block = job.plan.pyramid_block(job.plan.slabs)
-        target = open_target(job.target)
-        Path(tmp_path, "sr", target.keys(block.level - 1, job.plan.level_box(job.plan.slab(0), block.level - 1))[0]).unlink()
+        finer = job.plan.level_box(job.plan.slab(0), block.level - 1)
+        Path(tmp_path, "sr", open_target(job.target).keys(block.level - 1, finer)[0]).unlink()
         receipt = only(job, job.plan.slabs)
         assert receipt.state == (WRITTEN if may_skip else QUARANTINED)
         assert may_skip or "MissingChunkError" in receipt.error
@@ -186,7 +186,7 @@ def test_bad_data_is_not_tried_again(fails: Any) -> None:
 
 
 def test_the_task_that_hangs_is_the_one_given_up(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tasks before it are done, those after it are given back. (Its process stays alive here, unlike a worker's.)"""
+    """The tasks before it are done, those after it are given back. (A worker would end itself afterwards.)"""
     monkeypatch.setattr(watchdog, "leave", lambda: None)
     impatient = replace(job, stall_s=3.0)
     network, free, calls = open_job(impatient).network, threading.Event(), iter(range(99))
