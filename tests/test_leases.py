@@ -369,3 +369,19 @@ def test_when_a_late_lease_is_looked_for_again(ledger_of: object) -> None:
     assert leases.next(8.9, crew) is None
     assert leases.next(9.1, crew) is None, "late by now, and looked at a moment ago"
     assert leases.next(9.95, crew) is stuck
+
+
+def test_a_lease_that_gives_back_what_it_has_no_time_for_is_not_waited_for_longer(ledger_of: object) -> None:
+    """6 tasks behind 7 others, 2 s each, are two leases of 5 s at most: late after 3 times (10 + 2) s, not (26 + 2)."""
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 1, 60)
+    measured(leases, 0.1, crew)
+    first, stuck = take(leases, 0.0, crew), take(leases, 0.0, crew)
+    assert (len(first.span), len(stuck.span), stuck.ahead) == (7, 6, 7)
+    leases.ended(first, done(first.span, 2.0))
+    while leases.out == 1:
+        if (lease := leases.next(35.0, crew)) is None:
+            break
+        leases.ended(lease, done(lease.span, 2.0))
+    assert leases.out == 1
+    assert leases.next(37.0, crew) is stuck
