@@ -335,14 +335,14 @@ def test_half_finished_leases_come_back_whole_and_in_order(ledger_of: object) ->
 
 
 def test_tasks_that_came_back_count_as_left(ledger_of: object) -> None:
-    """Near the end a lease is a quarter of what is left here: 20 tasks, then the 16 that came back."""
+    """Near the end a lease is a quarter of what is left here: of 20 tasks 5, of which 4 come back, so that 19 are left."""
     crew = Crew(1, 1)
     leases = begun(ledger_of, 1, 21)
     measured(leases, 1.0, crew)
     lease = take(leases, 0.0, crew)
     assert lease.span == range(1, 6)
-    leases.ended(lease, done(lease.span[:4], 1.0))
-    assert take(leases, 0.0, crew).span == range(5, 6)
+    leases.ended(lease, done(lease.span[:1], 1.0))
+    assert take(leases, 0.0, crew).span == range(2, 6), "19 // 4"
     assert take(leases, 0.0, crew).span == range(6, 9), "15 // 4"
 
 
@@ -385,3 +385,15 @@ def test_a_lease_that_gives_back_what_it_has_no_time_for_is_not_waited_for_longe
         leases.ended(lease, done(lease.span, 2.0))
     assert leases.out == 1
     assert leases.next(37.0, crew) is stuck
+
+
+def test_slow_tasks_say_what_is_late(ledger_of: object) -> None:
+    """The ninth of ten: of eleven tasks two took 4 s, so a single one is late after 3 times (4 + 4) s, not (1 + 1)."""
+    crew = Crew(2, 2)
+    leases = begun(ledger_of, 12, 1)
+    stuck = take(leases, 0.0, crew)
+    for i in range(11):
+        lease = take(leases, 0.0, crew)
+        leases.ended(lease, done(lease.span, 4.0 if i in (3, 7) else 1.0))
+    assert leases.next(23.0, crew) is None
+    assert leases.next(25.0, crew) is stuck

@@ -213,6 +213,7 @@ def test_sections_that_are_left_empty() -> None:
 def test_the_only_good_section_stands_in_for_all() -> None:
     plan = by_hand(bad_sections=tuple(range(1, 20)))
     assert {plan.section(z) for z in range(-2, 22)} == {0}
+    assert by_hand(bad_sections=(12,)).section(12) == 11, "of two as near, the lower"
     with pytest.raises(ValueError, match="every section"):
         by_hand(bad_sections=tuple(range(20))).section(5)
 
