@@ -335,7 +335,7 @@ def test_half_finished_leases_come_back_whole_and_in_order(ledger_of: object) ->
 
 
 def test_tasks_that_came_back_count_as_left(ledger_of: object) -> None:
-    """Near the end a lease is a quarter of what is left here: of 20 tasks 5, of which 4 come back, so that 19 are left."""
+    """Near the end a lease is a quarter of what is left here: of 20 tasks 5; 4 come back, and 19 are left."""
     crew = Crew(1, 1)
     leases = begun(ledger_of, 1, 21)
     measured(leases, 1.0, crew)

@@ -426,7 +426,7 @@ def test_a_released_lease_is_free_whoever_lives(tmp_path: Path) -> None:
 
 
 def test_a_process_is_not_refused_by_its_own_lease_and_status_sees_it(tmp_path: Path) -> None:
-    """A run that was stopped with an exception and started again in the same process, as the viewer's notebook does."""
+    """One run ended with an exception before it could release, and another one begins in the same process."""
     store = Store(f"file://{tmp_path}")
     TargetLease(store, "before").acquire()
     assert holder(store) is not None

@@ -188,7 +188,7 @@ def test_bad_data_is_not_tried_again(fails: Any) -> None:
 def test_the_task_that_hangs_is_the_one_given_up(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks before it are done, those after it are given back. (A worker would end itself afterwards.)"""
     monkeypatch.setattr(watchdog, "leave", lambda: None)
-    impatient = replace(job, stall_s=3.0)
+    impatient = replace(job, stall_s=5.0)
     network, free, calls = open_job(impatient).network, threading.Event(), iter(range(99))
     tile = network.tile
 
