@@ -111,11 +111,16 @@ def test_a_shard_that_is_gone_is_no_black_block(tmp_path: Path) -> None:
 
 
 def test_stand_ins_are_read_in_the_place_of_bad_sections(tmp_path: Path) -> None:
-    """Also where the bad one is the slab's first or last, and its stand-in lies in another slab."""
-    write_lr(tmp_path / "lr.zarr", texture(SHAPE))
-    run_here(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", **NEAREST, source__bad_sections={"list": [0, 2, 3]}))
+    """Also where the bad one is the slab's first or last, and its stand-in lies in another slab.
+
+    The slab of sections 0 to 5 is made of 1 1 2 3 3 6: as many as lie between 1 and 6, but not the same.
+    """
+    voxels = texture((8, 32, 32))
+    write_lr(tmp_path / "lr.zarr", voxels)
+    keys = NEAREST | {"source__bad_sections": {"list": [0, 4, 5]}, "work__slab_shape": [6, 32, 32]}
+    run_here(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", **keys))
     sr = np.asarray(zarr.open_array(tmp_path / "sr" / "0", mode="r"))[:, ::8, ::8]
-    assert (sr == texture(SHAPE)[[1, 1, 1, 4, 4, 5]]).all()
+    assert (sr == voxels[[1, 1, 2, 3, 3, 6, 6, 7]]).all()
 
 
 def test_a_lease_limits_its_process_to_the_jobs_rates(job: Job) -> None:
