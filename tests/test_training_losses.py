@@ -221,6 +221,16 @@ def test_code_usage() -> None:
     assert usage.counts.sum() == 0
 
 
+def test_the_nearest_code_by_hand() -> None:
+    """Squared distances of (2, 0) to (0, 0), (3, 0), (0, 1): 4, 1, 5; of (-1, 3): 10, 25, 5."""
+    book = Codebook(preset(8, "small").prior)
+    book.weight.data = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    latent = torch.tensor([[2.0, -1.0], [0.0, 3.0]]).view(1, 2, 1, 2)
+    indices = book.nearest(latent)
+    assert indices.tolist() == [[[1, 2]]]
+    assert book.lookup(indices)[0, :, 0].T.tolist() == [[3, 0], [0, 1]]
+
+
 def test_tokens_that_skip_the_codebook() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(X8_SMALL.prior)
