@@ -57,7 +57,7 @@ def test_boxes_worked_out_by_hand() -> None:
     assert Box.of((1, -5, 3), (2, 9, 8)).coarser(4) == Box.of((1, -2, 0), (2, 3, 2))
     assert Box.of((3, 0, 0), (1, 4, 5)).shape == ZYX(0, 4, 5)
     assert Box.of((1, 2, 3), (4, 5, 6)).grow(ZYX(1, 2, 3)) == Box.of((0, 0, 0), (5, 7, 9))
-    far, near = Box.of((9, 9, 9), (9, 9, 9)), Box.of((0, 0, 0), (2, 2, 2))
+    far, near = Box.of((-9, 9, 9), (-9, 10, 10)), Box.of((0, 0, 0), (2, 2, 2))
     assert near.contains(far), "an empty box is contained wherever it lies"
     assert near.intersect(Box.of((5, 0, 0), (6, 2, 2))) == Box.of((5, 0, 0), (5, 2, 2))
 
