@@ -249,7 +249,7 @@ def test_a_shift_is_that_of_the_misplaced_section(i: int) -> None:
 
 
 def test_quantiles_are_values_that_are_there() -> None:
-    """Of 1, 2, 3, 4 the median is 2, the upper quartile 3: the place (n - 1) q, rounded down; NaN counts for nothing."""
+    """Of 1, 2, 3, 4 the median is 2, the upper quartile 3: at (n - 1) q, rounded down; NaN counts for nothing."""
     values = np.array([[4, np.nan], [1, np.nan], [np.nan, np.nan], [3, np.nan], [2, np.nan]], np.float32)
     for quantile, wanted in ((0, 1), (0.5, 2), (0.75, 3), (1, 4)):
         found = quality._quantile(values, quantile)
