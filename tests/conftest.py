@@ -26,6 +26,10 @@ GUARD_S = 1200.0
 # A shared machine's pauses are no failures.
 hypothesis.settings.register_profile("emsr", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("emsr")
+# For benchmarks/mutations.py: the same examples every time, and failures as they are found.
+hypothesis.settings.register_profile(
+    "mutations", hypothesis.settings.get_profile("ci"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -41,3 +41,28 @@ def test_tiles_partition_the_box(box: Box, shape: ZYX) -> None:
 def test_slices_are_relative_to_an_origin(box: Box, origin: ZYX) -> None:
     assert tuple(s.stop - s.start for s in box.slices(origin)) == tuple(box.shape)
     assert box.shift(ZYX(0, 0, 0) - origin).slices() == box.slices(origin)
+
+
+@given(boxes, st.integers(1, 16))
+def test_coarser_is_the_smallest_box_that_covers(box: Box, factor: int) -> None:
+    """Rounded outwards at both ends, by less than one coarse voxel; z is kept."""
+    covers = box.coarser(factor).lateral(factor)
+    assert (covers.start.z, covers.stop.z) == (box.start.z, box.stop.z)
+    for axis in ("y", "x"):
+        assert 0 <= getattr(box.start, axis) - getattr(covers.start, axis) < factor
+        assert 0 <= getattr(covers.stop, axis) - getattr(box.stop, axis) < factor
+
+
+def test_boxes_worked_out_by_hand() -> None:
+    assert Box.of((1, -5, 3), (2, 9, 8)).coarser(4) == Box.of((1, -2, 0), (2, 3, 2))
+    assert Box.of((3, 0, 0), (1, 4, 5)).shape == ZYX(0, 4, 5)
+    assert Box.of((1, 2, 3), (4, 5, 6)).grow(ZYX(1, 2, 3)) == Box.of((0, 0, 0), (5, 7, 9))
+    far, near = Box.of((-9, 9, 9), (-9, 10, 10)), Box.of((0, 0, 0), (2, 2, 2))
+    assert near.contains(far), "an empty box is contained wherever it lies"
+    assert near.intersect(Box.of((5, 0, 0), (6, 2, 2))) == Box.of((5, 0, 0), (5, 2, 2))
+
+
+def test_tiles_come_in_z_y_x_order() -> None:
+    starts = [tile.start for tile in grid_parts(Box.of((0, 1, 2), (3, 4, 6)), ZYX(2, 2, 3))]
+    assert starts == sorted(starts)
+    assert starts[1] == ZYX(0, 1, 3), "x runs fastest"

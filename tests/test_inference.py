@@ -198,3 +198,21 @@ def test_carried_rings_change_no_byte_and_save_the_halo() -> None:
     carried = [compute(network, volume, ZYX(0, 0, 0), box, caches) for box in boxes]
     assert all((a == b).all() for a, b in zip(alone, carried, strict=True))
     assert (plain, len(calls)) == (4 * (5 + 7 + 5), 4 * 9)
+
+
+def test_rings_hold_the_last_window_and_no_more() -> None:
+    """A lease of a hundred slabs must not keep every section that it has seen."""
+    volume = texture((9, 32, 32))
+    network = stand_in(Lattice(16, 8, 5, "mirror"))
+    caches: SectionCaches = {}
+    for z in (0, 3, 6):
+        compute(network, volume, ZYX(0, 0, 0), Box.of((z, 0, 0), (z + 3, 32, 32)), caches)
+        last = [min(n, 8) for n in range(z, z + 5)]
+        assert [sorted(ring) for ring in caches.values()] == [sorted(set(last))] * 4
+
+
+def test_the_smallest_halo_is_allowed_and_none_below() -> None:
+    least = models.NETWORKS["bicubic"].min_halo
+    assert describe(NetworkConfig(name="bicubic", scale=8, halo=least)).lattice.halo == least
+    with pytest.raises(NetworkError, match="would show the cell borders"):
+        describe(NetworkConfig(name="bicubic", scale=8, halo=least - 8))

@@ -257,3 +257,167 @@ def test_a_lease_has_no_more_copies_than_there_are_workers(ledger_of: object) ->
     assert leases.next(2e6, Capacity(3, 3)) is slow, "a third one when a third worker has come"
     leases.ended(slow, done(slow.span, 1.0))
     assert not leases.out
+
+
+def test_a_slow_copy_that_nobody_waits_for_frees_its_place(ledger_of: object) -> None:
+    """The first answer closes a lease; the place of its other copy is free again, however often that happens."""
+    capacity = Capacity(2, 4)
+    leases = begun(ledger_of, 1, 40)
+    measured(leases, 0.01, capacity)
+    for n in range(3 * capacity.slots):
+        now = 1000.0 * (n + 1)
+        lease = take(leases, now, capacity)
+        assert take(leases, now + 500, capacity) is lease, "late, so a second worker has it"
+        leases.ended(lease, done(lease.span[:1], 0.01))
+        assert lease.closed
+
+
+def test_suspects_run_one_at_a_time_and_are_not_started_again(ledger_of: object) -> None:
+    """However late it is and however many workers are idle: what runs beside the guilty task may die of it."""
+    capacity = Capacity(2, 4)
+    leases = begun(ledger_of, 3, 1)
+    measured(leases, 1.0, capacity)
+    for lease in [take(leases, 0.0, capacity), take(leases, 0.0, capacity)]:
+        assert leases.died(lease) == ()
+    first = take(leases, 0.0, capacity)
+    assert first.alone
+    assert leases.next(0.0, capacity) is None
+    assert leases.next(1000.0, capacity) is None
+    leases.ended(first, done(first.span, 1.0))
+    second = take(leases, 2000.0, capacity)
+    assert second.alone
+    assert second.span != first.span
+    assert leases.next(3000.0, capacity) is None
+    leases.ended(second, done(second.span, 1.0))
+    assert leases.out == 0
+
+
+def test_the_ramp_begins_with_the_run(ledger_of: object) -> None:
+    """Not with the machine's clock: `began` is any number."""
+    plan = plan_of(1000, 1)
+    capacity = Capacity(1024, 2048)
+    leases = Leases(plan, ledger_of(plan), range(plan.slabs), began=5000.0)  # type: ignore[operator]
+    for _ in range(RAMP_FIRST):
+        take(leases, 5000.0, capacity)
+    assert leases.next(5000.0, capacity) is None
+    assert leases.next(5000.0 + 1.5 / RAMP_PER_S, capacity) is not None
+
+
+def test_a_copy_whose_worker_died_is_made_up_for_by_the_other(ledger_of: object) -> None:
+    capacity = Capacity(2, 4)
+    leases = begun(ledger_of, 2, 1)
+    measured(leases, 1.0, capacity)
+    lease = take(leases, 0.0, capacity)
+    assert take(leases, 1000.0, capacity) is lease
+    assert leases.ended(lease, []) == ()
+    assert not lease.closed
+    assert leases.next(1000.0, capacity) is None
+    assert [r.index for r in leases.ended(lease, done(lease.span, 1.0))] == list(lease.span)
+    assert leases.out == 0
+
+
+def test_a_lease_whose_every_copy_died_is_split(ledger_of: object) -> None:
+    """The first death of two says nothing: the other copy may still answer."""
+    capacity = Capacity(2, 2)
+    leases = begun(ledger_of, 1, 4)
+    measured(leases, 0.01, capacity)
+    lease = take(leases, 0.0, capacity)
+    assert take(leases, 1000.0, capacity) is lease
+    assert leases.died(lease) == ()
+    assert not lease.closed
+    assert leases.died(lease) == ()
+    assert lease.closed
+    assert [take(leases, 1000.0, capacity).span for _ in range(3)] == [range(i, i + 1) for i in (1, 2, 3)]
+
+
+def test_the_measured_mean_follows_slowly(ledger_of: object) -> None:
+    """One slow answer of 3 s beside 1 s counts three tenths: 1.6 s a task, 3 tasks in 5 s."""
+    capacity = Capacity(1, 1)
+    leases = begun(ledger_of, 400, 3)
+    measured(leases, 1.0, capacity)
+    second = take(leases, 0.0, capacity)
+    assert second.span == range(1, 3)
+    leases.ended(second, done(second.span, 3.0))
+    assert len(take(leases, 0.0, capacity).span) == 3
+
+
+def test_half_finished_leases_come_back_whole_and_in_order(ledger_of: object) -> None:
+    """A rest that is longer than a lease may be now is cut, and its end comes next."""
+    capacity = Capacity(1, 1)
+    leases = begun(ledger_of, 100, 60)
+    measured(leases, 0.1, capacity)
+    first, second = take(leases, 0.0, capacity), take(leases, 0.0, capacity)
+    assert (first.span, second.span) == (range(1, 51), range(51, 60))
+    leases.ended(first, done(first.span[:1], 2.0))
+    leases.ended(second, done(second.span[:1], 2.0))
+    spans = []
+    while not spans or spans[-1].stop < 60:
+        lease = take(leases, 0.0, capacity)
+        spans.append(lease.span)
+        leases.ended(lease, done(lease.span, 1.0))
+    assert [i for span in spans for i in span] == [*range(2, 51), *range(52, 60)]
+
+
+def test_tasks_that_came_back_count_as_left(ledger_of: object) -> None:
+    """Near the end a lease is a quarter of what is left here: of 20 tasks 5; 4 come back, and 19 are left."""
+    capacity = Capacity(1, 1)
+    leases = begun(ledger_of, 1, 21)
+    measured(leases, 1.0, capacity)
+    lease = take(leases, 0.0, capacity)
+    assert lease.span == range(1, 6)
+    leases.ended(lease, done(lease.span[:1], 1.0))
+    assert take(leases, 0.0, capacity).span == range(2, 6), "19 // 4"
+    assert take(leases, 0.0, capacity).span == range(6, 9), "15 // 4"
+
+
+def test_tasks_whose_worker_died_count_as_left(ledger_of: object) -> None:
+    capacity = Capacity(1, 1)
+    leases = begun(ledger_of, 1, 21)
+    measured(leases, 1.0, capacity)
+    lease = take(leases, 0.0, capacity)
+    assert lease.span == range(1, 6)
+    leases.died(lease)
+    for index in range(1, 6):
+        single = take(leases, 0.0, capacity)
+        assert single.span == range(index, index + 1)
+        leases.ended(single, done(single.span, 1.0))
+    assert take(leases, 0.0, capacity).span == range(6, 9), "15 // 4"
+
+
+def test_when_a_late_lease_is_looked_for_again(ledger_of: object) -> None:
+    """Once a second at most, for that looks at every lease that is out."""
+    capacity = Capacity(2, 2)
+    leases = begun(ledger_of, 2, 1)
+    measured(leases, 1.0, capacity)
+    stuck = take(leases, 0.0, capacity)
+    assert leases.next(8.9, capacity) is None
+    assert leases.next(9.1, capacity) is None, "late by now, and looked at a moment ago"
+    assert leases.next(9.95, capacity) is stuck
+
+
+def test_a_lease_that_gives_back_what_it_has_no_time_for_is_not_waited_for_longer(ledger_of: object) -> None:
+    """6 tasks behind 7 others, 2 s each, are two leases of 5 s at most: late after 3 times (10 + 2) s, not (26 + 2)."""
+    capacity = Capacity(2, 2)
+    leases = begun(ledger_of, 1, 60)
+    measured(leases, 0.1, capacity)
+    first, stuck = take(leases, 0.0, capacity), take(leases, 0.0, capacity)
+    assert (len(first.span), len(stuck.span), stuck.tasks_ahead) == (7, 6, 7)
+    leases.ended(first, done(first.span, 2.0))
+    while leases.out == 1:
+        if (lease := leases.next(35.0, capacity)) is None:
+            break
+        leases.ended(lease, done(lease.span, 2.0))
+    assert leases.out == 1
+    assert leases.next(37.0, capacity) is stuck
+
+
+def test_slow_tasks_say_what_is_late(ledger_of: object) -> None:
+    """The ninth of ten: of eleven tasks two took 4 s, so a single one is late after 3 times (4 + 4) s, not (1 + 1)."""
+    capacity = Capacity(2, 2)
+    leases = begun(ledger_of, 12, 1)
+    stuck = take(leases, 0.0, capacity)
+    for i in range(11):
+        lease = take(leases, 0.0, capacity)
+        leases.ended(lease, done(lease.span, 4.0 if i in (3, 7) else 1.0))
+    assert leases.next(23.0, capacity) is None
+    assert leases.next(25.0, capacity) is stuck

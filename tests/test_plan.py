@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from pipeline.config.volume import TargetConfig
 from pipeline.plan import price
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
+from pipeline.plan.target_spec import LevelSpec
 from pipeline.prepare import layout
 
 
@@ -163,3 +166,157 @@ def test_ten_million_slabs_plan_in_two_seconds_and_200_mb(tmp_path: object) -> N
     assert slabs == 10_000_000
     assert seconds < 2.0
     assert megabytes < 200
+
+
+def by_hand(**changes: Any) -> Plan:
+    """A volume of 20 x 100 x 120 with its region at (4, 40, 48) .. (12, 72, 96): 2 x 2 x 3 slabs of 4 x 16 x 16, x8."""
+    shapes = [((8, 256, 384), (4, 128, 128)), ((8, 128, 192), (4, 64, 64)), ((8, 64, 96), (4, 64, 64))]
+    levels = tuple(LevelSpec(ZYX.of(shape), ZYX(4, 32, 32), ZYX.of(shard)) for shape, shard in shapes)
+    bounds, region = Box.of((0, 0, 0), (20, 100, 120)), Box.of((4, 40, 48), (12, 72, 96))
+    piece = LevelSpec(region.shape, ZYX(4, 16, 16), ZYX(4, 16, 16))
+    plan = Plan(bounds, region, ZYX(4, 16, 16), 8, Lattice(16, 8, 5, "mirror"), levels, piece)
+    return replace(plan, **changes)
+
+
+def test_boxes_worked_out_by_hand() -> None:
+    """Cells of 16 from voxel 0 of the volume, halo 8, two sections on either side; no region cuts what is read."""
+    plan = by_hand()
+    assert plan.lattice.tile == 32
+    assert plan.lattice.with_halo(Box.of((4, 40, 48), (8, 56, 64))) == Box.of((2, 24, 40), (10, 72, 72))
+    assert (plan.grid, plan.slabs, plan.levels_by_slabs) == (ZYX(2, 2, 3), 12, 2)
+    first, last = plan.slab(0), plan.slab(11)
+    assert first.read == Box.of((2, 24, 40), (10, 72, 72))
+    assert first.write == Box.of((0, 0, 0), (4, 128, 128))
+    assert last.lr == Box.of((8, 56, 80), (12, 72, 96))
+    assert last.read == Box.of((6, 40, 72), (14, 88, 104))
+    assert plan.slab(3).lr.start == ZYX(8, 40, 64), "z runs fastest, then x"
+    assert [plan.column_end(i) for i in (0, 1, 2, 11, 12)] == [2, 2, 4, 12, plan.tasks]
+    assert plan.tasks == 14
+    assert plan.pyramid_block(13).write == Box.of((4, 0, 0), (8, 64, 96))
+    assert plan.box(13) == Box.of((4, 0, 0), (8, 256, 384))
+    assert plan.box(11) == last.write
+
+
+def test_which_levels_a_slab_writes_itself() -> None:
+    """Those of which it owns whole shards. z is not halved. A slab that reaches over the region owns all of it."""
+    assert by_hand().levels_by_slabs == 2
+    assert by_hand(lossy=True).levels_by_slabs == 1, "other levels of a lossy target are averaged from what was stored"
+    whole = by_hand(slab_shape=ZYX(9, 36, 49))
+    assert (whole.slabs, whole.levels_by_slabs) == (1, 3)
+    assert by_hand(slab_shape=ZYX(2, 16, 16)).levels_by_slabs == 0
+
+
+def test_sections_that_are_left_empty() -> None:
+    plan = by_hand(bad_sections=(3, 4, 7, 8, 11), leave_empty=True)
+    assert plan.sections_left_empty(plan.slab(0)) == [0, 3]
+    assert plan.sections_left_empty(plan.slab(1)) == [0, 3]
+    assert by_hand(bad_sections=(4,)).sections_left_empty(plan.slab(0)) == []
+
+
+def test_the_only_good_section_stands_in_for_all() -> None:
+    plan = by_hand(bad_sections=tuple(range(1, 20)))
+    assert {plan.section(z) for z in range(-2, 22)} == {0}
+    assert by_hand(bad_sections=(12,)).section(12) == 11, "of two as near, the lower"
+    with pytest.raises(ValueError, match="every section"):
+        by_hand(bad_sections=tuple(range(20))).section(5)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 64, 513, 515])
+def test_strips_are_whole_rows_of_chunks_and_of_pairs(rows: int) -> None:
+    """They partition what is read, and their averages what is written: none ends between the two rows of a mean."""
+    finer = LevelSpec(ZYX(3, 2061, 70), ZYX(1, rows, 64), ZYX(2, rows, 64))
+    coarser = LevelSpec(ZYX(3, 1031, 35), ZYX(1, 64, 64), ZYX(2, 2048, 64))
+    plan = by_hand(levels=(finer, coarser), slab_shape=ZYX(8, 32, 48), lossy=True)
+    assert plan.second_pass == range(1, 2)
+    for i in range(plan.slabs, plan.tasks):
+        block = plan.pyramid_block(i)
+        strips = plan.strips(block)
+        assert sum(strip.size for strip in strips) == block.read.size
+        assert sum(strip.coarser(2).size for strip in strips) == block.write.size
+        for strip in strips:
+            assert block.read.contains(strip)
+            assert strip.start.y % rows == strip.start.y % 2 == 0
+
+
+def test_a_block_reads_inside_the_level_before() -> None:
+    finer = LevelSpec(ZYX(3, 61, 70), ZYX(1, 16, 16), ZYX(2, 16, 16))
+    plan = by_hand(levels=(finer, LevelSpec(ZYX(3, 31, 35), ZYX(1, 16, 16), ZYX(2, 16, 16))), lossy=True)
+    plan = replace(plan, slab_shape=plan.region.shape)
+    last = plan.pyramid_block(plan.tasks - 1)
+    assert (last.write.stop, last.read.stop) == (ZYX(3, 31, 35), ZYX(3, 61, 70))
+
+
+def shapes_of(region: tuple[int, int, int], slab: ZYX | None = None, **keys: Any) -> layout.Layout:
+    return layout.choose(ZYX.of(region), 8, TargetConfig(url="x", **keys), slab)
+
+
+def test_shapes_worked_out_by_hand() -> None:
+    """Defaults: chunks of 8 x 256 x 256, no thicker than the volume; shards that cover it, of whole chunks."""
+    small = shapes_of((3, 70, 40))
+    assert small.levels[0] == LevelSpec(ZYX(3, 560, 320), ZYX(3, 256, 256), ZYX(3, 768, 512))
+    assert small.levels[1].shape == ZYX(3, 280, 160)
+    assert small.slab_shape == ZYX(3, 96, 64)
+    odd = shapes_of((3, 9, 9), chunk_shape=[3, 8, 8], mips=5)
+    assert [level.shape.y for level in odd.levels] == [72, 36, 18, 9, 5]
+    own = shapes_of((16, 400, 400), ZYX(8, 80, 160))
+    assert own.levels[0].shard == ZYX(8, 640, 1280), "the largest shard that a given slab is made of"
+    assert own.levels[0].chunk == ZYX(8, 160, 256), "and of that the largest divisor up to the default chunk"
+    wide = shapes_of((8, 64, 128), chunk_shape=[2, 64, 64], shard_shape=[2, 128, 256])
+    assert wide.fidelity == LevelSpec(ZYX(8, 64, 128), ZYX(2, 16, 32), ZYX(2, 16, 32))
+    assert [level.shard for level in wide.levels] == [
+        ZYX(2, 128, 256),
+        ZYX(2, 64, 128),
+        ZYX(2, 128, 256),
+        ZYX(2, 64, 128),
+    ], "halved while whole chunks remain, then what fits the level"
+
+
+def test_how_many_levels_there_are() -> None:
+    """`auto` stops where a section is two chunks across; the last level there can be is one voxel."""
+    assert [len(shapes_of((8, side, side)).levels) for side in (63, 64, 65, 128, 129)] == [1, 1, 2, 2, 3]
+    assert shapes_of((1, 1, 1), mips=4).levels[-1].shape == ZYX(1, 1, 1)
+    with pytest.raises(TargetError, match="below one voxel"):
+        shapes_of((1, 1, 1), mips=5)
+
+
+def test_sharded_precomputed_takes_the_largest_shard_that_fits() -> None:
+    found = shapes_of((8, 64, 64), format="precomputed", chunk_shape=[2, 64, 64], shard_shape=[4, 256, 256], mips=2)
+    assert found.levels[1].shard == ZYX(4, 128, 128)
+
+
+def test_a_slab_that_holds_no_whole_shards_is_refused() -> None:
+    """12 LR rows are 96 SR rows: no multiple of the shard's 64, though 96 is one of 32."""
+    with pytest.raises(TargetError, match="y = 12 gives 96 SR voxels per slab, but the shard's y is 64"):
+        shapes_of((4, 48, 48), ZYX(4, 12, 8), chunk_shape=[4, 32, 32], shard_shape=[4, 64, 64])
+    assert shapes_of((4, 48, 48), ZYX(4, 24, 8), chunk_shape=[4, 32, 32], shard_shape=[4, 64, 64])
+
+
+def test_memory_worked_out_by_hand() -> None:
+    """One slab of 2^20 SR voxels from 2^14 LR ones, stored at half their size."""
+    box = Box.of((0, 0, 0), (4, 64, 64))
+    level = LevelSpec(ZYX(4, 512, 512), ZYX(4, 256, 256), ZYX(4, 512, 512))
+    plan = Plan(box, box, ZYX(4, 64, 64), 8, Lattice(64, 0, 1, "edge"), (level,), None)
+    sr, lr, stored = 1 << 20, 1 << 14, 1 << 19
+    computing, encoding, putting = lr + sr, lr + sr + 3 * stored, 2 * stored
+    fixed = 7 + price.WARM_BYTES + box.size
+    found = [price.memory_bytes(plan, n, 7, 0.5, price.Footprint()) - fixed for n in (1, 2, 3, 5)]
+    assert found == [encoding, encoding + computing, encoding + computing + putting, encoding + 3 * computing + putting]
+    flat, half = ZYX(4, 64, 256), ZYX(4, 256, 256)
+    thin = replace(
+        plan, slab_shape=ZYX(4, 8, 64), levels=(LevelSpec(level.shape, flat, flat), LevelSpec(half, half, half))
+    )
+    assert thin.pyramid_block(8).read.size == sr
+    assert price.memory_bytes(thin, 3, 7, 0.5, price.Footprint()) - fixed == 3 * 2 * sr, (
+        "a task of the second pass reads the whole level"
+    )
+
+
+def test_what_is_stored_worked_out_by_hand() -> None:
+    plan = by_hand()
+    sr = 8 * 256 * 384
+    everything = sr + sr // 4 + sr // 16 + sr // 64
+    assert price.output_voxels(plan) == everything
+    assert price.output_voxels(by_hand(fidelity=None)) == sr + sr // 4 + sr // 16
+    assert price.stored_share(plan, everything // 2, sr) == 0.5
+    assert price.stored_share(plan, everything // 8, sr // 2) == 0.25
+    assert price.stored_share(plan, 0, 0) == 1.0

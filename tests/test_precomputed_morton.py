@@ -156,3 +156,11 @@ def test_a_chunk_of_zeros_is_stored_and_a_chunk_that_is_not_is_found(tmp_path: P
     everything = [tile.start // level.chunk for tile in grid_parts(Box(ZYX(0, 0, 0), level.shape), level.chunk)]
     missing = files.lacks(tmp_path.as_uri(), everything)
     assert missing == [position for position in everything if position.x >= 2]
+
+
+def test_the_nearest_shape_is_nearest_in_ratio() -> None:
+    """Between 16 and 32 chunks the middle is 16 times the root of 2, 22.6."""
+    grid = ZYX(1, 16, 16)
+    assert [nearest_shape(grid, shape) for shape in shard_shapes(grid)] == list(shard_shapes(grid))
+    assert nearest_shape(ZYX(64, 1, 1), ZYX(22, 1, 1)) == ZYX(16, 1, 1)
+    assert nearest_shape(ZYX(64, 1, 1), ZYX(23, 1, 1)) == ZYX(32, 1, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 from conftest import main_job, texture, volume_yaml, write_lr
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -18,10 +19,12 @@ from werkzeug.serving import make_server
 
 from pipeline import status
 from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
-from pipeline.plan.requests import RequestRates
+from pipeline.plan.requests import RequestCounts, RequestRates
+from pipeline.plan.target_spec import LevelSpec, TargetSpec
 from pipeline.storage import requests
 from pipeline.storage.kv import Store
 from pipeline.storage.requests import Pace
+from pipeline.storage.targets.open import open_target
 
 
 def test_a_share_is_the_bound_over_the_workers() -> None:
@@ -148,3 +151,49 @@ def test_a_store_that_refuses_a_third_of_all_requests(
     assert status.main([str(path)]) == 0
     assert f"{told['requests']['refused']} were answered 429 or 503" in capsys.readouterr().out
     assert told["work"]["requests_per_second"] == {"read": None, "write": 1000}
+
+
+def test_a_pace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 a second: 50 at once after a rest, however long it was, then one each 20 ms."""
+    clock = Clock(moves=True)
+    monkeypatch.setattr(requests, "time", clock)
+    pace = Pace()
+    pace.per_second = 50
+    for rest in (0, 3600):
+        clock.now += rest
+        began = clock.now
+        pace.take(50)
+        assert clock.now == began
+        pace.take(10)
+        assert clock.now - began == pytest.approx(0.2)
+        pace.take(100)
+        assert clock.now - began == pytest.approx(2.2)
+
+
+def test_every_put_and_every_chunk_read_is_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paid: dict[str, list[int]] = {"WRITES": [], "READS": []}
+    for name, counts in paid.items():
+        monkeypatch.setattr(getattr(requests, name), "take", counts.append)
+    level = LevelSpec(ZYX(4, 64, 64), ZYX(2, 16, 16), ZYX(4, 32, 32))
+    spec = TargetSpec(tmp_path.as_uri(), "ome-zarr", "raw", 8, (1, 1, 1), (0, 0, 0), (level,), None, {})
+    target = open_target(spec)
+    target.create()
+    paid["WRITES"].clear()
+    box = Box(ZYX(0, 0, 0), level.shape)
+    target.put(target.encode(0, box, np.ones(tuple(box.shape), np.uint8)))
+    assert paid["WRITES"] == [4]
+    target.read(0, Box.of((0, 0, 8), (3, 16, 24)))
+    assert paid["READS"] == [2 * 1 * 2]
+
+
+def test_failed_requests_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each lease tells what happened since the last one that ended in its process."""
+    refused = iter([5, 5, 12])
+    monkeypatch.setattr(requests, "_refused", lambda: next(refused))
+    counter = requests._Counter()
+    counter.retry()
+    counter.retry()
+    assert counter.take() == RequestCounts(5, 2)
+    assert counter.take() == RequestCounts(0, 0)
+    counter.retry()
+    assert counter.take() == RequestCounts(7, 1)

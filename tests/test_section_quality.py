@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from section_damage import DAMAGES
 
 from models.degrade import degrade
+from pipeline.sections import quality
 from pipeline.sections.quality import (
     AROUND,
     LAGS,
@@ -209,3 +211,55 @@ def test_what_is_usual_is_taken_from_the_sections_around() -> None:
     assert verdicts(fading) == {}
     volume[9] = 128 + (volume[9] - 128) * 0.33
     assert verdicts(volume)[9].startswith("low contrast")
+
+
+def measured(contrast: list[float], **changes: np.ndarray) -> Measured:
+    """Sections of these contrasts that all resemble each other, in one box of one block."""
+    n = len(contrast)
+    values = {"black": np.zeros(n), "white": np.zeros(n), "alike": np.full((n, LAGS, 1), 0.9)}
+    values |= {"contrast": np.array(contrast), "moved": np.zeros((n, LAGS, 1, 2))}
+    return Measured(**{name: value.astype(np.float32) for name, value in (values | changes).items()})
+
+
+@pytest.mark.parametrize(("run", "bad"), [(5, range(10, 15)), (6, ())])
+def test_a_long_run_that_shows_nothing_is_an_empty_part(run: int, bad: Collection[int]) -> None:
+    """Up to EMPTY sections are lost ones."""
+    found = judge(measured([20.0] * 10 + [0.0] * run + [20.0] * 20))
+    assert found == dict.fromkeys(bad, "constant")
+
+
+def test_little_contrast_is_judged_by_what_is_usual() -> None:
+    """0.9 grey levels beside 2 are faint, as all is there; beside 20 they are nothing."""
+    assert judge(measured([2.0] * 15 + [0.9] + [2.0] * 15)) == {}
+    assert judge(measured([20.0] * 15 + [0.9] + [20.0] * 15)) == {15: "constant"}
+    assert judge(measured([20.0] * 15 + [7.9] + [20.0] * 15)) == {15: "low contrast (40% of what is usual around it)"}
+    assert judge(measured([20.0] * 15 + [8.1] + [20.0] * 15)) == {}
+
+
+def test_black_and_white_are_the_ends_of_the_grey_levels() -> None:
+    """Shares of what could be read: of two boxes, the second of which could not."""
+    voxels = np.full((1, 2, 8, 8), 100, np.float32)
+    voxels[0, 0, :2], voxels[0, 0, 2] = 0, 255
+    voxels[0, 1] = np.nan
+    found = measure(voxels)
+    assert (found.black.tolist(), found.white.tolist()) == ([2 / 8], [1 / 8])
+
+
+@pytest.mark.parametrize("i", [0, 6, 11])
+def test_a_shift_is_that_of_the_misplaced_section(i: int) -> None:
+    """Whether it is compared with the sections before it or, the first one, with those after it."""
+    moved = np.zeros((12, LAGS, 1, 2))
+    moved[i] = (8, -3)
+    for lag in range(1, LAGS + 1):
+        if i + lag < 12:
+            moved[i + lag, lag - 1] = (-8, 3)
+    assert judge(measured([20.0] * 12, moved=moved), step=2) == {i: "shifted by (16, -6) LR voxels (y, x)"}
+
+
+def test_quantiles_are_values_that_are_there() -> None:
+    """Of 1, 2, 3, 4 the median is 2, the upper quartile 3: at (n - 1) q, rounded down; NaN counts for nothing."""
+    values = np.array([[4, np.nan], [1, np.nan], [np.nan, np.nan], [3, np.nan], [2, np.nan]], np.float32)
+    for quantile, wanted in ((0, 1), (0.5, 2), (0.75, 3), (1, 4)):
+        found = quality._quantile(values, quantile)
+        assert found[0] == wanted
+        assert np.isnan(found[1])

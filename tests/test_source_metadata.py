@@ -299,3 +299,44 @@ class TestMasks:
             open_mask(MaskConfig(url=str(volume.path), mip=3), LIKE)
         with pytest.raises(SourceError, match=r"nothing is at source\.mask\.url"):
             open_mask(MaskConfig(url=str(tmp_path / "absent")), LIKE)
+
+
+class TestVoxelOffset:
+    """Of precomputed volumes: where voxel 0 of the data lies on the volume's grid, x first."""
+
+    def test_absent_means_zero(self, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+        edit(volume.path / "info", lambda v: v["scales"][0].pop("voxel_offset") and v)
+        info = opened(volume).info
+        assert info.bounds == Box.of((0, 0, 0), SHAPE)
+        assert info.corner_nm == (0, 0, 0)
+
+    def test_before_the_origin(self, tmp_path: Path) -> None:
+        """Chunks are named by negative voxels there, and found."""
+        volume = written.precomputed(tmp_path / "v")
+        source = opened(volume)
+        assert source.info.bounds == Box.at(ZYX.of(written.OFFSET), ZYX.of(SHAPE))
+        assert source.info.bounds.start.y < 0
+        np.testing.assert_array_equal(source.read(source.info.bounds), volume.voxels)
+
+    @pytest.mark.parametrize("offset", [[0, 0], [0, 0, 0.5], [0, 0, 2**62], ["0", 0, 0], 0, [True, 0, 0]])
+    def test_what_is_no_offset(self, offset: object, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+        edit(volume.path / "info", lambda v: at(v["scales"][0], voxel_offset=offset))
+        assert "voxel_offset" in refusal(volume)
+
+
+def test_a_groups_transformations_come_after_a_levels_own(tmp_path: Path) -> None:
+    """A level's translation is scaled by the group's scale: NGFF 0.4, `applied after`."""
+    volume = written.ome(tmp_path / "v", "0.4")
+    own = [{"type": "scale", "scale": [40, 8, 4]}, {"type": "translation", "translation": [0, 0, 10]}]
+    after = [{"type": "scale", "scale": [1, 1, 3]}]
+
+    def change(v: Any) -> None:
+        at(v["multiscales"][0], coordinateTransformations=after)
+        at(v["multiscales"][0]["datasets"][0], coordinateTransformations=own)
+
+    edit(volume.path / ".zattrs", change)
+    info = opened(volume).info
+    assert info.voxel_size_nm == (40, 8, 12)
+    assert info.corner_nm == (-20, -4, 3 * 10 - 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from ome_zarr_models.v05.image import Image
 
-from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, UserError
+from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage.precomputed_morton import shard_shapes
@@ -405,3 +406,61 @@ def test_the_same_objects_on_s3(tmp_path: Path, s3: Any, form: str, encoding: st
     assert not is_empty("s3://bucket/odd")
     with pytest.raises(UserError):
         open_target(small("s3://no-such-bucket/volume")).create()
+
+
+def crc32c(data: bytes) -> int:
+    """Castagnoli's polynomial, reflected, bit by bit: RFC 3720, appendix B.4, whose example is checked below."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def test_the_index_of_a_zarr_shard_is_checked(tmp_path: Path) -> None:
+    """At the shard's end: offset and length of each chunk, and the crc32c of these. Every reader tells damage to it."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    target = open_target(small(tmp_path.as_uri()))
+    target.create()
+    fill(target, 0)
+    box = Box.of((0, 32, 32), (8, 64, 64))
+    path = tmp_path / target.keys(0, box)[0]
+    shard, chunk, chunks = path.read_bytes(), 4 * 16 * 16, 8
+    index, check = shard[-16 * chunks - 4 : -4], shard[-4:]
+    assert len(shard) == chunks * chunk + len(index) + 4
+    entries = np.frombuffer(index, "<u8").reshape(-1, 2)
+    assert sorted(entries[:, 0].tolist()) == [i * chunk for i in range(chunks)]
+    assert (entries[:, 1] == chunk).all()
+    assert int.from_bytes(check, "little") == crc32c(index)
+    swapped = index[16:32] + index[:16] + index[32:]
+    path.write_bytes(shard[: -16 * chunks - 4] + swapped + check)
+    with pytest.raises(DamagedChunkError, match="Digest mismatch"):
+        target.read(0, box)
+    with pytest.raises(ValueError, match="checksum"):
+        second_reader(tmp_path, "ome-zarr", 0)
+
+
+def test_voxel_offsets_do_not_fall_below_their_half_by_the_last_bit() -> None:
+    """Three halves of 0.55 nm are 0.825 nm, and in floating point 0.825 / 0.55 is less than 1.5: rounded up too."""
+    assert 0.825 / 0.55 < 1.5
+    assert voxel_offset((0.825, 0.825, -0.825), (0.55, 0.55, 0.55), 0) == ZYX(2, 2, -1)
+
+
+def test_an_array_of_another_shape_is_not_read(tmp_path: Path) -> None:
+    """Somebody has put another volume in the target's place: its voxels are not taken for this one's."""
+    other = level((11, 104, 64), (4, 16, 16), (8, 32, 32))
+    open_target(small(tmp_path.as_uri(), levels=(other,))).create()
+    with pytest.raises(TargetError, match=r"holds an array of \(11, 104, 64\)"):
+        open_target(small(tmp_path.as_uri())).read(0, Box.of((0, 0, 0), (8, 32, 32)))
+
+
+def test_a_target_out_of_reach_is_a_passing_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again, and not taken for a target that was never created."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        with pytest.raises(TransientError):
+            open_target(small("s3://brain/sr")).read(0, Box.of((0, 0, 0), (8, 32, 32)))

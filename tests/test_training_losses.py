@@ -425,6 +425,16 @@ def test_how_residual_blocks_and_deformable_convolutions_start() -> None:
         assert torch.allclose(conv(x, torch.randn(1, 64, 6, 7)), wanted, atol=1e-5)
 
 
+def test_the_nearest_code_by_hand() -> None:
+    """Squared distances of (2, 0) to (0, 0), (3, 0), (0, 1): 4, 1, 5; of (-1, 3): 10, 25, 5."""
+    book = Codebook(preset(8, "small").prior)
+    book.weight.data = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    latent = torch.tensor([[2.0, -1.0], [0.0, 3.0]]).view(1, 2, 1, 2)
+    indices = book.nearest(latent)
+    assert indices.tolist() == [[[1, 2]]]
+    assert book.lookup(indices)[0, :, 0].T.tolist() == [[3, 0], [0, 1]]
+
+
 def test_tokens_that_skip_the_codebook() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(X8_SMALL.prior)
@@ -506,3 +516,30 @@ def test_squares_take_the_place_of_l1() -> None:
 def test_the_average_forgets_the_random_start() -> None:
     recipe = Recipe(steps=10_000, batch=1, average=0.998)
     assert [decay(step, recipe) for step in (0, 8, 9999)] == [0.1, 0.5, 0.998]
+
+
+@pytest.mark.parametrize(("letter", "layers"), [("D", 16), ("E", 18)])
+def test_features_are_those_of_torchvision(letter: str, layers: int) -> None:
+    """VGG16 to relu3_3, VGG19 to relu3_4: torchvision's own layers on the image normalised as torchvision says."""
+    torch.manual_seed(0)
+    theirs = vgg.make_layers(vgg.cfgs[letter])[:layers]
+    state = {f"features.{name}": value for name, value in theirs.state_dict().items()}
+    image = torch.rand(2, 1, 16, 24)
+    normalised = normalize(image.repeat(1, 3, 1, 1), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.no_grad():
+        found = losses.Features(state)(image)
+        assert found.shape == (2, 256, 4, 6)
+        assert torch.allclose(found, theirs(normalised), atol=1e-6)
+
+
+def test_an_encoder_is_its_parts_in_order() -> None:
+    """Z_e of eq. 1: a convolution with ReLU, the halvings, attention, three blocks, and one vector per position."""
+    torch.manual_seed(0)
+    encoder = VQGAN(X8_SMALL.prior).encoder
+    section = torch.rand(1, 1, 32, 48)
+    with torch.no_grad():
+        first = nn.functional.relu(nn.functional.conv2d(section, encoder.input.weight, encoder.input.bias, padding=1))
+        x = encoder.body(first)
+        assert x.shape[2:] == (2, 3)
+        assert torch.allclose(encoder(section), encoder.project(encoder.head(x)), atol=1e-5)
+        assert encoder(section).shape == (1, X8_SMALL.prior.code_width, 2, 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,3 +90,19 @@ def test_waiting_for_a_lock_is_the_holders_stall(hang: Callable[[], None]) -> No
             hang()
 
     assert "in holds" in watchdog.run_watched(holds, 0.3)
+
+
+def test_garbage_is_collected_again_after_a_stall_was_told(hang: Callable[[], None]) -> None:
+    assert gc.isenabled()
+    assert watchdog.run_watched(hang, 0.2)
+    assert gc.isenabled()
+
+
+def test_a_process_that_is_left_ends_whatever_its_threads_do() -> None:
+    """With an exit code of its own, though other threads have not ended."""
+    code = (
+        "import threading, time; from pipeline.process import watchdog; watchdog.EXIT_S = 0.1; watchdog.exit_soon(); "
+    )
+    code += "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=50)
+    assert done.returncode == watchdog.STALLED

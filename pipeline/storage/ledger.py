@@ -244,7 +244,9 @@ class Ledger:
         return _MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
     def _load_snapshot(self, value: bytes | None) -> bool:
-        if value is None or value[:8] != _MAGIC or zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
+        if value is None or value[:8] != _MAGIC or len(value) < 12:
+            return False
+        if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
             return False
         body = zlib.decompress(value[12:])
         tasks, self.bytes_written = struct.unpack("<QQ", body[:16])

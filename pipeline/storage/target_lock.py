@@ -61,8 +61,16 @@ class TargetLock:
         if self._thread is not None:
             self._thread.join(timeout=RENEW_S)
         with suppress(EmsrError):  # the lock of a process that is gone counts for nothing anyway
-            if not self.lost.is_set() and self._is_ours():
-                self._store.put(KEY, self._body(released=True))
+            if not self.lost.is_set():
+                self._rewrite(released=True)
+
+    def _rewrite(self, released: bool = False) -> bool:
+        """Write the lock anew. Returns False, and writes nothing, where another run has taken it."""
+        value, generation = self._store.get_with_generation(KEY)
+        found = _parse(value)
+        if found is None or found["run"] != self.run_id:
+            return False
+        return self._store.put_if(KEY, self._body(released), generation) or self._is_ours()
 
     def _is_ours(self) -> bool:
         found = _parse(self._store.get(KEY))
@@ -83,10 +91,9 @@ class TargetLock:
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
-                if not self._is_ours():
+                if not self._rewrite():
                     self.lost.set()
                     return
-                self._store.put(KEY, self._body())
             except EmsrError:
                 continue  # a passing fault: the next renewal comes before the lock expires
 

@@ -1,0 +1,383 @@
+"""The changes that mutations.py makes: by file and by the tests that should fail, the texts before and after."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`tests` are arguments of pytest. `old` stands in `file` exactly once."""
+
+    file: str
+    tests: str
+    old: str
+    new: str
+
+
+GEOMETRY = "tests/test_geometry.py -k 'not partition'"
+TILES = "tests/test_geometry.py -k tiles"
+PLAN = "tests/test_plan.py -k 'not ten_million'"
+LEASES = "tests/test_leases.py"
+LEDGER = "tests/test_ledger.py"
+KV = "tests/test_kv.py"
+TARGETS = "tests/test_targets.py"
+SHARDING = "tests/test_precomputed_sharding.py"
+SOURCES = "tests/test_source_metadata.py tests/test_sources.py -k 'Voxel or after_a or TestLevels'"
+WORKER = "tests/test_worker.py tests/test_bad_sections.py -k 'worker or empty_output'"
+INFERENCE = "tests/test_inference.py"
+PRICE = "tests/test_plan.py -k 'by_hand or input_voxels'"
+REQUESTS = "tests/test_requests.py -k 'not third'"
+WATCHDOG = "tests/test_watchdog.py"
+QUALITY = "tests/test_section_quality.py -k 'not undamaged and not destroyed'"
+LOSSES = "tests/test_training_losses.py"
+GOLDEN = "tests/test_golden.py -k 'vectors and x8'"
+"""Reads EMSR_SHARED."""
+BANDS = "tests/test_bands.py"
+
+_BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("pipeline/base/geometry.py", GEOMETRY): [
+        ("return (self.stop - self.start).maximum(0)", "return self.stop - self.start"),
+        (
+            "return Box(start, self.stop.minimum(other.stop).maximum(start))",
+            "return Box(start, self.stop.minimum(other.stop))",
+        ),
+        ("return other.empty or self.intersect(other) == other", "return self.intersect(other) == other"),
+        (
+            "return ZYX(self.z, self.y * factor, self.x * factor)",
+            "return ZYX(self.z * factor, self.y * factor, self.x * factor)",
+        ),
+        ("return Box(self.start // f, self.stop.ceil_div(f))", "return Box(self.start // f, self.stop // f)"),
+        (
+            "        return Box(self.start // f, self.stop.ceil_div(f))",
+            "        return Box(self.start.ceil_div(f), self.stop.ceil_div(f))",
+        ),
+        ("slice(self.start.y - o.y, self.stop.y - o.y)", "slice(self.start.y - o.x, self.stop.y - o.x)"),
+    ],
+    ("pipeline/base/geometry.py", TILES): [
+        ("return self._each(other, lambda a, b: -(-a // b))", "return self._each(other, lambda a, b: a // b + 1)"),
+        (
+            "        for y in range(first.y, last.y):\n            for x in range(first.x, last.x):",
+            "        for x in range(first.x, last.x):\n            for y in range(first.y, last.y):",
+        ),
+    ],
+    ("pipeline/base/geometry.py", REQUESTS): [
+        ("(box.stop.ceil_div(shape) - box.start // shape).product", "(box.stop - box.start).ceil_div(shape).product"),
+    ],
+    ("pipeline/plan/plan.py", PLAN): [
+        ("return self.cell + 2 * self.halo", "return self.cell + self.halo"),
+        (
+            "(box.start // cells) * cells, box.stop.ceil_div(cells) * cells",
+            "(box.start // cells) * cells, box.stop // cells * cells",
+        ),
+        ("grow(ZYX(self.z_halo, self.halo, self.halo))", "grow(ZYX(0, self.halo, self.halo))"),
+        ('step = 1 if axis == "z" else 2**k', "step = 2**k"),
+        ("if size < total and (size % step", "if (size % step"),
+        ("enumerate(self.levels[:1] if self.lossy else self.levels)", "enumerate(self.levels)"),
+        ("iy, ix = divmod(column, grid.x)", "iy, ix = divmod(column, grid.y)"),
+        ("self.lattice.with_halo(lr).intersect(self.bounds)", "self.lattice.with_halo(lr).intersect(self.region)"),
+        (
+            "return (i.y * self.grid.x + i.x) * self.grid.z + i.z",
+            "return (i.y * self.grid.y + i.x) * self.grid.z + i.z",
+        ),
+        (
+            "read = write.lateral(2).intersect(Box(ZYX(0, 0, 0), self.levels[level - 1].shape))",
+            "read = write.lateral(2)",
+        ),
+        ("return block.write.lateral(2**block.level)", "return block.write.lateral(2 ** (block.level - 1))"),
+        ("step = lcm(finer.chunk.y, 2)", "step = finer.chunk.y"),
+        ("return (index // self.grid.z + 1) * self.grid.z", "return (index // self.grid.z + 2) * self.grid.z"),
+        ("if slab.lr.start.z <= z < slab.lr.stop.z]", "if slab.lr.start.z <= z <= slab.lr.stop.z]"),
+        ("for near in (z - d, z + d):", "for near in (z + d, z - d):"),
+        ("for d in range(1, self.bounds.shape.z):", "for d in range(1, self.bounds.shape.z - 1):"),
+    ],
+    ("pipeline/plan/plan.py", INFERENCE): [
+        ("return self.window // 2", "return (self.window + 1) // 2"),
+    ],
+    ("pipeline/prepare/layout.py", PLAN): [
+        (
+            "piece = ZYX(shard.z, shard.y // scale, shard.x // scale)",
+            "piece = ZYX(shard.z, shard.x // scale, shard.y // scale)",
+        ),
+        ("if b * factor % s:", "if b % s:"),
+        ("max(shape.y, shape.x) > 2 ** (count - 1) * 2 *", "max(shape.y, shape.x) >= 2 ** (count - 1) * 2 *"),
+        ("if target.mips > most:", "if target.mips >= most:"),
+        (
+            "size = ZYX(shape.z, -(-shape.y // 2**k), -(-shape.x // 2**k))",
+            "size = ZYX(shape.z, shape.y // 2**k, shape.x // 2**k)",
+        ),
+        ("== 0 and part.y % chunk.y == part.x % chunk.x == 0", "== 0"),
+        ("return fitting[-1]\n", "return fitting[0]\n"),
+        ("return fitting[-1] if fitting else n", "return fitting[0] if fitting else n"),
+        ("min(m // s, -(-e // s))", "min(m // s, e // s)"),
+        ("ZYX(min(CHUNK.z, extent.z), CHUNK.y, CHUNK.x)", "CHUNK"),
+    ],
+    ("pipeline/schedule/leases.py", LEASES): [
+        ("if self._copies >= min(", "if self._copies > min("),
+        ("RAMP_PER_S * (now - self._began)", "RAMP_PER_S * now"),
+        ("if self._suspects and not self._out:", "if self._suspects:"),
+        ("if lease.copies and (not receipts or any(", "if lease.copies and (any("),
+        ("            self._left += len(rest)\n", ""),
+        ("            self._left += len(lease.span)\n", ""),
+        ("self._again.appendleft(span[most:])", "self._again.append(span[most:])"),
+        ("limit = min(start + most, self._plan.column_end(start))", "limit = start + most"),
+        ("min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair)", "min(int(max_s / self._mean_s), fair)"),
+        ("if capacity.workers < 2 or", "if capacity.workers < 1 or"),
+        ("now - self._looked < 1.0", "now - self._looked < 0.0"),
+        ("len(self._recent_s) * 9 // 10", "len(self._recent_s) * 5 // 10"),
+        ("and lease.starts < MAX_STARTS", "and lease.starts <= MAX_STARTS"),
+        ("                and not lease.alone\n", ""),
+        ("                lease.started = now\n", ""),
+        (
+            "min((lease.tasks_ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s",
+            "(lease.tasks_ahead + len(lease.span)) * slow_s + slow_s",
+        ),
+        ("self._largest = len(lease.span)", "self._largest = 0"),
+        ("        self._copies -= lease.copies\n", ""),
+        ("0.7 * self._mean_s + 0.3 * mean", "0.3 * self._mean_s + 0.7 * mean"),
+        ("            self._suspects.append(start)\n            return ()", "            pass"),
+    ],
+    ("pipeline/storage/ledger.py", LEDGER): [
+        ("        self._state[:] = PENDING\n", ""),
+        ("self.bytes_written, self._since_snapshot, self.timings = 0, 0, Timings()", "self._since_snapshot = 0"),
+        ("        self.damaged.clear()\n", ""),
+        (
+            'segments = sorted(n for n in names if n.startswith("segment-"))',
+            'segments = sorted((n for n in names if n.startswith("segment-")), reverse=True)',
+        ),
+        ('n.startswith(("segment-", "snapshot-"))], default=0)', 'n.startswith("snapshot-")], default=0)'),
+        ('if n.startswith("snapshot-")), reverse=True)', 'if n.startswith("snapshot-")))'),
+        ("if _seq(n) > start]", "if _seq(n) >= start]"),
+        ('int(records["index"].max()) >= self.tasks', 'int(records["index"].max()) > self.tasks'),
+        (
+            "block = self._state[start : min(start + (1 << 16), span.stop)]",
+            "block = self._state[start : start + (1 << 16)]",
+        ),
+        (
+            "or (len(self._queued) < FLUSH_RECORDS and now - self._flushed < FLUSH_S)",
+            "or (len(self._queued) < FLUSH_RECORDS or now - self._flushed < FLUSH_S)",
+        ),
+        ("self._failing_since = self._failing_since or now", "self._failing_since = now"),
+        ("        self._seq += 1\n", "        self._queued.clear()\n        self._seq += 1\n"),
+        (
+            'or zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:\n            return False',
+            "or False:\n            return False",
+        ),
+        ('    if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:\n        return None\n', ""),
+        ("self._state = (low + 2 * high).astype(np.uint8)", "self._state = (2 * low + high).astype(np.uint8)"),
+        ('if done["seconds"][worst] > self.slowest:', 'if done["seconds"][worst] < self.slowest:'),
+        (
+            'int(records["bytes"].sum())\n        self._queued.clear()',
+            'int(records["bytes"].max())\n        self._queued.clear()',
+        ),
+    ],
+    ("pipeline/storage/kv.py", KV): [
+        (
+            '"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}',
+            '"DEADLINE_EXCEEDED"}',
+        ),
+        ('if "No space left" in text or', "if"),
+        ("        if failed:\n            raise failed\n", ""),
+        ('return bool(stamp.generation != b"")', "return True"),
+        ("self._kv.write(key, value, if_equal=generation)", "self._kv.write(key, value)"),
+        ("chr(ord(prefix[-1]) + 1)", "chr(ord(prefix[-1]) + 2)"),
+        (
+            'return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))',
+            "return sorted(k.decode() for k in keys)",
+        ),
+        ("                batch = []\n        yield from self._get_batch(batch)", "                batch = []"),
+    ],
+    ("pipeline/storage/targets/encode.py", TARGETS): [
+        ("or not aligned or any(box.start % level.shard)", "or not aligned"),
+        ('"store_data_equal_to_fill_value": True', '"store_data_equal_to_fill_value": False'),
+        ('"fill_missing_data_reads": False', '"fill_missing_data_reads": True'),
+        ("if store.get(key) is not None:", "if store.get(key) is None:"),
+        ("if not voxels[tile.slices(box.start)].any()]", "if not voxels[tile.slices(box.start)].all()]"),
+        ("if isinstance(fault, (TransientError, UserError)):", "if isinstance(fault, UserError):"),
+        ("if view.shape != tuple(array.level.shape):", "if False:"),
+    ],
+    ("pipeline/storage/kv.py", REQUESTS): [
+        ("        requests.WRITES.take(len(items))\n", "        requests.WRITES.take(1)\n"),
+    ],
+    ("pipeline/storage/targets/encode.py", REQUESTS): [
+        ("requests.READS.take(chunk_count(box, array.level.chunk))", "requests.READS.take(1)"),
+    ],
+    ("pipeline/storage/targets/ome_zarr_target.py", TARGETS): [
+        (', {"name": "crc32c"}]', "]"),
+        ("centre = [corner + s / 2", "centre = [corner + s"),
+        ('"index_location": "end"', '"index_location": "start"'),
+    ],
+    ("pipeline/storage/targets/precomputed_target.py", TARGETS): [
+        ("math.floor(round(corner / size, 6) + 0.5)", "math.floor(corner / size + 0.5)"),
+        ("return ZYX(z, y // 2**level, x // 2**level)", "return ZYX(z, -(-y // 2**level), -(-x // 2**level))"),
+        ("(start + level.chunk).minimum(level.shape) + offset", "(start + level.chunk) + offset"),
+    ],
+    ("pipeline/storage/targets/precomputed_shard_files.py", SHARDING): [
+        ('future.result().state != "value"', 'future.result().state == "value"'),
+        ('struct.pack(">Q"', 'struct.pack("<Q"'),
+    ],
+    ("pipeline/storage/precomputed_sharding.py", SHARDING): [
+        ("needed = [(n - 1).bit_length() for n in grid]", "needed = [n.bit_length() for n in grid]"),
+        ("for axis in (2, 1, 0)", "for axis in (0, 1, 2)"),
+        ("preshift = min(inside, MAX_PRESHIFT_BITS)", "preshift = inside"),
+        ("if not all(0 <= c < n for", "if not all(0 <= c <= n for"),
+        ("abs(math.log2(a / b))", "abs(a - b)"),
+        ("{-(-shard // 4)}x", "{shard // 4}x"),
+    ],
+    ("pipeline/storage/sources/precomputed_volume.py", SOURCES): [
+        ('scale.integers("voxel_offset", 3, low=-LARGEST) if', 'scale.integers("voxel_offset", 3) if'),
+        (' if "voxel_offset" in scale else [0, 0, 0]', ""),
+    ],
+    ("pipeline/storage/sources/ome_multiscales.py", SOURCES): [
+        ("(self.scale[axis] if self.scale else 1) - 0.5 for", "(self.scale[axis] if self.scale else 1) for"),
+        ("            translation = [t * v for t, v in zip(translation, values, strict=True)]\n", ""),
+        ("for kind, values in [*own, *after]:", "for kind, values in [*after, *own]:"),
+        ("if mip >= len(levels):", "if mip > len(levels):"),
+    ],
+    ("pipeline/storage/target_lock.py", LEDGER): [
+        ("self._store.put_if(KEY, self._body(), generation)", "self._store.put(KEY, self._body())"),
+        (" and not self._is_ours():\n            raise", ":\n            raise"),
+        ("if not self.lost.is_set() and self._is_ours():", "if not self.lost.is_set():"),
+        ("                    self.lost.set()\n", ""),
+        ("                continue  # a passing fault", "                return  # a passing fault"),
+        ("if same and process.status()", "if process.status()"),
+        (" and process.status() != psutil.STATUS_ZOMBIE", ""),
+        (" and (own or process.pid != os.getpid())", ""),
+        ("if abs(age) < TTL_S else", "if age < TTL_S else"),
+        ('    if holder["released"]:\n        return ""\n', ""),
+    ],
+    ("pipeline/storage/requests.py", REQUESTS): [
+        ("max(self._paid, now - 1.0)", "max(self._paid, now)"),
+        ("            self._paid = max(self._paid, now - 1.0) +", "            self._paid = self._paid +"),
+        ("found = RequestCounts(refused - self._told, self._retried)", "found = RequestCounts(refused, self._retried)"),
+        ("self._told, self._retried = refused, 0", "self._told = refused"),
+        ("rate and rate / max(1, workers)", "rate and rate / workers"),
+    ],
+    ("pipeline/worker/slab.py", WORKER): [
+        ("lambda: mask.read(_mask_box(job, slab))).any()", "lambda: mask.read(_mask_box(job, slab))).all()"),
+        ("owned.min() == owned.max()", "owned.max() == 0"),
+        ("sr[z] = owned[z] = 0", "sr[z] = 0"),
+        ("if receipts and time.monotonic() >= end:", "if time.monotonic() >= end:"),
+        ("voxels if wanted == list(range(low, high)) else", "voxels if len(wanted) == high - low else"),
+        ("    requests.limit(job.rates)\n", ""),
+        ("    for key in sorted(objects):\n", "    for key in objects:\n"),
+        ("zlib.crc32(objects[key], zlib.crc32(key.encode(), crc))", "zlib.crc32(objects[key], crc)"),
+        ("absent=0 if skips else None", "absent=0"),
+        ("(lo - coarse.corner_nm[axis]) / size + 1e-6", "(lo - coarse.corner_nm[axis]) / size - 1e-6"),
+        ("(hi - coarse.corner_nm[axis]) / size - 1e-6", "(hi - coarse.corner_nm[axis]) / size + 1e-6"),
+        ("_retrying(job, lambda: job.target.put(objects))", "job.target.put(objects)"),
+        (
+            "        raise TargetError(error.saw, error.wanted, error.do) from None\n\n\ndef _retrying",
+            "        raise\n\n\ndef _retrying",
+        ),
+        ("for left in range(job.job.retries, -1, -1):", "for left in range(job.job.retries - 1, -1, -1):"),
+        ("if source.info.fingerprint != job.source_fingerprint:", "if False:"),
+        ("if job.emsr != __version__:", "if False:"),
+        ("            _open_jobs.clear()\n", ""),
+        ("keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else [])", "keys"),
+        ("Receipt(start + len(ended), QUARANTINED", "Receipt(start, QUARANTINED"),
+    ],
+    ("pipeline/worker/pyramid.py", "tests/test_pyramid.py"): [
+        ("            total += 2\n", "            total += 1\n"),
+        ('mode="edge"', 'mode="constant"'),
+    ],
+    ("pipeline/inference/network.py", INFERENCE): [
+        ("2 * n - 1 - i)", "2 * n - 2 - i)"),
+        (
+            "for old in [name for name in ring if name not in names]:",
+            "for old in [name for name in ring if name not in ring]:",
+        ),
+        ("if halo < traits.min_halo:", "if halo <= traits.min_halo:"),
+        ("caches.setdefault((cell.start.y, cell.start.x), {})", "caches.setdefault((cell.start.y, cell.start.y), {})"),
+        ("+ area) // (2 * area))", ") // (2 * area))"),
+        (
+            "place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))",
+            "place = cell.lateral(scale).slices(slab.read.start.lateral(scale))",
+        ),
+    ],
+    ("pipeline/plan/price.py", PRICE): [
+        (
+            "(-(-(stop - origin) // size) - (start - origin) // size) * size",
+            "((stop - origin) // size - (start - origin) // size) * size",
+        ),
+        ("encoding = lr + sr + first + 2 * largest", "encoding = lr + sr + first + largest"),
+        ("(in_flight - 3) * max(waiting, putting)", "(in_flight - 2) * max(waiting, putting)"),
+        ("in_flight * 2 * _second_pass_read(plan))", "in_flight * _second_pass_read(plan))"),
+        ("stored / (voxels / plan.levels[0].shape.product * output_voxels(plan))", "stored / voxels"),
+        ("+ ([plan.fidelity.shape] if plan.fidelity else [])", ""),
+    ],
+    ("pipeline/process/watchdog.py", WATCHDOG): [
+        ("        pulse.at = math.inf\n", "        pass\n"),
+        ("    with lock:\n        beat()\n", "    with lock:\n"),
+        ("        if collected:\n            gc.enable()\n", "        pass\n"),
+        ("threading.Timer(EXIT_S, os._exit, (STALLED,))", "threading.Timer(EXIT_S, sys.exit, (STALLED,))"),
+    ],
+    ("pipeline/sections/quality.py", QUALITY): [
+        ("empty[start:stop] = stop - start > EMPTY", "empty[start:stop] = stop - start >= EMPTY"),
+        ("if black[i] - usual_black[i] > LOST:", "if black[i] > LOST:"),
+        ("elif contrast[i] < FLAT < PALE * usual[i]:", "elif contrast[i] < FLAT:"),
+        ("black=_share(kept, kept <= 0)", "black=_share(kept, kept < 0)"),
+        ("np.argmax(surface / overlap)", "np.argmax(surface)"),
+        ("* step * (1 if best[0] == i else -1)", "* step"),
+        ("and stop - start < LAGS\n", "and stop - start <= LAGS\n"),
+        ("place = np.maximum(count - 1, 0) * quantile", "place = count * quantile"),
+    ],
+    ("models/training/losses.py", LOSSES): [
+        ("+ beta * functional.mse_loss(latent, quantised.detach())", "+ beta * functional.mse_loss(latent, quantised)"),
+        ("gradient.square().flatten(1).sum(1).mean()", "gradient.square().flatten(1).mean()"),
+        ("mean = wanted.mean((0, 2, 3), keepdim=True)", "mean = seen.mean((0, 2, 3), keepdim=True)"),
+        ("distance.amin(2, keepdim=True)", "distance.amin(1, keepdim=True)"),
+        ("+ EPSILON)).max(1)", "+ EPSILON)).max(2)"),
+        ("seen = features(sr).repeat_interleave(n, 0)", "seen = features(sr).repeat(n, 1, 1, 1)"),
+        ("if place in (5, 10):", "if place in (5, 12):"),
+        ("(image - self.mean) / self.std", "image / self.std"),
+        ("layers += [conv, nn.ReLU(inplace=True)]", "layers += [conv]"),
+    ],
+    ("models/vqgan.py", GOLDEN): [
+        (
+            "x = self.attention(self.head(self.project(channels_last(latent))))",
+            "x = self.head(self.attention(self.project(channels_last(latent))))",
+        ),
+        ("features.insert(0, block(x))", "features.insert(0, x)"),
+    ],
+    ("models/vqgan.py", LOSSES): [
+        ("- 2 * z @ self.weight.T", "- z @ self.weight.T"),
+        ("torch.where(quantise, straight_through, latent)", "torch.where(quantise, latent, straight_through)"),
+        ("x = functional.relu_(self.input(channels_last(section)))", "x = self.input(channels_last(section))"),
+    ],
+    ("models/vqgan.py", BANDS): [
+        ("features[0], reach=2, peak", "features[0], reach=0, peak"),
+    ],
+    ("models/mpf.py", GOLDEN): [
+        (".mul_(mask)", ""),
+        ("pyramid.append(lrelu(up(pyramid[-1])))", "pyramid.append(up(pyramid[-1]))"),
+        ("torch.cat([fused, *maps[-1:]], 1)", "torch.cat([*maps[-1:], fused], 1)"),
+        (
+            "weight = bilinear(mask, 8 / 2**level)",
+            "weight = nn.functional.interpolate(mask, scale_factor=8 / 2**level)",
+        ),
+    ],
+    ("models/mpf.py", BANDS): [
+        ("reach=4, peak=features.shape[1]", "reach=0, peak=features.shape[1]"),
+    ],
+    ("models/pod.py", GOLDEN): [
+        ("bilinear(coarser[0], 2).mul_(2)", "bilinear(coarser[0], 2)"),
+        ("[near[i], far[i], *flows[i]", "[far[i], near[i], *flows[i]"),
+        ("lrelu(aligned) if i else aligned", "lrelu(aligned)"),
+        ("return sections[n // 2 :: n].repeat_interleave(n, 0)", "return sections[::n].repeat_interleave(n, 0)"),
+        ("self.flow(enlarged, _of_centre(enlarged, n))", "self.flow(_of_centre(enlarged, n), enlarged)"),
+        ("torch.cat([aligned, centre], 1)", "torch.cat([centre, aligned], 1)"),
+        ("return lrelu(self.deform(aligned, guide))", "return self.deform(aligned, guide)"),
+    ],
+}
+
+MUTANTS = [Mutant(file, tests, old, new) for (file, tests), changes in _BY_FILE.items() for old, new in changes]
+
+SURVIVORS_EXPLAINED: dict[str, str] = {
+    'return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))': (
+        "tensorstore lists no lock files of its own on files; elsewhere there are none unless somebody has copied them"
+    ),
+    "if not voxels[tile.slices(box.start)].any()]": (
+        "the same result: stored chunks that hold a zero are looked up in vain, which costs requests only"
+    ),
+}
+"""Why no test sees a change, by its old text."""
