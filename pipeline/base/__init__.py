@@ -1,1 +1,1 @@
-"""Boxes, errors, retries and exit codes: what every other room stands on."""
+"""Boxes, errors, retries and exit codes: what every other package imports."""
