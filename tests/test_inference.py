@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import standin
@@ -15,7 +17,7 @@ import models
 from pipeline.base.errors import NetworkError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig
-from pipeline.inference.describe import describe
+from pipeline.inference.describe import describe, weights_path
 from pipeline.inference.network import Network
 from pipeline.inference.tiles import SectionCaches, back_projection_error, pad_laterally, super_resolve
 from pipeline.plan.lattice import Lattice
@@ -216,3 +218,11 @@ def test_the_smallest_halo_is_allowed_and_none_below() -> None:
     assert describe(NetworkConfig(name="bicubic", scale=8, halo=least)).lattice.halo == least
     with pytest.raises(NetworkError, match="would show the cell borders"):
         describe(NetworkConfig(name="bicubic", scale=8, halo=least - 8))
+
+
+def test_a_worker_with_other_builtin_weights_is_refused() -> None:
+    """They lie wherever emsr is installed, so another commit there may have others under the same name."""
+    spec = describe(NetworkConfig(name="gpemsr", scale=8, weights="builtin"))
+    assert weights_path(spec).suffix == ".safetensors"
+    with pytest.raises(NetworkError, match="Install the same emsr in every process"):
+        weights_path(replace(spec, weights_sha256="0" * 64))

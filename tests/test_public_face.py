@@ -112,6 +112,20 @@ def test_another_package_on_pythonpath_is_named(place: Path, tmp_path: Path, nam
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("way", [["-m", "pipeline", "run"], ["-m", "pipeline.run"]])
+@pytest.mark.parametrize("file", ["emsr/__init__.py", "emsr.py"])
+def test_another_emsr_is_named_and_not_executed(place: Path, file: str, way: list[str]) -> None:
+    found = place / file
+    found.parent.mkdir(exist_ok=True)
+    found.write_text("open(__file__ + '.executed', 'w')\n")
+    before = tree(place)
+    done = python(place, *way, "volume.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"emsr: `import emsr` finds {found}. Wanted: emsr's own, {REPOSITORY / 'emsr'}. ")
+    assert tree(place) == before
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_the_script_names_another_package(place: Path, script: str, name: str) -> None:
     """The current folder is in its way only where PYTHONPATH says so."""

@@ -83,10 +83,20 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
 
 
 def weights_path(spec: NetworkSpec) -> Path:
-    """Where this machine has the weights; those that come with emsr lie where it is installed. Raises NetworkError."""
-    if spec.weights.partition(":")[0] == "builtin":
-        return models.builtin(spec.weights, spec.scale)
-    return locate(spec.weights, spec.weights_sha256)[0]
+    """Where this machine has the weights; those that come with emsr lie where it is installed.
+
+    Raises NetworkError where they are not there, or are not those of `spec`.
+    """
+    if spec.weights.partition(":")[0] != "builtin":
+        return locate(spec.weights, spec.weights_sha256)[0]
+    path, sha256 = locate(models.builtin(spec.weights, spec.scale).as_uri(), None)
+    if sha256 != spec.weights_sha256:
+        raise NetworkError(
+            f"network.weights {spec.weights} of the emsr in {path.parent} has sha256 {sha256}",
+            f"{spec.weights_sha256}, as where the run was started",
+            "Install the same emsr in every process",
+        )
+    return path
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+import uuid
 from collections.abc import Callable
 
 from distributed import Client, KilledWorker
@@ -30,8 +31,11 @@ def check_workers(client: Client, job: Job, check: Callable[[Job], int]) -> None
     shorten_logs(client)
     stop_profiling(client)
     steady_clock.install_everywhere(client)
+    # The key is this run's own: another client's check of the same plan, perhaps of another target, is not this one.
     try:
-        client.submit(check, job, key=f"check-{job.digest[:8]}", pure=False).result(timeout=NO_WORKER_S)
+        client.submit(check, job, key=f"check-{job.digest[:8]}-{uuid.uuid4().hex[:8]}", pure=False).result(
+            timeout=NO_WORKER_S
+        )
     except TimeoutError:
         raise ClusterError(
             f"no worker answered in {NO_WORKER_S:.0f} s",
