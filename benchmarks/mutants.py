@@ -1,4 +1,7 @@
-"""The changes that mutations.py makes: by file and by the tests that should fail, the texts before and after."""
+"""This is the list of mutations that mutations.py tries.
+
+Each has a file, the tests that should fail, and the texts before and after.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """`tests` are arguments of pytest. `old` stands in `file` exactly once."""
+    """The text `old`, which is in `file` exactly once, is replaced by `new`. `tests` are arguments of pytest."""
 
     file: str
     tests: str
@@ -33,7 +36,7 @@ WATCHDOG = "tests/test_watchdog.py"
 QUALITY = "tests/test_section_quality.py -k 'not undamaged and not destroyed'"
 LOSSES = "tests/test_training_losses.py"
 GOLDEN = "tests/test_golden.py -k 'vectors and x8'"
-"""Reads EMSR_SHARED."""
+"""These tests read files in EMSR_SHARED."""
 BANDS = "tests/test_bands.py"
 
 _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
@@ -414,4 +417,4 @@ SURVIVORS_EXPLAINED: dict[str, str] = {
         "the same result: stored chunks that hold a zero are looked up in vain, which costs requests only"
     ),
 }
-"""Why no test sees a change, by its old text."""
+"""The reason why no test can fail with a mutation, by its old text."""
