@@ -166,10 +166,11 @@ def report(found: dict[Mutant, bool]) -> int:
             why = SURVIVORS_EXPLAINED.get(mutant.old, "not explained")
             print(f"\nsurvivor in {mutant.file}: {why}")
             print(indented(mutant.old), "    ->", indented(mutant.new), sep="\n")
-    of, dead = Counter(mutant.file for mutant in found), Counter(mutant.file for mutant, yes in found.items() if yes)
+    of = Counter(mutant.file for mutant in found)
+    killed_of = Counter(mutant.file for mutant, dead in found.items() if dead)
     print()
     for file, count in of.items():
-        print(f"{file:55} {dead[file]:4} of {count:4} killed")
+        print(f"{file:55} {killed_of[file]:4} of {count:4} killed")
     share = sum(found.values()) / max(1, len(found))
     survived = len(found) - sum(found.values())
     print(f"{sum(found.values())} killed, {survived} survived: {share:.1%} of {len(found)} are killed")
