@@ -306,7 +306,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/schedule/in_flight.py", COPIES): [
         ('"allow_other_workers": True', '"allow_other_workers": False'),
-        (" if others else {}", ""),
     ],
     ("pipeline/worker/pyramid.py", "tests/test_pyramid.py"): [
         ("            total += 2\n", "            total += 1\n"),
