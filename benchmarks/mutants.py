@@ -410,10 +410,10 @@ MUTANTS = [Mutant(file, tests, old, new) for (file, tests), changes in _BY_FILE.
 
 SURVIVORS_EXPLAINED: dict[str, str] = {
     'return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))': (
-        "tensorstore lists no lock files of its own on files; elsewhere there are none unless somebody has copied them"
+        "On files tensorstore leaves its own lock files out; elsewhere there are none unless somebody has copied them."
     ),
     "if not voxels[tile.slices(box.start)].any()]": (
-        "the same result: stored chunks that hold a zero are looked up in vain, which costs requests only"
+        "The result is the same: stored chunks that hold a zero are looked up in vain, which costs requests only."
     ),
 }
 """The reason why no test can fail with a mutation, by its old text."""

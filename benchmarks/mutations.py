@@ -141,7 +141,10 @@ def main() -> int:
             finally:
                 trees.put(tree)
             said = "killed  " if found else "SURVIVED"
-            print(f"{said} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.old.splitlines()[0]}", flush=True)
+            print(
+                f"{said} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.old.strip().splitlines()[0]}",
+                flush=True,
+            )
             return found
 
         def fails_unchanged(tests: str) -> str:
