@@ -1,4 +1,7 @@
-"""The changes that mutations.py makes: by file and by the tests that should fail, the texts before and after."""
+"""This is the list of mutations that mutations.py tries.
+
+Each has a file, the tests that should fail, and the texts before and after.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """`tests` are arguments of pytest. `old` stands in `file` exactly once."""
+    """The text `old`, which is in `file` exactly once, is replaced by `new`. `tests` are arguments of pytest."""
 
     file: str
     tests: str
@@ -21,8 +24,10 @@ LEASES = "tests/test_leases.py"
 LEDGER = "tests/test_ledger.py"
 KV = "tests/test_kv.py"
 TARGETS = "tests/test_targets.py"
-SHARDING = "tests/test_precomputed_sharding.py"
+SHARDING = "tests/test_precomputed_morton.py"
 SOURCES = "tests/test_source_metadata.py tests/test_sources.py -k 'Voxel or after_a or TestLevels'"
+INTERRUPTS = "tests/test_run.py -k ctrl_c"
+COPIES = "tests/test_stragglers.py -k 'no_other_worker or has_gone'"
 WORKER = "tests/test_worker.py tests/test_bad_sections.py -k 'worker or empty_output'"
 INFERENCE = "tests/test_inference.py"
 PRICE = "tests/test_plan.py -k 'by_hand or input_voxels'"
@@ -31,7 +36,7 @@ WATCHDOG = "tests/test_watchdog.py"
 QUALITY = "tests/test_section_quality.py -k 'not undamaged and not destroyed'"
 LOSSES = "tests/test_training_losses.py"
 GOLDEN = "tests/test_golden.py -k 'vectors and x8'"
-"""Reads EMSR_SHARED."""
+"""These tests read files in EMSR_SHARED."""
 BANDS = "tests/test_bands.py"
 
 _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
@@ -63,13 +68,18 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/base/geometry.py", REQUESTS): [
         ("(box.stop.ceil_div(shape) - box.start // shape).product", "(box.stop - box.start).ceil_div(shape).product"),
     ],
-    ("pipeline/plan/plan.py", PLAN): [
+    ("pipeline/plan/lattice.py", PLAN): [
         ("return self.cell + 2 * self.halo", "return self.cell + self.halo"),
         (
             "(box.start // cells) * cells, box.stop.ceil_div(cells) * cells",
             "(box.start // cells) * cells, box.stop // cells * cells",
         ),
         ("grow(ZYX(self.z_halo, self.halo, self.halo))", "grow(ZYX(0, self.halo, self.halo))"),
+    ],
+    ("pipeline/plan/lattice.py", INFERENCE): [
+        ("return self.window // 2", "return (self.window + 1) // 2"),
+    ],
+    ("pipeline/plan/plan.py", PLAN): [
         ('step = 1 if axis == "z" else 2**k', "step = 2**k"),
         ("if size < total and (size % step", "if (size % step"),
         ("enumerate(self.levels[:1] if self.lossy else self.levels)", "enumerate(self.levels)"),
@@ -89,9 +99,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if slab.lr.start.z <= z < slab.lr.stop.z]", "if slab.lr.start.z <= z <= slab.lr.stop.z]"),
         ("for near in (z - d, z + d):", "for near in (z + d, z - d):"),
         ("for d in range(1, self.bounds.shape.z):", "for d in range(1, self.bounds.shape.z - 1):"),
-    ],
-    ("pipeline/plan/plan.py", INFERENCE): [
-        ("return self.window // 2", "return (self.window + 1) // 2"),
     ],
     ("pipeline/prepare/layout.py", PLAN): [
         (
@@ -118,11 +125,11 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if lease.copies and (not receipts or any(", "if lease.copies and (any("),
         ("            self._left += len(rest)\n", ""),
         ("            self._left += len(lease.span)\n", ""),
-        ("self._again.appendleft(span[most:])", "self._again.append(span[most:])"),
+        ("self._returned.appendleft(span[most:])", "self._returned.append(span[most:])"),
         ("limit = min(start + most, self._plan.column_end(start))", "limit = start + most"),
         ("min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair)", "min(int(max_s / self._mean_s), fair)"),
         ("if capacity.workers < 2 or", "if capacity.workers < 1 or"),
-        ("now - self._looked < 1.0", "now - self._looked < 0.0"),
+        ("now - self._searched_at < 1.0", "now - self._searched_at < 0.0"),
         ("len(self._recent_s) * 9 // 10", "len(self._recent_s) * 5 // 10"),
         ("and lease.starts < MAX_STARTS", "and lease.starts <= MAX_STARTS"),
         ("                and not lease.alone\n", ""),
@@ -135,10 +142,12 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("        self._copies -= lease.copies\n", ""),
         ("0.7 * self._mean_s + 0.3 * mean", "0.3 * self._mean_s + 0.7 * mean"),
         ("            self._suspects.append(start)\n            return ()", "            pass"),
+        ("\n                and lease.copies < capacity.workers", ""),
+        (" for r in receipts if r.state == WRITTEN", " for r in receipts"),
     ],
     ("pipeline/storage/ledger.py", LEDGER): [
         ("        self._state[:] = PENDING\n", ""),
-        ("self.bytes_written, self._since_snapshot, self.timings = 0, 0, Timings()", "self._since_snapshot = 0"),
+        ("self.bytes_written, self._since_snapshot, self.times = 0, 0, TaskTimes()", "self._since_snapshot = 0"),
         ("        self.damaged.clear()\n", ""),
         (
             'segments = sorted(n for n in names if n.startswith("segment-"))',
@@ -159,8 +168,8 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self._failing_since = self._failing_since or now", "self._failing_since = now"),
         ("        self._seq += 1\n", "        self._queued.clear()\n        self._seq += 1\n"),
         (
-            'or zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:\n            return False',
-            "or False:\n            return False",
+            '        if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:\n            return False\n',
+            "",
         ),
         ('    if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:\n        return None\n', ""),
         ("self._state = (low + 2 * high).astype(np.uint8)", "self._state = (2 * low + high).astype(np.uint8)"),
@@ -215,7 +224,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ('future.result().state != "value"', 'future.result().state == "value"'),
         ('struct.pack(">Q"', 'struct.pack("<Q"'),
     ],
-    ("pipeline/storage/precomputed_sharding.py", SHARDING): [
+    ("pipeline/storage/precomputed_morton.py", SHARDING): [
         ("needed = [(n - 1).bit_length() for n in grid]", "needed = [n.bit_length() for n in grid]"),
         ("for axis in (2, 1, 0)", "for axis in (0, 1, 2)"),
         ("preshift = min(inside, MAX_PRESHIFT_BITS)", "preshift = inside"),
@@ -224,7 +233,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("{-(-shard // 4)}x", "{shard // 4}x"),
     ],
     ("pipeline/storage/sources/precomputed_volume.py", SOURCES): [
-        ('scale.integers("voxel_offset", 3, low=-LARGEST) if', 'scale.integers("voxel_offset", 3) if'),
+        ('scale.integers("voxel_offset", 3, low=-MAX_COORDINATE) if', 'scale.integers("voxel_offset", 3) if'),
         (' if "voxel_offset" in scale else [0, 0, 0]', ""),
     ],
     ("pipeline/storage/sources/ome_multiscales.py", SOURCES): [
@@ -236,7 +245,10 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/storage/target_lock.py", LEDGER): [
         ("self._store.put_if(KEY, self._body(), generation)", "self._store.put(KEY, self._body())"),
         (" and not self._is_ours():\n            raise", ":\n            raise"),
-        ("if not self.lost.is_set() and self._is_ours():", "if not self.lost.is_set():"),
+        ('if found is None or found["run"] != self.run_id:', "if found is None:"),
+        ("self._store.put_if(KEY, self._body(released), generation)", "self._store.put(KEY, self._body(released))"),
+        ("generation) or self._is_ours()", "generation)"),
+        ("self._rewrite(released=True)", "self._rewrite()"),
         ("                    self.lost.set()\n", ""),
         ("                continue  # a passing fault", "                return  # a passing fault"),
         ("if same and process.status()", "if process.status()"),
@@ -248,45 +260,68 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/storage/requests.py", REQUESTS): [
         ("max(self._paid, now - 1.0)", "max(self._paid, now)"),
         ("            self._paid = max(self._paid, now - 1.0) +", "            self._paid = self._paid +"),
-        ("found = RequestCounts(refused - self._told, self._retried)", "found = RequestCounts(refused, self._retried)"),
-        ("self._told, self._retried = refused, 0", "self._told = refused"),
+        ("RequestCounts(refused - self._refused_before, self._retried)", "RequestCounts(refused, self._retried)"),
+        ("self._refused_before, self._retried = refused, 0", "self._refused_before = refused"),
+    ],
+    ("pipeline/plan/requests.py", REQUESTS): [
         ("rate and rate / max(1, workers)", "rate and rate / workers"),
     ],
     ("pipeline/worker/slab.py", WORKER): [
-        ("lambda: mask.read(_mask_box(job, slab))).any()", "lambda: mask.read(_mask_box(job, slab))).all()"),
+        ("lambda: mask.read(_mask_box(opened, slab))).any()", "lambda: mask.read(_mask_box(opened, slab))).all()"),
         ("owned.min() == owned.max()", "owned.max() == 0"),
         ("sr[z] = owned[z] = 0", "sr[z] = 0"),
-        ("if receipts and time.monotonic() >= end:", "if time.monotonic() >= end:"),
         ("voxels if wanted == list(range(low, high)) else", "voxels if len(wanted) == high - low else"),
-        ("    requests.limit(job.rates)\n", ""),
-        ("    for key in sorted(objects):\n", "    for key in objects:\n"),
-        ("zlib.crc32(objects[key], zlib.crc32(key.encode(), crc))", "zlib.crc32(objects[key], crc)"),
-        ("absent=0 if skips else None", "absent=0"),
+        ("absent = 0 if opened.mask is not None or opened.job.source.skip_empty else None", "absent = 0"),
         ("(lo - coarse.corner_nm[axis]) / size + 1e-6", "(lo - coarse.corner_nm[axis]) / size - 1e-6"),
         ("(hi - coarse.corner_nm[axis]) / size - 1e-6", "(hi - coarse.corner_nm[axis]) / size + 1e-6"),
-        ("_retrying(job, lambda: job.target.put(objects))", "job.target.put(objects)"),
+        ("_retrying(opened, lambda: opened.target.put(objects))", "opened.target.put(objects)"),
         (
             "        raise TargetError(error.saw, error.wanted, error.do) from None\n\n\ndef _retrying",
             "        raise\n\n\ndef _retrying",
         ),
-        ("for left in range(job.job.retries, -1, -1):", "for left in range(job.job.retries - 1, -1, -1):"),
-        ("if source.info.fingerprint != job.source_fingerprint:", "if False:"),
-        ("if job.emsr != __version__:", "if False:"),
-        ("            _open_jobs.clear()\n", ""),
-        ("keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else [])", "keys"),
+    ],
+    ("pipeline/worker/lease.py", WORKER): [
+        ("    requests.limit(job.rates)\n", ""),
+        ("if receipts and time.monotonic() >= end:", "if time.monotonic() >= end:"),
+        ("for left in range(opened.job.retries, -1, -1):", "for left in range(opened.job.retries - 1, -1, -1):"),
         ("Receipt(start + len(ended), QUARANTINED", "Receipt(start, QUARANTINED"),
+    ],
+    ("pipeline/worker/open_job.py", WORKER): [
+        ("if job.emsr != __version__:", "if False:"),
+        ("if source.info.fingerprint != job.source_fingerprint:", "if False:"),
+        ("_open.job != job:", "_open.job.digest != job.digest:"),
+        ("_open.job != job:", "replace(_open.job, run=job.run) != job:"),
+        ("_open.job != job:", "replace(_open.job, target=job.target) != job:"),
+        ("    job = replace(job, rates=RequestRates())\n", ""),
+        ("            _open = None  # the last one's memory is free before this one takes its own\n", ""),
+    ],
+    ("pipeline/storage/targets/task_objects.py", WORKER): [
+        ("    for key in sorted(objects):\n", "    for key in objects:\n"),
+        ("zlib.crc32(objects[key], zlib.crc32(key.encode(), crc))", "zlib.crc32(objects[key], crc)"),
+        ("keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else [])", "keys"),
+    ],
+    ("pipeline/schedule/execute.py", INTERRUPTS): [
+        ("    run.interrupted = run.stop.is_set()\n", ""),
+        ("while not run.stop.is_set() and (lease", "while (lease"),
+    ],
+    ("pipeline/schedule/in_flight.py", COPIES): [
+        ('"allow_other_workers": True', '"allow_other_workers": False'),
     ],
     ("pipeline/worker/pyramid.py", "tests/test_pyramid.py"): [
         ("            total += 2\n", "            total += 1\n"),
         ('mode="edge"', 'mode="constant"'),
     ],
     ("pipeline/inference/network.py", INFERENCE): [
-        ("2 * n - 1 - i)", "2 * n - 2 - i)"),
         (
-            "for old in [name for name in ring if name not in names]:",
-            "for old in [name for name in ring if name not in ring]:",
+            "for old in [number for number in cache if number not in numbers]:",
+            "for old in [number for number in cache if number not in cache]:",
         ),
+    ],
+    ("pipeline/inference/describe.py", INFERENCE): [
         ("if halo < traits.min_halo:", "if halo <= traits.min_halo:"),
+    ],
+    ("pipeline/inference/tiles.py", INFERENCE): [
+        ("2 * n - 1 - i)", "2 * n - 2 - i)"),
         ("caches.setdefault((cell.start.y, cell.start.x), {})", "caches.setdefault((cell.start.y, cell.start.y), {})"),
         ("+ area) // (2 * area))", ") // (2 * area))"),
         (
@@ -306,15 +341,16 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("+ ([plan.fidelity.shape] if plan.fidelity else [])", ""),
     ],
     ("pipeline/process/watchdog.py", WATCHDOG): [
-        ("        pulse.at = math.inf\n", "        pass\n"),
-        ("    with lock:\n        beat()\n", "    with lock:\n"),
+        ("        progress.at = time.monotonic()\n", "        pass\n"),
+        ("        progress.at = math.inf\n", "        pass\n"),
+        ("    with lock:\n        heartbeat()\n", "    with lock:\n"),
         ("        if collected:\n            gc.enable()\n", "        pass\n"),
         ("threading.Timer(EXIT_S, os._exit, (STALLED,))", "threading.Timer(EXIT_S, sys.exit, (STALLED,))"),
     ],
     ("pipeline/sections/quality.py", QUALITY): [
-        ("empty[start:stop] = stop - start > EMPTY", "empty[start:stop] = stop - start >= EMPTY"),
-        ("if black[i] - usual_black[i] > LOST:", "if black[i] > LOST:"),
-        ("elif contrast[i] < FLAT < PALE * usual[i]:", "elif contrast[i] < FLAT:"),
+        ("empty[start:stop] = stop - start > MAX_FLAT_RUN", "empty[start:stop] = stop - start >= MAX_FLAT_RUN"),
+        ("if black[i] - usual_black[i] > MAX_CLIPPED:", "if black[i] > MAX_CLIPPED:"),
+        ("elif contrast[i] < FLAT < MIN_CONTRAST * usual[i]:", "elif contrast[i] < FLAT:"),
         ("black=_share(kept, kept <= 0)", "black=_share(kept, kept < 0)"),
         ("np.argmax(surface / overlap)", "np.argmax(surface)"),
         ("* step * (1 if best[0] == i else -1)", "* step"),
@@ -324,10 +360,10 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("models/training/losses.py", LOSSES): [
         ("+ beta * functional.mse_loss(latent, quantised.detach())", "+ beta * functional.mse_loss(latent, quantised)"),
         ("gradient.square().flatten(1).sum(1).mean()", "gradient.square().flatten(1).mean()"),
-        ("mean = wanted.mean((0, 2, 3), keepdim=True)", "mean = seen.mean((0, 2, 3), keepdim=True)"),
+        ("mean = reference.mean((0, 2, 3), keepdim=True)", "mean = sr.mean((0, 2, 3), keepdim=True)"),
         ("distance.amin(2, keepdim=True)", "distance.amin(1, keepdim=True)"),
         ("+ EPSILON)).max(1)", "+ EPSILON)).max(2)"),
-        ("seen = features(sr).repeat_interleave(n, 0)", "seen = features(sr).repeat(n, 1, 1, 1)"),
+        ("features(sr).repeat_interleave(n, 0)", "features(sr).repeat(n, 1, 1, 1)"),
         ("if place in (5, 10):", "if place in (5, 12):"),
         ("(image - self.mean) / self.std", "image / self.std"),
         ("layers += [conv, nn.ReLU(inplace=True)]", "layers += [conv]"),
@@ -345,7 +381,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("x = functional.relu_(self.input(channels_last(section)))", "x = self.input(channels_last(section))"),
     ],
     ("models/vqgan.py", BANDS): [
-        ("features[0], reach=2, peak", "features[0], reach=0, peak"),
+        ("features[0], halo=2, peak", "features[0], halo=0, peak"),
     ],
     ("models/mpf.py", GOLDEN): [
         (".mul_(mask)", ""),
@@ -357,11 +393,11 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
     ],
     ("models/mpf.py", BANDS): [
-        ("reach=4, peak=features.shape[1]", "reach=0, peak=features.shape[1]"),
+        ("halo=4, peak=features.shape[1]", "halo=0, peak=features.shape[1]"),
     ],
     ("models/pod.py", GOLDEN): [
         ("bilinear(coarser[0], 2).mul_(2)", "bilinear(coarser[0], 2)"),
-        ("[near[i], far[i], *flows[i]", "[far[i], near[i], *flows[i]"),
+        ("[neighbours[i], centres[i], *flows[i]", "[centres[i], neighbours[i], *flows[i]"),
         ("lrelu(aligned) if i else aligned", "lrelu(aligned)"),
         ("return sections[n // 2 :: n].repeat_interleave(n, 0)", "return sections[::n].repeat_interleave(n, 0)"),
         ("self.flow(enlarged, _of_centre(enlarged, n))", "self.flow(_of_centre(enlarged, n), enlarged)"),
@@ -374,10 +410,10 @@ MUTANTS = [Mutant(file, tests, old, new) for (file, tests), changes in _BY_FILE.
 
 SURVIVORS_EXPLAINED: dict[str, str] = {
     'return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))': (
-        "tensorstore lists no lock files of its own on files; elsewhere there are none unless somebody has copied them"
+        "On files tensorstore leaves its own lock files out; elsewhere there are none unless somebody has copied them."
     ),
     "if not voxels[tile.slices(box.start)].any()]": (
-        "the same result: stored chunks that hold a zero are looked up in vain, which costs requests only"
+        "The result is the same: stored chunks that hold a zero are looked up in vain, which costs requests only."
     ),
 }
-"""Why no test sees a change, by its old text."""
+"""The reason why no test can fail with a mutation, by its old text."""

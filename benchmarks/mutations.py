@@ -1,12 +1,14 @@
-"""How many small mistakes the tests see: one change of the code at a time, and the tests that should fail then.
+"""Mutation testing: this script makes one small mistake in the code at a time and runs the tests that should fail.
 
     python benchmarks/mutations.py [--only FILE] [--jobs N]
 
-`--only` takes a part of a file's path, `--jobs` runs so many at a time (1). The changes and their tests are in
-mutants.py. Each job works on a copy of the tree in a temporary folder. The tests run once without any change, and all
-must pass. A change is killed when its tests fail, or hang for HANGS_S. Prints each survivor, then a table by file.
-Exit code 1 where less than WANTED of the changes are killed, 2 where a text of mutants.py is not in its file exactly
-once, or where a test fails without any change.
+The mutations and their tests are listed in mutants.py. `--only` takes a part of a file's path, and `--jobs` says how
+many mutations are tried at a time (1). Each job works on a copy of the tree in a temporary folder. The tests first run
+once without any mutation, and all of them must pass. A mutation is killed when one of its tests fails, or takes longer
+than HANGS_S seconds. The script prints each survivor, then a table by file.
+
+The exit code is 1 where a smaller share than WANTED of the mutations is killed. It is 2 where an old text of mutants.py
+is not in its file exactly once, or where a test fails without any mutation.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 WANTED = 0.9
 LIBRARIES = ["boto3", "cloudvolume", "hypothesis", "psutil", "pytest", "tensorstore", "torch", "torchvision", "zarr"]
-"""What tests import: loaded once, and every run of tests is a fork."""
+"""The libraries that tests import. They are loaded once, and every run of tests is a fork of that process."""
 FORKS = multiprocessing.get_context("forkserver")
-HANGS_S = 120.0
+HANGS_S = 60.0
 FAILED, NO_SUCH_TEST = (1, 2), (3, 4, 5)
-"""Exit codes of pytest: tests failed or could not be imported; an error of pytest's own or of its usage, no tests."""
+"""Exit codes of pytest. FAILED: tests failed or could not be imported. NO_SUCH_TEST: an error inside pytest or in its
+arguments, or no test was selected.
+"""
 
 
 def misplaced(mutants: list[Mutant]) -> list[str]:
-    """What is wrong with texts that must stand in their file exactly once."""
+    """Return a line for every mutation whose old text is not in its file exactly once, or is equal to its new text."""
     wrong = []
     for mutant in mutants:
         path = REPOSITORY / mutant.file
@@ -51,7 +55,7 @@ def misplaced(mutants: list[Mutant]) -> list[str]:
 
 
 def copy_of_tree(folder: Path) -> Path:
-    """What git knows of, and new files that it does not ignore."""
+    """Copy all files that git tracks, and new ones that it does not ignore, into `folder`, which is returned."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -67,11 +71,13 @@ def copy_of_tree(folder: Path) -> Path:
 
 
 def test(tree: Path, tests: str) -> tuple[int, str]:
-    """pytest's exit code, 1 where it hangs, and what it printed. The same examples are drawn every time."""
+    """Run these tests in `tree`; return pytest's exit code, 1 where it hangs, and what it printed. Hypothesis draws the
+    same examples every time.
+    """
     with tempfile.NamedTemporaryFile("r") as said:
         child = FORKS.Process(target=in_child, args=(tree, tests, said.name))
         child.start()
-        child.join(2 * HANGS_S)
+        child.join(4 * HANGS_S)
         if child.is_alive():
             child.kill()
             return 1, "hung"
@@ -89,10 +95,11 @@ def in_child(tree: Path, tests: str, said: str) -> None:
     flags = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutations", f"--timeout={HANGS_S:.0f}"]
     code = int(pytest.main([*flags, *shlex.split(tests)]))
     sys.stdout.flush()
-    os._exit(code)  # whatever threads the change has left hanging
+    os._exit(code)  # whatever threads the mutation has left hanging
 
 
 def killed(tree: Path, mutant: Mutant) -> bool:
+    """Say whether the tests of this mutation fail with it. Raises SystemExit where they select no test."""
     path = tree / mutant.file
     whole = path.read_text()
     path.write_text(whole.replace(mutant.old, mutant.new))
@@ -134,17 +141,22 @@ def main() -> int:
             finally:
                 trees.put(tree)
             said = "killed  " if found else "SURVIVED"
-            print(f"{said} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.old.splitlines()[0]}", flush=True)
+            print(
+                f"{said} {time.monotonic() - began:5.1f} s  {mutant.file}: {mutant.old.strip().splitlines()[0]}",
+                flush=True,
+            )
             return found
 
-        def unchanged(tests: str) -> str:
+        def fails_unchanged(tests: str) -> str:
             tree = trees.get()
             code, said = test(tree, tests)
             trees.put(tree)
-            return f"without any change these fail: {tests}\n{said}" if code else ""
+            return f"without any mutation these fail: {tests}\n{said}" if code else ""
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            if wrong := list(filter(None, pool.map(unchanged, dict.fromkeys(mutant.tests for mutant in mutants)))):
+            if wrong := list(
+                filter(None, pool.map(fails_unchanged, dict.fromkeys(mutant.tests for mutant in mutants)))
+            ):
                 print(*wrong, sep="\n")
                 return 2
             found = dict(zip(mutants, pool.map(in_a_tree, mutants), strict=True))
@@ -157,10 +169,11 @@ def report(found: dict[Mutant, bool]) -> int:
             why = SURVIVORS_EXPLAINED.get(mutant.old, "not explained")
             print(f"\nsurvivor in {mutant.file}: {why}")
             print(indented(mutant.old), "    ->", indented(mutant.new), sep="\n")
-    of, dead = Counter(mutant.file for mutant in found), Counter(mutant.file for mutant, yes in found.items() if yes)
+    of = Counter(mutant.file for mutant in found)
+    killed_of = Counter(mutant.file for mutant, dead in found.items() if dead)
     print()
     for file, count in of.items():
-        print(f"{file:55} {dead[file]:4} of {count:4} killed")
+        print(f"{file:55} {killed_of[file]:4} of {count:4} killed")
     share = sum(found.values()) / max(1, len(found))
     survived = len(found) - sum(found.values())
     print(f"{sum(found.values())} killed, {survived} survived: {share:.1%} of {len(found)} are killed")

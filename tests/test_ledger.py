@@ -489,6 +489,16 @@ def test_a_lock_whose_write_was_answered_twice_is_held(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_a_renewal_whose_write_was_answered_twice_is_one(tmp_path: Path) -> None:
+    """The store's further try finds the key changed by the first one: the lock is still ours, and can be released."""
+    store = Deaf(f"file://{tmp_path}")
+    lock = TargetLock(store, "ours")
+    lock.acquire()
+    assert lock._rewrite()
+    lock.release()
+    assert json.loads(store.get(KEY) or b"")["released"] is True
+
+
 def test_a_lock_in_other_hands_is_lost_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose machine slept is told at its next renewal, and does not release what is another's."""
     store = Store(f"file://{tmp_path}")

@@ -109,3 +109,20 @@ def test_a_copy_that_no_other_worker_can_take_still_runs(tmp_path: Path, monkeyp
         execute(client, run, sleep_and_put)
     assert run.totals.started_again >= 1
     assert run.totals.written == 4
+
+
+def test_a_copy_meant_for_a_worker_that_has_gone_runs_elsewhere(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The idlest worker goes between the question who is idle and the submission; the first copy hangs for ever."""
+    monkeypatch.setattr(InFlight, "capacity", lambda self: Capacity(2, 2))
+    monkeypatch.setattr(InFlight, "_workers_without", lambda self, lease: ["tcp://127.0.0.1:1"])
+    monkeypatch.setattr(leases, "MIN_LATE_S", 0.1)
+    monkeypatch.setattr(leases, "LATE_FACTOR", 0.0)
+    monkeypatch.setenv("HANGS", "39")
+    (tmp_path / "sr").mkdir()
+    run = RunState(job_of(str(tmp_path / "sr"), 40, 1), ledger)
+    with connect(ClusterConfig(workers=1), 2) as client:
+        execute(client, run, sleep_and_put)
+    assert (tmp_path / "sr" / "tried-39").exists()
+    assert run.totals.written == 40

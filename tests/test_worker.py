@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,13 +18,17 @@ from conftest import run_here, texture, volume_yaml, write_lr
 
 from pipeline.base.errors import ClusterError, EmsrError, TargetError, TransientError, UserError
 from pipeline.config import volume as config
+from pipeline.config.volume import SourceConfig
 from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
 from pipeline.plan.requests import RequestRates
 from pipeline.prepare.prepare import prepare
 from pipeline.process import watchdog
 from pipeline.storage import requests
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.targets.open import open_target
 from pipeline.storage.targets.task_objects import checksum, object_keys
+from pipeline.storage.volume import Source
+from pipeline.worker import open_job as open_job_module
 from pipeline.worker.job import Job
 from pipeline.worker.lease import process_lease
 from pipeline.worker.open_job import open_job
@@ -227,3 +233,34 @@ def test_a_process_keeps_the_last_job_open_and_no_other(job: Job) -> None:
     assert open_job(job) is first
     open_job(replace(job, digest="another"))
     assert open_job(job) is not first
+
+
+def test_the_last_job_is_free_before_the_next_one_is_opened(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two networks at a time may be more than the worker's memory."""
+    last = weakref.ref(open_job(job))
+    found: list[object] = []
+
+    def look(config: SourceConfig) -> Source:
+        gc.collect()
+        found.append(last())
+        return open_source(config)
+
+    monkeypatch.setattr(open_job_module, "open_source", look)
+    open_job(replace(job, digest="another"))
+    assert found == [None]
+
+
+@pytest.mark.parametrize("field", ["run", "target", "retries"])
+def test_a_job_is_opened_anew_where_anything_in_it_differs(field: str, job: Job) -> None:
+    """The digest is the same; another run reads again what was mended, another target is another place."""
+    other = {"run": "another", "target": replace(job.target, url=job.target.url + "-2"), "retries": job.retries + 1}
+    first = open_job(job)
+    second = open_job(replace(job, **{field: other[field]}))
+    assert second is not first
+    assert getattr(second.job, field) == other[field]
+
+
+def test_a_job_with_another_share_of_requests_is_the_same_job(job: Job) -> None:
+    """The share changes with the number of workers; nothing is opened again for that."""
+    first = open_job(replace(job, rates=RequestRates(10.0, 20.0)))
+    assert open_job(replace(job, rates=RequestRates(5.0, 10.0))) is first
