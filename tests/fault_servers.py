@@ -206,7 +206,7 @@ def gcs(bucket: str, seed: int = 0, share: float = 0.0) -> Iterator[Gateway]:
     """
     from gcp_storage_emulator.server import create_server
 
-    emulator = create_server("127.0.0.1", 0, levels_by_slabs=True, default_bucket=bucket)
+    emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
     emulator.start()
     try:
         with _gateway(Gateway(emulator._api._httpd.server_address[:2], seed, share, gcs=True)) as gateway:

@@ -65,7 +65,10 @@ def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
 
 
 def test_nothing_is_named_after_a_slab_in_dask() -> None:
-    """Prefixes, groups and spans live as long as the scheduler: one of each at most, whatever the number of slabs."""
+    """Prefixes, groups and spans live as long as the scheduler, whatever the number of slabs.
+
+    There is one prefix or group at most. A span begins whenever no lease is out, which a loaded machine sees a few times.
+    """
     script = """
 import noop_slabs
 from parts.dask_processes import apart
@@ -75,7 +78,8 @@ if __name__ == "__main__":
 """
     kept = ast.literal_eval(python("-c", script))
     assert kept["tasks"] == 0
-    assert max(kept["prefixes"], kept["groups"], kept["spans"]) <= 1
+    assert max(kept["prefixes"], kept["groups"]) <= 1
+    assert kept["spans"] < 30
 
 
 def test_a_finished_ledger_loads_at_once() -> None:
