@@ -67,7 +67,8 @@ def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
 def test_nothing_is_named_after_a_slab_in_dask() -> None:
     """Prefixes, groups and spans live as long as the scheduler, whatever the number of slabs.
 
-    There is one prefix or group at most. A span begins whenever no lease is out, which a loaded machine sees a few times.
+    There is one prefix or group at most. A span begins whenever no lease is out, as on a
+    loaded machine a few times.
     """
     script = """
 import noop_slabs
