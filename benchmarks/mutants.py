@@ -22,6 +22,7 @@ TILES = "tests/test_geometry.py -k tiles"
 PLAN = "tests/test_plan.py -k 'not ten_million'"
 LEASES = "tests/test_leases.py"
 LEDGER = "tests/test_ledger.py"
+LOCK = "tests/test_target_lock.py"
 KV = "tests/test_kv.py"
 TARGETS = "tests/test_targets.py"
 SHARDING = "tests/test_precomputed_morton.py"
@@ -242,7 +243,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("for kind, values in [*own, *after]:", "for kind, values in [*after, *own]:"),
         ("if mip >= len(levels):", "if mip > len(levels):"),
     ],
-    ("pipeline/storage/target_lock.py", LEDGER): [
+    ("pipeline/storage/target_lock.py", LOCK): [
         ("self._store.put_if(KEY, self._body(), generation)", "self._store.put(KEY, self._body())"),
         (" and not self._is_ours():\n            raise", ":\n            raise"),
         ('if found is None or found["run"] != self.run_id:', "if found is None:"),
