@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pipeline.storage.volume import Uint8Array
 from pipeline.worker import pyramid
-from pipeline.worker.pyramid import Uint8Array, halve
+from pipeline.worker.pyramid import halve
 
 
 def reference(voxels: Uint8Array) -> Uint8Array:

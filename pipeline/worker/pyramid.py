@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Uint8Array = NDArray[np.uint8]
+from pipeline.storage.volume import Uint8Array
 
 _BLOCK_VOXELS = 1 << 17
 """Voxels averaged at a time: their sums stay in the core's cache, which is what makes this fast."""
