@@ -46,7 +46,9 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     second.acquire()
     second.release()
     assert holder(store) is None
-    TargetLock(store, "third").acquire()
+    third = TargetLock(store, "third")
+    third.acquire()
+    third.release()
 
 
 def test_a_silent_lock_of_another_machine_expires(tmp_path: Path) -> None:
@@ -65,7 +67,9 @@ def test_a_silent_lock_of_another_machine_expires(tmp_path: Path) -> None:
     set_back_since = time.time() + 3600
     for renewed in (time.time() - 61, set_back_since):
         store.put(KEY, json.dumps(lock | {"renewed": renewed}).encode())
-        TargetLock(store, "near").acquire()
+        near = TargetLock(store, "near")
+        near.acquire()
+        near.release()
 
 
 def test_a_dead_process_that_nobody_has_waited_for_holds_nothing(tmp_path: Path) -> None:

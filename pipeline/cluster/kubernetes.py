@@ -51,9 +51,8 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
         ],
     )
     worker["resources"] = {"requests": size, "limits": dict(size)}
-    scheduler = _container(
-        config, "scheduler", ["scheduler", "--host", "0.0.0.0"]
-    )  # the pod's own address; only its namespace's service leads there
+    # 0.0.0.0 is the pod's own address; only its namespace's service leads there.
+    scheduler = _container(config, "scheduler", ["scheduler", "--host", "0.0.0.0"])
     scheduler["resources"] = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
     scheduler["ports"] = [
         {"name": "tcp-comm", "containerPort": 8786},

@@ -168,9 +168,8 @@ class JobReplacer:
     def _look(self) -> None:
         jobs = {job.job_id: name for name, job in list(self._cluster.workers.items()) if job.job_id}
         there = {worker["name"] for worker in self._cluster.scheduler_info["workers"].values()}
-        found = _call(
-            "squeue", "--noheader", "--me", "--format=%i"
-        )  # after the cluster: a job submitted in between is not missed
+        # Slurm is asked after the cluster: a job submitted in between is not missed.
+        found = _call("squeue", "--noheader", "--me", "--format=%i")
         if found.returncode:
             return
         came = {number for number, name in jobs.items() if name in there} | self._came & jobs.keys()

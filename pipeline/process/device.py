@@ -97,9 +97,8 @@ class Transfer:
             self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
             self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fetched: dict[int, torch.Tensor] = {}
-        self._total: torch.Tensor | float = (
-            0.0  # of all that was put, on the device: one look at the end tells whether every value is a number
-        )
+        # The sum of all that was put, on the device: one look at the end shows whether every value is a number.
+        self._total: torch.Tensor | float = 0.0
 
     def fetch(self, at: int) -> None:
         """Begin to copy a section that `take` will soon want."""

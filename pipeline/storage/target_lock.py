@@ -143,9 +143,8 @@ def _alive(holder: dict[str, object], own: bool = False) -> str:
             )
         except psutil.NoSuchProcess:
             return ""
-    age = time.time() - float(
-        str(holder["renewed"])
-    )  # from the future by more than TTL_S: a clock that was set back, and no sign of life either
+    # A renewal from the future by more than TTL_S means a clock that was set back since: no sign of life either.
+    age = time.time() - float(str(holder["renewed"]))
     return f"its lock was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
 
 
