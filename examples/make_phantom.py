@@ -25,7 +25,6 @@ from PIL import Image
 from models.degrade import degrade
 from pipeline.base.command import guarded
 from pipeline.base.errors import TargetError, UserError
-from pipeline.convert import convert
 
 SCALE = 8
 SHAPE = (16, 1024, 1024)
@@ -67,6 +66,8 @@ def make(out: Path, shape: tuple[int, int, int] = SHAPE, seed: int = SEED) -> bo
             "For example --shape 16 1024 1024",
         )
     recipe = {"recipe": RECIPE, "shape": list(shape), "seed": seed}
+    from pipeline.convert import convert  # here: `phantom` is used where no readers of TIFF are installed
+
     places = {out / "hr.zarr": HR_VOXEL_NM, out / "lr.zarr": LR_VOXEL_NM}
     missing = [path for path in places if not holds(path, recipe)]
     if not missing:

@@ -44,6 +44,8 @@ class SPyNet(nn.Module):
         flow = resize(
             self._flow(self._pyramid(resize(first, padded)), self._pyramid(resize(second, padded))), (height, width)
         )
+        if padded == (height, width):
+            return flow  # every tile of the pipeline: nothing here makes a GPU wait for the host
         shrink = torch.tensor((width / padded[1], height / padded[0]), dtype=flow.dtype, device=flow.device)
         return flow * shrink.view(1, 2, 1, 1)
 

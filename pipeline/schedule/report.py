@@ -40,8 +40,7 @@ def write(prepared: Prepared, run: RunState) -> str:
         "spec": prepared.spec,
         "work": work.model_dump(mode="json", exclude={"slab_shape", "budget"}) | {"slab_shape": list(plan.slab_shape)},
         "cluster": {"kind": prepared.config.cluster.kind, "workers": prepared.config.cluster.workers},
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
         "began": run.began,
         "wall_s": wall,
         "ledger": {"planned": ledger.tasks} | ledger.counts(),
@@ -71,6 +70,14 @@ def write(prepared: Prepared, run: RunState) -> str:
     except EmsrError as error:
         return f"none ({error})"
     return f"{prepared.store.url}/contact-sheet.png"
+
+
+def _version(name: str) -> str | None:
+    """None where the library is not installed: the client needs few of them."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _sheet(prepared: Prepared) -> bytes:
