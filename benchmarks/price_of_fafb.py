@@ -87,11 +87,9 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
         f"{stored[0] / 1e12:.0f}, {sum(stored) / 1e12:.0f}, {fidelity / 1e12:.1f} TB",
     )
     yield "floating-point operations", f"{flop:.2e}"
-    for device, peak in fafb.PEAK_TFLOPS.items():
-        yield (
-            f"{device}-hours at {fafb.UTILISATION:.0%} of {peak} TFLOP/s",
-            f"{flop / (peak * 1e12 * fafb.UTILISATION) / 3600:,.0f}",
-        )
+    for device, rate in fafb.GPU_TFLOPS.items():
+        known = "measured" if device == "H100" else "assumed"
+        yield f"{device}-hours at {rate:.1f} TFLOP/s, {known}", f"{flop / (rate * 1e12) / 3600:,.0f}"
     yield "hours of a CPU core at 54 GFLOP/s", f"{flop / (fafb.CPU_CORE_TFLOPS * 1e12) / 3600:,.0f}"
 
 

@@ -304,7 +304,7 @@ def fafb_scenario(plan: Plan, tflops: float) -> Scenario:
 
 
 def scenarios(plan: Plan) -> dict[str, Scenario]:
-    gpu = fafb_scenario(plan, fafb.PEAK_TFLOPS["A100"] * fafb.UTILISATION)
+    gpu = fafb_scenario(plan, fafb.GPU_TFLOPS["A100"])
     cpu = replace(fafb_scenario(plan, fafb.CPU_CORE_TFLOPS), walltime_s=24 * HOUR, death_s=1000 * HOUR)
     spot = replace(gpu, death_s=4 * HOUR, back_s=900)
     many = replace(gpu, writes=256.0)  # unsharded: an object per chunk

@@ -57,6 +57,7 @@ def rows(table: str) -> dict[str, list[str]]:
         ("network_speed.py", ("peak", "8", "8", "1")),
         ("network_speed.py", ("memory", "8", "8")),
         ("lattice.py", ("small", "phantom", "8", "16", "1", "16", "8")),
+        ("gpu/network.py", ("speed", "20", "smoke")),
         ("precision.py", ("small", "phantom", "8", "16", "1", "bfloat16,contiguous,batch2")),
     ],
 )

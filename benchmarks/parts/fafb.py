@@ -47,10 +47,10 @@ def work(scale: int, tile: int) -> Work:
     return Work(section.get_total_flops(), window.get_total_flops())
 
 
-PEAK_TFLOPS = {"A100": 19.5, "H100": 67.0}
-"""float32 without tensor cores, as stated by the makers of the GPUs."""
-UTILISATION = 0.35
-"""Share of PEAK_TFLOPS. It is assumed, not measured. The reference reaches 0.53 to 0.70 of a CPU core's peak."""
+GPU_TFLOPS = {"A100": 0.35 * 19.5, "H100": 11.5}
+"""What the network reaches in float32. The H100's is measured (docs/performance.md, "On a GPU"; x8). The A100's
+is assumed: 35 % of the peak that its maker states for float32 without tensor cores. The H100 reaches 17 % of its own.
+"""
 CPU_CORE_TFLOPS = 0.090 * 0.6
 """A core does 90 GFLOP/s at best, and 0.6 of that is reached."""
 
