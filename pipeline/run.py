@@ -21,7 +21,7 @@ from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare.dry_run import print_price
-from pipeline.prepare.place import check_place, claim
+from pipeline.prepare.place import check_place, claim, sweep
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
 from pipeline.schedule import report
@@ -65,7 +65,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     job = prepared.job
     lock = TargetLock(prepared.store, run_id)
     lock.refuse_others()
-    ledger = Ledger(prepared.store, job.digest, job.plan.tasks, run_id)
+    ledger = Ledger(prepared.store, job.digest, job.plan.tasks, run_id, lock.hold)
     if resumed:
         ledger.load()
         ledger.requeue(QUARANTINED)
@@ -77,9 +77,11 @@ def run(config: Config, dry_run: bool = False) -> int:
         lock.acquire()
         try:
             claim(prepared)
+            sweep(prepared)
             ledger.load()  # again: another run may have ended in between
             return _execute(prepared, RunState(job, ledger, lock), client)
         finally:
+            sweep(prepared)  # what killed workers have left
             lock.release()
 
 

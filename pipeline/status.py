@@ -8,11 +8,13 @@ import sys
 import time
 
 from pipeline.base.command import guarded
+from pipeline.base.errors import LedgerError
 from pipeline.config import urls
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
+from pipeline.storage.kv import Store
 from pipeline.storage.target_lock import holder, last_workers
 
 SHOWN = 20
@@ -50,9 +52,7 @@ def status(config: Config) -> int:
         print(line)
     if requests := _requests(found.store.get("report.json")):
         print(f"requests     {requests}")
-    if running := holder(found.store):
-        age = time.time() - float(str(running["renewed"]))
-        print(f"running      run {running['run']}, process {running['pid']} on {running['host']}, seen {age:.0f} s ago")
+    _say_holder(found.store)
     if (times := ledger.times).tasks:
         print(
             f"timings      {times.total / times.tasks:.2f} s a task on the last {times.tasks:,}, "
@@ -70,6 +70,17 @@ def status(config: Config) -> int:
     if counts["quarantined"] > SHOWN:
         print(f"quarantined  and {counts['quarantined'] - SHOWN:,} more")
     return 0 if counts["written"] + counts["skipped"] == tasks else 1
+
+
+def _say_holder(store: Store) -> None:
+    try:
+        lock = holder(store)
+    except LedgerError as error:
+        print(f"lock         {error}")
+        return
+    if lock is not None:
+        age = time.time() - float(lock["renewed"])
+        print(f"running      run {lock['run']}, process {lock['pid']} on {lock['host']}, seen {age:.0f} s ago")
 
 
 def _requests(report: bytes | None) -> str:

@@ -21,14 +21,16 @@ import zarr
 from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, wait_until, write_lr
 from fault_servers import Gateway
 from test_inference import whole_bicubic
+from test_target_lock import check_race, lock_of
 
 from pipeline import status, verify, view
-from pipeline.base.errors import TransientError
+from pipeline.base.errors import LedgerError, TransientError
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.storage import ledger as ledger_module
+from pipeline.storage import target_lock
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
-from pipeline.storage.target_lock import TargetLock, holder
+from pipeline.storage.target_lock import KEY, TargetLock, holder
 from pipeline.viewer.file_server import serving
 
 VOXELS = texture((4, 48, 40))
@@ -133,6 +135,30 @@ def test_a_lock_whose_answer_was_lost_is_held(
         assert holder(store)["run"] == "ours"
     finally:
         held.release()
+
+
+def test_of_several_runs_in_the_same_millisecond_one_gets_each_target(environ: dict[str, str]) -> None:
+    boto3.client("s3").create_bucket(Bucket="race")
+    check_race("s3://race")
+
+
+def test_the_lock_of_another_machine_is_watched_and_taken_over(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boto3.client("s3").create_bucket(Bucket="watched")
+    store, messages = Store("s3://watched/sr.emsr"), list[str]()
+    store.put(KEY, lock_of(1))
+    monkeypatch.setattr(target_lock, "LOOK_S", 0.05)
+    with pytest.raises(LedgerError, match="renewed its lock just now"):
+        TargetLock(store, "early", lambda text: store.put(KEY, lock_of(1))).acquire()
+    monkeypatch.setattr(target_lock, "WATCH_S", 1.0)
+    lock = TargetLock(store, "next", messages.append)
+    lock.acquire()
+    assert "it is dead" in messages[-1]
+    store.put(KEY, lock_of(1))
+    assert not lock._write(lock._generation), "a renewal does not take back what another run has taken"
+    lock.lost.set()
+    lock.release()
 
 
 def test_the_main_job_on_gcs(

@@ -62,6 +62,12 @@ def claim(prepared: Prepared) -> None:
     open_target(prepared.job.target).create()
 
 
+def sweep(prepared: Prepared) -> None:
+    """Remove what killed processes have left half written in target and sidecar."""
+    for store in (Store(prepared.job.target.url), prepared.store):
+        store.sweep()
+
+
 def _check_plan(prepared: Prepared, stored: bytes) -> None:
     """LedgerError, saying where the two specifications differ, unless `stored` is this plan's plan.json."""
     with damaged_plan_errors(prepared.store.url):

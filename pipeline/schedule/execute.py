@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from distributed import Client
 
-from pipeline.base.errors import LedgerError
 from pipeline.plan.receipt import PENDING, QUARANTINED, Receipt
 from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.leases import Leases
@@ -43,12 +42,8 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
 def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
-        if run.lock is not None and run.lock.lost.is_set():
-            raise LedgerError(
-                "another run took this target over while this one was out of reach",
-                "one run per target",
-                "See which one is alive, then run again",
-            )
+        if run.lock is not None:
+            run.lock.hold()
         while not run.stop.is_set() and (lease := leases.next(time.monotonic(), in_flight.capacity())) is not None:
             in_flight.start(lease)
             run.totals.started_again += lease.starts > 1

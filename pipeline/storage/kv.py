@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 import tensorstore as ts
 
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
-from pipeline.config.urls import split_format
-from pipeline.storage import requests
+from pipeline.config.urls import local_path, split_format
+from pipeline.storage import files, requests, swapped_file
 
 _CODE = re.compile(
     r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNAVAILABLE|DEADLINE_EXCEEDED|"
@@ -74,6 +74,9 @@ def context() -> ts.Context:
             "s3_request_concurrency": {"limit": 32},
             "gcs_request_concurrency": {"limit": 32},
             "http_request_concurrency": {"limit": 32},
+            # With its locks, tensorstore writes into a lock file that a killed process has left, and does not cut off
+            # what was in it. Targets are written by `files`; what is written through arrays has one writer.
+            "file_io_locking": {"mode": "none"},
             # tensorstore's own default is 32 tries over a quarter of an hour, without a word on a mistyped host.
             **{
                 f"{kind}_request_retries": {"max_retries": 6, "initial_delay": "500ms", "max_delay": "4s"}
@@ -122,10 +125,15 @@ def _short(text: str, limit: int = 300) -> str:
 
 
 class Store:
-    """The objects below a URL. Every method raises what `classify` makes of tensorstore's errors, and nothing else."""
+    """The objects below a URL. Every method raises what `classify` or `files.as_emsr_error` makes of an error, and
+    nothing else.
+
+    In folders tensorstore only reads; `files` and `swapped_file` write.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._folder = local_path(url)
         try:
             self._kv = ts.KvStore.open(spec(url), context=context()).result()
         except Exception as error:
@@ -146,6 +154,9 @@ class Store:
     def put_all(self, items: Mapping[str, bytes]) -> None:
         """Put several objects at the same time. All are awaited; the first failure is raised."""
         requests.WRITES.take(len(items))
+        if self._folder is not None:
+            files.put_all(self._folder, items)
+            return
         futures = {key: self._kv.write(key, value) for key, value in items.items()}
         failed: EmsrError | None = None
         for key, future in futures.items():
@@ -156,19 +167,27 @@ class Store:
         if failed:
             raise failed
 
-    def put_if(self, key: str, value: bytes, generation: bytes) -> bool:
-        """Write only if the object is still of `generation` (see get_with_generation).
+    def put_if(self, key: str, value: bytes, generation: bytes) -> bytes | None:
+        """Write only if the object is still of `generation` (see get_with_generation); returns its new generation.
 
-        Returns False, having written nothing, where another process has written it since.
+        Returns None, having written nothing, where another process has written it since. After an error it may be
+        written or not. `value` is a JSON object: in folders it gets members of `swapped_file`.
         """
+        what = f"writing {self.url}/{key}"
+        if self._folder is not None:
+            with files.faults(what):
+                return swapped_file.swap(self._folder / key, value, generation)
         try:
             stamp = self._kv.write(key, value, if_equal=generation).result()
         except Exception as error:
-            raise classify(error, f"writing {self.url}/{key}") from error
-        return bool(stamp.generation != b"")
+            raise classify(error, what) from error
+        return bytes(stamp.generation) or None
 
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
         """The value (None where it is absent), and its generation: the store's name of this version of it."""
+        if self._folder is not None:
+            with files.faults(f"{self.url}/{key}"):
+                return swapped_file.look(self._folder / key)
         try:
             result = self._kv.read(key).result()
         except Exception as error:
@@ -178,20 +197,30 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the object; no error where there is none."""
+        what = f"deleting {self.url}/{key}"
+        if self._folder is not None:
+            with files.faults(what):
+                (self._folder / key).unlink(missing_ok=True)
+            return
         try:
             self._kv.write(key, None).result()
         except Exception as error:
-            raise classify(error, f"deleting {self.url}/{key}") from error
+            raise classify(error, what) from error
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left half written. Only folders have such things."""
+        if self._folder is not None:
+            files.sweep(self._folder)
 
     def keys(self, prefix: str = "") -> list[str]:
-        """The keys that begin with `prefix`, sorted, without the lock files that tensorstore leaves in folders."""
+        """The keys that begin with `prefix`, sorted, without the files in folders that are no objects."""
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
         key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
         try:
             keys = self._kv.list(key_range).result()
         except Exception as error:
             raise classify(error, f"listing {self.url}") from error
-        return sorted(k.decode() for k in keys if not k.endswith(b".__lock"))
+        return sorted(name for name in map(bytes.decode, keys) if not files.is_own(name))
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
         """Whether there is no key at all. `likely` keys are read first, so that the answer of a large store is quick.
@@ -204,7 +233,7 @@ class Store:
                 return False
         listing = self._kv.list()
         try:
-            return all(key.endswith(b".__lock") for key in listing.result(timeout=LIST_SECONDS))
+            return all(files.is_own(key.decode()) for key in listing.result(timeout=LIST_SECONDS))
         except TimeoutError:
             listing.cancel()
             return False

@@ -16,7 +16,7 @@ import json
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,10 +71,15 @@ class TaskTimes:
 
 
 class Ledger:
-    """States of `tasks` tasks. Not thread-safe: one thread of one client writes it."""
+    """States of `tasks` tasks. Not thread-safe: one thread of one client writes it.
 
-    def __init__(self, store: Store, digest: str, tasks: int, run_id: str) -> None:
-        self._store = store
+    `hold` is called before anything is published; it raises where this run no longer holds the target.
+    """
+
+    def __init__(
+        self, store: Store, digest: str, tasks: int, run_id: str, hold: Callable[[], None] = lambda: None
+    ) -> None:
+        self._store, self._hold = store, hold
         self._prefix = f"ledger-{digest[:16]}/"
         self.run_id = run_id
         self._state: NDArray[np.uint8] = np.zeros(tasks, np.uint8)
@@ -204,6 +209,7 @@ class Ledger:
         """Publish what is queued; returns when it is durable. What cannot be published stays queued."""
         self._tried = time.monotonic()
         if self._queued:
+            self._hold()
             self._publish()
         self._flushed, self._failing_since = time.monotonic(), 0.0
 

@@ -1,87 +1,193 @@
-"""One run at a time per target: a lock object beside the target, renewed while the run lives."""
+"""One run at a time per target: a lock object beside the target, renewed while the run lives.
+
+No clock of another machine is believed. Whoever finds a lock of another machine watches it for WATCH_S seconds of a
+clock of its own: a lock that is renewed meanwhile is held, one that is not is taken over. A holder whose renewals do
+not get through counts on its lock for HOLD_S seconds only, which is less.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-import psutil
-
-from pipeline.base.errors import EmsrError, LedgerError
+from pipeline.base.errors import EmsrError, LedgerError, TargetError, TransientError
+from pipeline.storage import process_identity
 from pipeline.storage.kv import Store
 
 KEY = "lock.json"
-TTL_S = 60.0
+FORMER_KEY = "lease.json"
+"""What earlier commits call it. Theirs is watched too; they do not look for ours."""
+FORMAT = 2
 RENEW_S = 10.0
+RENEW_AGAIN_S = 2.0
+"""After a renewal that failed."""
+HOLD_S = 40.0
+WATCH_S = 60.0
+LOOK_S = 2.0
+"""Between two looks at a lock that is watched."""
+SAY_S = 15.0
+PATIENCE_S = 300.0
+"""A run waits for so long while its renewals fail."""
+TRIES = 3
+
+
+def _say(text: str) -> None:
+    print(f"emsr: {text}", file=sys.stderr, flush=True)
 
 
 class TargetLock:
     """Held between `acquire` and `release`, and renewed by a thread. `lost` is set when another run took it over."""
 
-    def __init__(self, store: Store, run_id: str) -> None:
+    def __init__(self, store: Store, run_id: str, say: Callable[[str], None] = _say) -> None:
         self.run_id = run_id
         self.lost = threading.Event()
         self.workers: dict[str, dict[str, float]] = {}
         """What each worker has done, by name. Every renewal writes it, for `status`."""
-        self._store = store
+        self._store, self._say = store, say
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._seen_dead: tuple[bytes, bytes] | None = None
+        self._generation = b""
+        self._writes = 0
+        self._renewed_at = 0.0
 
     def refuse_others(self) -> bytes:
-        """Raises LedgerError naming the holder while another run is alive; else the store's generation of the free
-        lock, for `put_if`.
+        """Returns the store's generation of the free lock, for `put_if`, after a wait where only that tells.
+
+        Raises LedgerError naming the holder while another run is alive, or where the lock cannot be read.
         """
-        value, generation = self._store.get_with_generation(KEY)
-        found = _parse(value)
-        if found is not None and (reason := _alive(found)):
-            raise LedgerError(
-                f"another run ({found['run']}, process {found['pid']} on {found['host']}) writes this target: {reason}",
-                "one run per target",
-                "Wait for it or stop it; if it is dead for sure, its lock ends by itself within a minute",
-            )
-        return generation
+        first: tuple[bytes, bytes] | None = None
+        began = said = 0.0
+        while True:
+            found, seen = self._look()
+            if found is None or seen == self._seen_dead:
+                return seen[0]
+            if process_identity.machine() and found.get("machine") == process_identity.machine():
+                raise _held(found, _how_it_runs(found))
+            now = time.monotonic()  # which stands still while this machine sleeps: the watch is one with open eyes
+            if first is None:
+                first, began, said = seen, now, now
+                self._say(
+                    f"the target is locked by {_name(found)}, which cannot be looked at from here. If it renews its "
+                    f"lock in the next {WATCH_S:.0f} s this run ends, else it takes the lock over. Ctrl-C ends the wait"
+                )
+            elif seen != first:
+                raise _held(found, "it has renewed its lock just now")
+            elif now - began > WATCH_S:
+                self._say(f"run {found['run']} has not renewed its lock for {now - began:.0f} s: it is dead")
+                self._seen_dead = seen
+                return seen[0]
+            elif now - said > SAY_S:
+                said = now
+                self._say(f"no sign of run {found['run']} for {now - began:.0f} of {WATCH_S:.0f} s")
+            time.sleep(LOOK_S)
 
     def acquire(self) -> None:
         """Raises LedgerError while another run is alive or was faster. A dead run's lock is taken over."""
         generation = self.refuse_others()
-        # Where the answer to the first try was lost, the second one finds our own lock.
-        if not self._store.put_if(KEY, self._body(), generation) and not self._is_ours():
+        if not self._write(generation):
             raise LedgerError(
                 "another run took this target in the same moment", "one run per target", "Wait for it to end"
             )
+        if self._store.get(FORMER_KEY) is not None:
+            self._store.delete(FORMER_KEY)
         self._thread = threading.Thread(target=self._renew, daemon=True, name="target-lock")
         self._thread.start()
+
+    def hold(self) -> None:
+        """Returns while this run holds the target: to be called before anything is handed out or published.
+
+        Waits while renewals fail. Raises LedgerError once the lock is lost, TransientError after PATIENCE_S seconds.
+        """
+        began: float | None = None
+        while True:
+            if self.lost.is_set():
+                raise LedgerError(
+                    "another run took this target over while this one was out of reach",
+                    "one run per target",
+                    "See which one is alive, then run again",
+                )
+            if _clock() - self._renewed_at < HOLD_S:
+                return
+            if began is None:
+                began = time.monotonic()
+                self._say(
+                    f"the target's lock was not renewed for {HOLD_S:.0f} s, since {self._store.url} does not answer or "
+                    f"this process stood still. Waiting for up to {PATIENCE_S:.0f} s"
+                )
+            elif time.monotonic() - began > PATIENCE_S:
+                raise TransientError(f"the lock {self._store.url}/{KEY} could not be renewed for {PATIENCE_S:.0f} s")
+            time.sleep(0.2)
 
     def release(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=RENEW_S)
-        with suppress(EmsrError):  # the lock of a process that is gone counts for nothing anyway
-            if not self.lost.is_set():
-                self._rewrite(released=True)
+        # The lock of a process that is gone counts for nothing anyway; while a renewal hangs, its outcome is unknown.
+        with suppress(EmsrError):
+            if not self.lost.is_set() and (self._thread is None or not self._thread.is_alive()):
+                self._write(self._generation, released=True)
 
-    def _rewrite(self, released: bool = False) -> bool:
-        """Write the lock anew. Returns False, and writes nothing, where another run has taken it."""
-        value, generation = self._store.get_with_generation(KEY)
-        found = _parse(value)
-        if found is None or found["run"] != self.run_id:
-            return False
-        return self._store.put_if(KEY, self._body(released), generation) or self._is_ours()
+    def _look(self) -> tuple[dict[str, Any] | None, tuple[bytes, bytes]]:
+        """The lock that another run may hold, None where none can, and what was seen, to tell two looks apart."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                value, generation = self._store.get_with_generation(KEY)
+                former = self._store.get(FORMER_KEY)
+                locks = _parse(value, KEY), _parse(former, FORMER_KEY)
+                break
+            except (ValueError, TargetError) as error:
+                if not tries_left:
+                    raise _unreadable(self._store, error) from error
+                time.sleep(LOOK_S)  # without hard links a lock is not there in one step
+        held = [lock for lock in locks if lock is not None and _may_be_held(lock)]
+        return (held[0] if held else None), (generation, former or b"")
 
-    def _is_ours(self) -> bool:
-        found = _parse(self._store.get(KEY))
-        return found is not None and found["run"] == self.run_id
+    def _write(self, generation: bytes, released: bool = False) -> bool:
+        """Write the lock anew. Returns False, and leaves the other's, where it is not of `generation` any more."""
+        self._writes += 1
+        body, began = self._body(released), _clock()
+        fault = TransientError(f"{self._store.url}/{KEY} could not be replaced")
+        for _ in range(TRIES):
+            try:
+                written = self._store.put_if(KEY, body, generation)
+                if written is None:
+                    # Where the answer to an earlier try was lost, this is our own lock.
+                    value, seen = self._store.get_with_generation(KEY)
+                    if self._is_this_write(value):
+                        written = seen
+                    elif seen != generation:
+                        return False
+            except TransientError as error:
+                fault, written = error, None
+            if written is not None:
+                self._generation, self._renewed_at = written, began
+                return True
+        raise fault
+
+    def _is_this_write(self, value: bytes | None) -> bool:
+        with suppress(ValueError):
+            found = _parse(value, KEY)
+            return found is not None and (found["run"], found.get("writes")) == (self.run_id, self._writes)
+        return False
 
     def _body(self, released: bool = False) -> bytes:
         lock = {
+            "format": FORMAT,
             "run": self.run_id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": _started(),
+            "machine": process_identity.machine(),
+            "ticks": process_identity.ticks(os.getpid()),
+            "writes": self._writes,
             "renewed": time.time(),
             "released": released,
             "workers": self.workers,
@@ -89,19 +195,30 @@ class TargetLock:
         return json.dumps(lock).encode()
 
     def _renew(self) -> None:
-        while not self._stop.wait(RENEW_S):
+        wait = RENEW_S
+        while not self._stop.wait(wait):
             try:
-                if not self._rewrite():
+                if not self._write(self._generation):
                     self.lost.set()
                     return
+                wait = RENEW_S
             except EmsrError:
-                continue  # a passing fault: the next renewal comes before the lock expires
+                wait = min(RENEW_S, RENEW_AGAIN_S)  # a passing fault, or one that ends the run elsewhere: see `hold`
 
 
-def holder(store: Store) -> dict[str, object] | None:
-    """Who writes this target now, None where nobody does."""
-    lock = _parse(store.get(KEY))
-    return lock if lock is not None and _alive(lock, own=True) else None
+def holder(store: Store) -> dict[str, Any] | None:
+    """Who writes this target now, None where nobody seems to. For display: the other machine's clock is believed.
+
+    Raises LedgerError where the lock cannot be read.
+    """
+    try:
+        lock = _parse(store.get(KEY), KEY)
+    except ValueError as error:
+        raise _unreadable(store, error) from error
+    if lock is None or not _may_be_held(lock, own=True):
+        return None
+    here = lock.get("machine") == process_identity.machine() != ""
+    return lock if here or abs(time.time() - float(lock["renewed"])) < WATCH_S else None
 
 
 def last_workers(store: Store) -> dict[str, dict[str, float]]:
@@ -118,41 +235,63 @@ def last_workers(store: Store) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _parse(value: bytes | None) -> dict[str, object] | None:
+def _parse(value: bytes | None, key: str) -> dict[str, Any] | None:
+    """The lock as it is written, None for an absent one. Raises ValueError where this is no lock that emsr knows."""
     if value is None:
         return None
     try:
         lock = json.loads(value)
-        return {k: lock[k] for k in ("run", "host", "pid", "started", "renewed", "released")}
-    except (ValueError, KeyError, TypeError):
-        return None
+        int(lock["pid"]), float(lock["renewed"]), lock["run"], lock["host"], "machine" in lock and int(lock["ticks"])
+        known = isinstance(lock["released"], bool) and lock.get("format", 1) in (1, FORMAT)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{key} is no lock of emsr's: {value[:40]!r}, {len(value)} bytes") from None
+    if not known:
+        raise ValueError(f"{key} was written by another version of emsr")
+    return dict(lock)
 
 
-def _alive(holder: dict[str, object], own: bool = False) -> str:
-    """Why this holder counts as alive, or "". A lock of this very process counts only if `own`."""
-    if holder["released"]:
-        return ""
-    if holder["host"] == socket.gethostname():
-        try:
-            process = psutil.Process(int(str(holder["pid"])))
-            same = _started(process.pid) == holder["started"]
-            return (
-                "it is running"
-                if same and process.status() != psutil.STATUS_ZOMBIE and (own or process.pid != os.getpid())
-                else ""
-            )
-        except psutil.NoSuchProcess:
-            return ""
-    # A renewal from the future by more than TTL_S means a clock that was set back since: no sign of life either.
-    age = time.time() - float(str(holder["renewed"]))
-    return f"its lock was renewed {age:.0f} s ago and holds for {TTL_S:.0f} s" if abs(age) < TTL_S else ""
+def _may_be_held(lock: dict[str, Any], own: bool = False) -> bool:
+    """Whether a run may hold this lock. What this very process wrote counts only if `own`: that run has ended."""
+    if lock["released"]:
+        return False
+    if not process_identity.machine() or lock.get("machine") != process_identity.machine():
+        return True
+    pid, began = int(lock["pid"]), int(lock["ticks"])
+    return not process_identity.has_ended(pid, began) and (own or pid != os.getpid())
 
 
-def _started(pid: int) -> str:
-    """When this process began, the same whatever is done to the clock. Raises psutil.NoSuchProcess."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat, open("/proc/sys/kernel/random/boot_id") as boot:
-            # Fields are counted from behind the command's name, which may hold anything.
-            return f"{stat.read().rpartition(')')[2].split()[19]} ticks after boot {boot.read().strip()}"
-    except (OSError, IndexError):
-        return f"{psutil.Process(pid).create_time():.0f}"
+def _name(lock: dict[str, Any]) -> str:
+    return f"run {lock['run']}, process {lock['pid']} on {lock['host']}"
+
+
+def _how_it_runs(lock: dict[str, Any]) -> str:
+    stopped = process_identity.is_stopped(int(lock["pid"]))
+    return "it is suspended (kill it, or let it go on)" if stopped else "it is running"
+
+
+def _held(lock: dict[str, Any], why: str) -> LedgerError:
+    return LedgerError(
+        f"another run ({_name(lock)}) writes this target: {why}",
+        "one run per target",
+        "Wait for it or stop it, then run again: what is written is kept",
+    )
+
+
+def _unreadable(store: Store, why: Exception) -> LedgerError:
+    return LedgerError(
+        f"the target's lock cannot be read, so another run may hold it ({store.url}: {why})",
+        "one run per target",
+        f"Ask who else runs emsr on this target. If nobody does, remove {KEY} and {KEY}.* there, and {FORMER_KEY} if "
+        "that is the one; then run again",
+    )
+
+
+def _started() -> str:
+    """When this process began, as earlier commits read it."""
+    with open("/proc/sys/kernel/random/boot_id") as boot:
+        return f"{process_identity.ticks(os.getpid())} ticks after boot {boot.read().strip()}"
+
+
+def _clock() -> float:
+    """Seconds by a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -12,7 +12,7 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.config.urls import local_path
 from pipeline.config.volume import ENCODINGS
 from pipeline.plan.target_spec import FIDELITY, TargetSpec
-from pipeline.storage import kv
+from pipeline.storage import files, kv
 from pipeline.storage.targets import encode, ome_zarr_target, precomputed_target
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.volume import Target, Uint8Array
@@ -47,7 +47,7 @@ def is_empty(url: str) -> bool:
             name
             for folder, _, names in os.walk(path, onerror=_raise_unless_absent)
             for name in names
-            if not name.endswith(".__lock")
+            if not files.is_own(name)
         )
     except OSError as error:
         raise kv.classify(error, url) from error
