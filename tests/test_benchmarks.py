@@ -54,6 +54,7 @@ def rows(table: str) -> dict[str, list[str]]:
         ("many_workers.py", ("500", "8")),
         ("overlap.py", ("4", "32")),
         ("map_overlap.py", ("16", "16", "1")),
+        ("durable_writes.py", ("2", "16", "1")),
         ("network_speed.py", ("peak", "8", "8", "1")),
         ("network_speed.py", ("memory", "8", "8")),
         ("lattice.py", ("small", "phantom", "8", "16", "1", "16", "8")),
