@@ -86,7 +86,7 @@ def _verify(prepared: Prepared, lock: TargetLock | None, sample: int | None) -> 
     counts = ledger.counts()
     print(
         f"verified     {findings.looked_at:,} of {findings.written:,} written tasks, {findings.damaged:,} damaged, "
-        f"{findings.unreadable:,} cannot be read; {len(objects)} of plan.json and the metadata damaged; ledger: "
+        f"{findings.unreadable:,} cannot be read; {len(objects)} of the metadata damaged; ledger: "
         + ", ".join(f"{counts[k]:,} {k}" for k in STATES)
     )
     _advise(findings, objects, lock is not None)

@@ -40,7 +40,8 @@ class Findings(TaskRecord):
         self._state[chosen] = PENDING
         self.chosen = len(chosen) + len(lost)
         for index in lost.tolist():
-            self._found_damaged(index, "the ledger has lost its checksum with a segment")
+            if self._state[index] != DAMAGED:
+                self._found_damaged(index, "the ledger has lost its checksum with a segment")
 
     @property
     def looked_at(self) -> int:
