@@ -5,23 +5,33 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_here, texture, tree, volume_yaml, write_lr
+from conftest import GUARD_S, REPOSITORY, run_here, texture, tree, volume_yaml, write_lr
 from test_standing_cluster import address  # noqa: F401
 
 from pipeline import run, status, verify
+from pipeline.base.errors import ClusterError
 from pipeline.config import volume as configuration
+from pipeline.plan.receipt import PENDING, WRITTEN, Receipt
 from pipeline.prepare.prepare import prepare
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.targets.open import open_target
 from pipeline.storage.targets.task_objects import object_keys
+from pipeline.worker import stored as stored_module
+from pipeline.worker.stored import ReadLease, view
 
 SHAPE = (6, 72, 64)
 TARGETS = {
@@ -88,9 +98,9 @@ def extend(victim: Path, rng: random.Random) -> None:
 
 def swap(victim: Path, rng: random.Random) -> None:
     """Two objects of one kind with each other's bytes."""
-    kind = victim.name.split("-")[0] if ".emsr" in str(victim) else victim.suffix
-    mates = [f for f in files(victim.parents[3]) if f.suffix == victim.suffix and kind in f.name]
-    mate = rng.choice(mates or [victim])
+    place = next(folder for folder in victim.parents if folder.name in ("sr", "sr.emsr"))
+    kind = victim.name.split("-")[0] if place.name == "sr.emsr" else ""
+    mate = rng.choice([f for f in files(place) if f.suffix == victim.suffix and f.name.startswith(kind)])
     mine, theirs = victim.read_bytes(), mate.read_bytes()
     victim.write_bytes(theirs)
     mate.write_bytes(mine)
@@ -212,7 +222,7 @@ def test_levels_averaged_from_what_had_rotted_are_made_again(tmp_path: Path, add
     book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
     book.load()
     blocks = range(job.plan.slabs, job.plan.tasks)
-    book.record(ledger_module.Receipt(i, 0) for i in blocks)
+    book.record(Receipt(i, 0) for i in blocks)
     book.flush()
     assert run.main([str(path)]) == 0, "the second pass reads what has rotted"
     assert tree(tmp_path / "sr") != good
@@ -235,7 +245,7 @@ def test_a_task_whose_record_is_lost_takes_the_levels_made_of_it_along(tmp_path:
     flip_voxels(tmp_path / "sr" / object_keys(open_target(prepared.job.target), plan, coarser[0])[0])
     book = Ledger(prepared.store, prepared.job.digest, plan.tasks, "test")
     book.load()
-    book.record([ledger_module.Receipt(0, 0)])
+    book.record([Receipt(0, 0)])
     book.flush()
     assert run.main([str(path)]) == 0
     assert tree(tmp_path / "sr") == good
@@ -320,7 +330,7 @@ def test_an_unfinished_target_says_what_is_left(
     prepared = prepare(configuration.load(path))
     book = Ledger(prepared.store, prepared.job.digest, prepared.job.plan.tasks, "test")
     book.load()
-    book.record([ledger_module.Receipt(i, 0) for i in (3, 4, prepared.job.plan.tasks - 1)])
+    book.record([Receipt(i, 0) for i in (3, 4, prepared.job.plan.tasks - 1)])
     book.flush()
     assert verify.main([str(path)]) == 1
     out = capsys.readouterr().out
@@ -404,3 +414,89 @@ def test_a_sample_is_of_so_many_tasks(tmp_path: Path, capsys: pytest.CaptureFixt
     for asked, looked in ((5, 5), (100, 18), (0, 0)):
         assert verify.main([str(path), "--sample", str(asked)]) == 0
         assert f"verified     {looked} of 18 written" in capsys.readouterr().out
+
+
+def test_a_worker_that_sees_another_place_finds_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the target's mount everything would be missing: the worker is told, not the target."""
+    path = finished(tmp_path)
+    prepared = prepare(configuration.load(path))
+    segment = next((tmp_path / "sr.emsr").rglob("segment-*"))
+    work = ReadLease(view(prepared.job, [str(segment.relative_to(tmp_path / "sr.emsr"))]), in_worker=False)
+    receipts = work(prepared.job, 0, 3, math.inf).receipts
+    assert [r.state for r in receipts] == [WRITTEN] * 3
+    assert not any(r.error for r in receipts)
+    for name in ("sr", "sr.emsr"):
+        (tmp_path / name).rename(tmp_path / f"unmounted-{name}")
+        with pytest.raises(ClusterError, match=socket.gethostname()):
+            work(prepared.job, 0, 3, math.inf)
+        (tmp_path / f"unmounted-{name}").rename(tmp_path / name)
+    read = stored_module._found
+
+    def unmount(*arguments: Any) -> Receipt:
+        """The disk goes away between the look at the place and the look at the objects."""
+        if (tmp_path / "sr").exists():
+            (tmp_path / "sr").rename(tmp_path / "gone")
+        return read(*arguments)
+
+    monkeypatch.setattr(stored_module, "_found", unmount)
+    with pytest.raises(ClusterError):
+        work(prepared.job, 0, 3, math.inf)
+
+
+def test_an_interrupted_verify_says_what_it_has_seen(tmp_path: Path) -> None:
+    """Ctrl-C: the damage found so far is queued, the sum is of what was looked at, the lock is released."""
+    path = finished(tmp_path)
+    volume_yaml(path, "lr.zarr", "sr", work__requests_per_second={"read": 20})
+    job = prepare(configuration.load(path)).job
+    (tmp_path / "sr" / object_keys(open_target(job.target), job.plan, 0)[0]).unlink()
+    words = [sys.executable, "-m", "pipeline.verify", str(path), "--requeue"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        while "damaged      task 0" not in said:
+            assert process.poll() is None
+            said += process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 130, errors
+    assert '"event": "verify"' in errors
+    assert "stopped" in errors
+    looked = int(rest.partition("verified")[2].split()[0])
+    assert 1 <= looked < 18
+    assert json.loads((tmp_path / "sr.emsr" / "lock.json").read_text())["released"]
+    book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
+    book.load()
+    assert book.state(0) == PENDING
+
+
+def test_damage_is_queued_also_where_the_plan_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = finished(tmp_path)
+    (tmp_path / "sr.emsr" / "plan.json").unlink()
+    files(tmp_path / "sr" / "0" / "c")[-1].unlink()
+    assert verify.main([str(path), "--requeue"]) == 1
+    assert "requeued" in capsys.readouterr().out
+    job = prepare(configuration.load(path)).job
+    book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
+    book.load()
+    assert book.count(PENDING) == 3, "the slab, and a block of each coarser level"
+
+
+def test_detected_bad_sections_outlive_a_lost_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The provenance keeps them; where that is lost too, verify says so, and does not plan without them."""
+    voxels = texture(SHAPE)
+    voxels[3] = 90
+    write_lr(tmp_path / "lr.zarr", voxels)
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", source__bad_sections={"detect": True})
+    run_here(path)
+    kept = (tmp_path / "sr.emsr" / "plan.json").read_bytes()
+    assert json.loads(kept)["spec"]["source"]["bad_sections"], "the test needs one"
+    (tmp_path / "sr.emsr" / "plan.json").write_bytes(kept[:100])
+    assert verify.main([str(path)]) == 1
+    assert "0 damaged" in capsys.readouterr().out
+    root = (tmp_path / "sr" / "zarr.json").read_bytes()
+    (tmp_path / "sr" / "zarr.json").write_bytes(root[:100])
+    assert verify.main([str(path)]) == 2
+    assert "which sections are bad" in capsys.readouterr().err
+    assert run.main([str(path)]) == 0
+    assert (tmp_path / "sr.emsr" / "plan.json").read_bytes() == kept
+    assert (tmp_path / "sr" / "zarr.json").read_bytes() == root

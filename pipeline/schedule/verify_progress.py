@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import TextIO
@@ -20,7 +21,7 @@ class VerifyProgress:
 
     def __init__(self, findings: Findings, stream: TextIO | None = None) -> None:
         self._findings, self._stream = findings, stream or sys.stderr
-        self._began = self._said = time.monotonic()
+        self._began, self._said = time.monotonic(), -math.inf
         self._live = self._stream.isatty()
         self._bar = Progress(
             TextColumn("[bold]tasks read"),
