@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import PENDING, QUARANTINED, SKIPPED, WRITTEN, Receipt
@@ -34,11 +35,11 @@ class Findings(TaskRecord):
         written = ledger.where(WRITTEN)
         self.written = ledger.count(WRITTEN)
         lost = np.flatnonzero(written & ~known)
-        chosen = np.flatnonzero(written & known)
+        chosen: NDArray[np.bool_] | NDArray[np.int64] = written & known
         if sample is not None:
-            chosen = np.random.default_rng().permutation(chosen)[: max(0, sample)]
+            chosen = np.random.default_rng().permutation(np.flatnonzero(chosen))[: max(0, sample)]
         self._state[chosen] = PENDING
-        self.chosen = len(chosen) + len(lost)
+        self.chosen = self.count(PENDING) + len(lost)
         for index in lost.tolist():
             if self._state[index] != DAMAGED:
                 self._found_damaged(index, "the ledger has lost its checksum with a segment")
