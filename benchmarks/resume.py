@@ -25,7 +25,6 @@ from pipeline.config.urls import sidecar
 from pipeline.plan.receipt import WRITTEN
 from pipeline.prepare.place import claim
 from pipeline.prepare.prepare import prepare
-from pipeline.storage import ledger as stored
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import FLUSH_RECORDS, RECORD, SNAPSHOT_EVERY, Ledger
 
@@ -39,9 +38,9 @@ class Finished(Ledger):
             records["index"], records["state"] = np.arange(start, start + len(records)), WRITTEN
             self._apply(records)
             self._seq += 1
-            self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self.run_id}", stored._pack_segment(records))
+            self._put(f"segment-{self._seq:010d}-{self.run_id}", records.tobytes())
             if self._seq % SNAPSHOT_EVERY == 0:
-                self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
+                self._put(f"snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
 
 
 def load(folder: str, tasks: int) -> dict[str, float]:

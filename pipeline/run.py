@@ -21,7 +21,7 @@ from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare.dry_run import print_price
-from pipeline.prepare.place import check_place, claim, sweep
+from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
 from pipeline.schedule import report
@@ -69,7 +69,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     if resumed:
         ledger.load()
         ledger.requeue(QUARANTINED)
-        if not ledger.counts()["pending"]:
+        if not ledger.counts()["pending"] and not damaged_objects(prepared):
             print(f"{job.target.url} is complete: {_sum(ledger)}")
             return 0
     with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace

@@ -36,7 +36,8 @@ def test_what_is_flushed_is_there_for_the_next_run(tmp_path: Path) -> None:
     book.flush()
     again = opened(tmp_path, 10, "s")
     assert again.counts() == {"pending": 7, "written": 1, "skipped": 1, "quarantined": 1}
-    assert again.records()[3] == (WRITTEN, 7, 100)
+    checksums, known = again.checksums()
+    assert (checksums[3], known.nonzero()[0].tolist()) == (7, [3])
     assert (again.why(9).error, again.why(9).first_line) == ("why\nmore", "why")
     assert again.bytes_written == 100
     assert list(again.indices(PENDING)) == [0, 1, 2, 5, 6, 7, 8]
@@ -350,3 +351,64 @@ def test_bytes_are_added_up_over_segments_and_records(tmp_path: Path) -> None:
     book.record([Receipt(2, WRITTEN, 0, 8)])
     book.flush()
     assert book.bytes_written == opened(tmp_path, 5).bytes_written == 50
+
+
+def test_a_ledger_of_before_checksums_covered_names_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its segments and snapshots count, and what is written after them is newer."""
+    five_segments(tmp_path, monkeypatch)
+    for path in segments(tmp_path) + snapshots(tmp_path):
+        body = path.read_bytes()[12:]
+        path.write_bytes(b"EMSRLED1" + zlib.crc32(body).to_bytes(4, "little") + body)
+    book = opened(tmp_path, 8, "s")
+    assert book.counts()["written"] == 5
+    assert book.times.tasks == 1, "the newest snapshot was read"
+    book.record([Receipt(4, PENDING), Receipt(7, WRITTEN, 70)])
+    book.flush()
+    again = opened(tmp_path, 8)
+    assert again.damaged == []
+    assert list(again.indices(WRITTEN)) == [0, 1, 2, 3, 7]
+    checksums, known = again.checksums()
+    assert checksums.tolist() == [0, 1, 2, 3, 4, 0, 0, 70]
+    assert known.nonzero()[0].tolist() == [0, 1, 2, 3, 4, 7]
+
+
+def test_two_segments_with_each_others_bytes_are_damaged(tmp_path: Path) -> None:
+    """Each is whole; read in the wrong order, what was queued to be written again would count as written."""
+    book = opened(tmp_path, 4)
+    for state in (WRITTEN, PENDING):
+        book.record([Receipt(1, state, 9)])
+        book.flush()
+    first, last = segments(tmp_path)
+    one, other = first.read_bytes(), last.read_bytes()
+    first.write_bytes(other)
+    last.write_bytes(one)
+    again = opened(tmp_path, 4)
+    assert len(again.damaged) == 2
+    assert again.counts()["written"] == 0
+
+
+def test_a_segment_in_a_snapshots_place_is_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the old format too, whose checksums do not tell the two apart."""
+    five_segments(tmp_path, monkeypatch)
+    body = segments(tmp_path)[0].read_bytes()[12:]
+    snapshots(tmp_path)[-1].write_bytes(b"EMSRLED1" + zlib.crc32(body).to_bytes(4, "little") + body)
+    snapshots(tmp_path)[0].write_bytes(segments(tmp_path)[1].read_bytes())
+    assert opened(tmp_path, 8).counts()["written"] == 5
+
+
+def test_strange_names_in_a_ledgers_folder_are_passed_over(tmp_path: Path) -> None:
+    book = opened(tmp_path, 4)
+    book.record([Receipt(1, WRITTEN)])
+    book.flush()
+    for name in ("segment-", "segment-x-r", "snapshot-", "snapshot-12", "segment-0000000001-r.tmp"):
+        segments(tmp_path)[0].with_name(name).write_bytes(b"x")
+    assert opened(tmp_path, 4).counts()["written"] == 1
+
+
+def test_the_checksum_that_counts_is_the_newest_of_a_written_record(tmp_path: Path) -> None:
+    book = opened(tmp_path, 4)
+    for receipt in (Receipt(1, WRITTEN, 5), Receipt(1, PENDING, 0), Receipt(2, WRITTEN, 6), Receipt(2, WRITTEN, 7)):
+        book.record([receipt])
+        book.flush()
+    checksums, known = opened(tmp_path, 4).checksums()
+    assert (checksums.tolist(), known.tolist()) == ([0, 5, 7, 0], [False, True, True, False])

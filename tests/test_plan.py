@@ -18,7 +18,7 @@ from pipeline.config.volume import TargetConfig
 from pipeline.plan import price
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
-from pipeline.plan.target_spec import LevelSpec
+from pipeline.plan.target_spec import FIDELITY, LevelSpec
 from pipeline.prepare import layout
 
 
@@ -204,6 +204,35 @@ def test_which_levels_a_slab_writes_itself() -> None:
     whole = by_hand(slab_shape=ZYX(9, 36, 49))
     assert (whole.slabs, whole.levels_by_slabs) == (1, 3)
     assert by_hand(slab_shape=ZYX(2, 16, 16)).levels_by_slabs == 0
+
+
+@given(plans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_voxel_leads_back_to_the_task_that_writes_it(plan: Plan, data: st.DataObject) -> None:
+    """In every level, those of the second pass and the fidelity volume among them."""
+    i = data.draw(st.integers(0, plan.tasks - 1))
+    if i < plan.slabs:
+        slab = plan.slab(i)
+        boxes = {level: plan.level_box(slab, level) for level in range(plan.levels_by_slabs)}
+        boxes[FIDELITY] = plan.fidelity_box(slab)
+    else:
+        boxes = {plan.pyramid_block(i).level: plan.pyramid_block(i).write}
+    for level, box in boxes.items():
+        for voxel in (box.start, box.stop - ZYX(1, 1, 1)):
+            assert plan.task_at(level, voxel) == i
+
+
+@given(plans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_averaged_from_a_task_are_the_blocks_that_read_it(plan: Plan, data: st.DataObject) -> None:
+    """By the blocks' own read boxes: all that share a voxel with what the task writes, and no other."""
+    i = data.draw(st.integers(0, plan.tasks - 1))
+    block = plan.pyramid_block(i) if i >= plan.slabs else None
+    level = block.level if block else plan.levels_by_slabs - 1
+    made = block.write if block else plan.level_box(plan.slab(i), level)
+    blocks = [plan.pyramid_block(k) for k in range(plan.slabs, plan.tasks)]
+    readers = [b.index for b in blocks if b.level == level + 1 and not b.read.intersect(made).empty]
+    assert plan.averaged_from(i) == readers
 
 
 def test_sections_that_are_left_empty() -> None:

@@ -87,6 +87,30 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             yield client
 
 
+@contextmanager
+def connect_to_read(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
+    """The same for work that only waits for stores. For kind local it is done in threads of this process."""
+    if config.kind != "local":
+        with connect(config, in_flight) as client:
+            yield client
+        return
+    _quiet()
+    threads = max(worker_count(config) * in_flight, len(os.sched_getaffinity(0)))
+    with (
+        dask.config.set(_SETTINGS),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=threads,
+            processes=False,
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
 def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
     """What a batch system is given for each worker: a job script or a manifest. None for other kinds."""
     if config.kind == "slurm":

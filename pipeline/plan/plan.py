@@ -24,7 +24,7 @@ from math import lcm
 
 from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.lattice import Lattice
-from pipeline.plan.target_spec import LevelSpec
+from pipeline.plan.target_spec import FIDELITY, LevelSpec
 
 BLOCK_SIDE = 2048
 """About how many rows and columns a block of the second pass has."""
@@ -177,6 +177,32 @@ class Plan:
                 read = write.lateral(2).intersect(Box(ZYX(0, 0, 0), self.levels[level - 1].shape))
                 return PyramidBlock(index, level, write, read)
         raise IndexError(f"task {index} of {self.tasks}")
+
+    def block_at(self, level: int, voxel: ZYX) -> int:
+        """The number of the second pass's block that owns this voxel of `level`."""
+        stage = self.passes()[1 + level - self.levels_by_slabs]
+        i, blocks = voxel // self._block(level), self._blocks(level)
+        return stage.start + (i.z * blocks.y + i.y) * blocks.x + i.x
+
+    def task_at(self, level: int, voxel: ZYX) -> int:
+        """The number of the task that writes this voxel of `level`, or of the fidelity volume."""
+        if level in self.second_pass:
+            return self.block_at(level, voxel)
+        lr = voxel if level == FIDELITY else voxel.lateral(2**level) // ZYX(1, self.scale, self.scale)
+        return self.slab_at(self.region.start + lr)
+
+    def averaged_from(self, index: int) -> list[int]:
+        """The blocks of the second pass that are averaged from what this task writes."""
+        if index < self.slabs:
+            level = self.levels_by_slabs - 1
+            made = self.level_box(self.slab(index), level)
+        else:
+            block = self.pyramid_block(index)
+            level, made = block.level, block.write
+        if level + 1 not in self.second_pass:
+            return []
+        parts = grid_parts(made.coarser(2), self._block(level + 1))
+        return [self.block_at(level + 1, part.start) for part in parts]
 
     def box(self, index: int) -> Box:
         """What this task makes, as a box of mip 0 in the target's coordinates. A coarser block's may end beyond the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
 from pipeline import __version__
@@ -17,7 +16,7 @@ from pipeline.plan.price import output_voxels
 from pipeline.plan.requests import RequestRates
 from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare import layout
-from pipeline.prepare.place import PLAN, check_vacant, damaged_plan_errors, nothing_run
+from pipeline.prepare.place import check_vacant, has_begun, lost_plan, nothing_run, recorded_spec
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import Choices, digest, specification
 from pipeline.sections import bad_sections
@@ -63,7 +62,7 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     store = Store(urls.sidecar(target_url))
     wanted = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if wanted is not None:
-        bad = dict(sorted((_detected(store, target_url, wanted, source, detect) | bad).items()))
+        bad = dict(sorted((_detected(config, store, wanted, source, detect) | bad).items()))
         bad_sections.check_allowed(config.source.bad_sections, bad, info)
         plan = dataclasses.replace(plan, bad_sections=tuple(bad))
     return _prepared(Choices(config, info, mask, network, plan, encoding, bad, wanted), target_url, store)
@@ -146,16 +145,17 @@ def _region(config: Config, info: VolumeInfo) -> Box:
     return box
 
 
-def _detected(store: Store, target_url: str, wanted: Survey, source: Source, detect: Detect | None) -> dict[int, str]:
+def _detected(config: Config, store: Store, wanted: Survey, source: Source, detect: Detect | None) -> dict[int, str]:
     """The bad sections that are not listed: those of the plan beside the target, else those detected now."""
-    stored = store.get(PLAN)
-    if stored is not None:
-        with damaged_plan_errors(store.url):
-            theirs = bad_sections.detected(json.loads(stored)["spec"]["source"]["bad_sections"])
+    spec = recorded_spec(store, target_url := _target_url(config), config.target.format)
+    if spec is not None:
+        theirs = bad_sections.detected(spec["source"]["bad_sections"])
         return {z: why for z, why in theirs.items() if z in wanted.sections}
+    begun = has_begun(store)
     if detect is None:
-        raise nothing_run(target_url)
-    check_vacant(target_url, store)
+        raise lost_plan(store) if begun else nothing_run(target_url)
+    if not begun:
+        check_vacant(target_url, store)
     try:
         return detect(wanted, source)
     except TransientError as error:

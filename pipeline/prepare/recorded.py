@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
-from pipeline.base.geometry import ZYX, Box
 from pipeline.config import urls
-from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
-from pipeline.plan.target_spec import LevelSpec
-from pipeline.prepare.place import PLAN, damaged_plan_errors
+from pipeline.prepare import stored_plan
 from pipeline.sections import bad_sections
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
@@ -35,36 +30,10 @@ def read(target_url: str, reader: str) -> Recorded | None:
     Raises LedgerError where its plan is damaged.
     """
     store = Store(urls.sidecar(target_url))
-    stored = store.get(PLAN)
+    stored = stored_plan.read(store)
     if stored is None:
         return None
-    with damaged_plan_errors(store.url):
-        body = json.loads(stored)
-        ledger = Ledger(store, str(body["digest"]), int(body["tasks"]), reader)
-        bad = bad_sections.describe(body["spec"]["source"]["bad_sections"])
-        recorded = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), bad, ledger, store)
+    ledger = Ledger(store, stored.digest, stored.plan.tasks, reader)
+    bad = bad_sections.describe(stored.spec["source"]["bad_sections"])
     ledger.load()
-    return recorded
-
-
-def planned(spec: dict[str, Any]) -> Plan:
-    """The plan with this specification.
-
-    It tells which task is which box. The volume's bounds and bad sections are left out: read boxes differ. Raises
-    KeyError, TypeError or ValueError where `spec` is no specification.
-    """
-    region = Box.of(spec["source"]["region"]["start"], spec["source"]["region"]["stop"])
-    levels = tuple(
-        LevelSpec(*(ZYX.of(level[k]) for k in ("shape", "chunk", "shard"))) for level in spec["target"]["levels"]
-    )
-    lossy = spec["target"]["encoding"] == "jpeg"
-    return Plan(
-        region,
-        region,
-        ZYX.of(spec["slab_shape"]),
-        int(spec["network"]["scale"]),
-        Lattice(**spec["lattice"]),
-        levels,
-        None,
-        lossy=lossy,
-    )
+    return Recorded(stored.digest, stored.plan.slabs, stored.plan, bad, ledger, store)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from distributed import Client
 
-from pipeline.plan.receipt import PENDING, QUARANTINED, Receipt
+from pipeline.plan.plan import Plan
+from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
+from pipeline.plan.task_states import TaskRecord
 from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.leases import Leases
 from pipeline.schedule.results import Work
@@ -23,23 +25,41 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
     Raises ClusterError when the scheduler or all workers are gone, LedgerError when another run took the target over,
     and whatever a worker raised because it cannot open the job. The ledger is flushed in every case.
     """
+    hand_out(client, run, run.ledger, _stages(run), work, progress)
+
+
+def hand_out(
+    client: Client, run: RunState, tasks: TaskRecord, stages: Iterable[range], work: Work, progress: Progress
+) -> None:
+    """Hand the pending ones of `tasks` out, stage after stage, and record what comes of them. Raises as `execute`."""
     began = time.monotonic()
     in_flight = InFlight(client, run.job, work)
     try:
-        for stage in run.job.plan.passes():
-            before = range(stage.start)
-            if stage.start and any(run.ledger.count(state, before) for state in (PENDING, QUARANTINED)):
-                break  # a level needs every shard of the one before it
-            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, progress)
+        for stage in stages:
+            _run_stage(run, tasks, stage, Leases(run.job.plan, tasks, stage, began), in_flight, progress)
     finally:
         try:
             in_flight.close()
         finally:
-            run.ledger.close()
+            tasks.close()
     run.interrupted = run.stop.is_set()
 
 
-def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
+def _stages(run: RunState) -> Iterator[range]:
+    """The passes, as long as all tasks of those before are written or skipped: a level needs every shard of the one
+    before it.
+    """
+    for stage in run.job.plan.passes():
+        before = range(stage.start)
+        if stage.start and any(run.ledger.count(state, before) for state in (PENDING, QUARANTINED)):
+            return
+        yield stage
+
+
+def _run_stage(
+    run: RunState, tasks: TaskRecord, stage: range, leases: Leases, in_flight: InFlight, progress: Progress
+) -> None:
+    written_after = tasks.count(WRITTEN, range(stage.stop, run.job.plan.tasks))
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
         if run.lock is not None:
@@ -60,6 +80,17 @@ def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Prog
                 in_flight.cancel_copies(lease)
         for receipt in receipts:
             run.totals.add_receipt(receipt)
-        run.ledger.record(receipts)
-        run.ledger.tick()
+        if written_after:
+            tasks.record(_outdated(run.job.plan, tasks, receipts))  # with the others or before, never after them
+        tasks.record(receipts)
+        tasks.tick()
         progress(run.totals)
+
+
+def _outdated(plan: Plan, tasks: TaskRecord, receipts: list[Receipt]) -> list[Receipt]:
+    """Coarser tasks that were averaged from what these have written anew, which had rotted then perhaps: pending
+    again.
+    """
+    written = (receipt.index for receipt in receipts if receipt.state == WRITTEN)
+    coarser = {block for index in written for block in plan.averaged_from(index)}
+    return [Receipt(block, PENDING) for block in sorted(coarser) if tasks.state(block) == WRITTEN]

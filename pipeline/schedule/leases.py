@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
-from pipeline.storage.ledger import Ledger
+from pipeline.plan.task_states import TaskStates
 
 LEASE_S = 5.0
 """A lease takes about so many seconds: few enough to drain soon, many enough that the scheduler idles ..."""
@@ -70,11 +70,11 @@ class Lease:
 class Leases:
     """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run began."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, stage: range, began: float) -> None:
+    def __init__(self, plan: Plan, tasks: TaskStates, stage: range, began: float) -> None:
         self._plan, self._began = plan, began
-        self._indices: Iterator[int] = ledger.indices(PENDING, stage)
+        self._indices: Iterator[int] = tasks.indices(PENDING, stage)
         self._next: int | None = next(self._indices, None)
-        self._left = ledger.count(PENDING, stage)
+        self._left = tasks.count(PENDING, stage)
         self._returned: deque[range] = deque()
         self._suspects: deque[int] = deque()
         self._out: dict[Lease, None] = {}

@@ -240,12 +240,20 @@ class Store:
         except Exception as error:
             raise classify(error, f"listing {self.url}") from error
 
-    def get_all(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """(key, value) of each key in turn, None for an absent one. BATCH of them are requested at a time."""
+    def keys_between(self, start: str, stop: str) -> list[str]:
+        """The sorted keys from `start` on and before `stop`; an empty `stop` is the end."""
+        try:
+            keys = self._kv.list(ts.KvStore.KeyRange(start, stop)).result()
+        except Exception as error:
+            raise classify(error, f"listing {self.url}") from error
+        return sorted(k.decode(errors="backslashreplace") for k in keys)
+
+    def get_all(self, keys: Iterable[str], at_once: int = BATCH) -> Iterator[tuple[str, bytes | None]]:
+        """(key, value) of each key in turn, None for an absent one. So many of them are requested at a time."""
         batch: list[str] = []
         for key in keys:
             batch.append(key)
-            if len(batch) == BATCH:
+            if len(batch) == at_once:
                 yield from self._get_batch(batch)
                 batch = []
         yield from self._get_batch(batch)

@@ -8,11 +8,15 @@ bytes.
     <target>.emsr/ledger-<digest>/segment-<seq>-<run>       records
                                  /snapshot-<seq>-<run>      states after that segment, two bits a task
                                  /quarantine/<index>.json   why a task was given up
+
+Segments stay: they alone hold checksums. 4 bytes a task in every snapshot would cost a run of 10^7 tasks 40 MB every
+five minutes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 import zlib
@@ -24,11 +28,15 @@ import tenacity
 from numpy.typing import NDArray
 
 from pipeline.base.errors import LedgerError, TransientError
-from pipeline.plan.receipt import PENDING, QUARANTINED, STATES, WRITTEN, Receipt
+from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
+from pipeline.plan.task_states import TaskRecord
 from pipeline.storage.kv import Store
 
 RECORD = np.dtype([("index", "<u8"), ("state", "u1"), ("checksum", "<u4"), ("bytes", "<u8"), ("seconds", "<f4")])
-_MAGIC = b"EMSRLED1"
+_MAGIC = b"EMSRLED2"
+_OLD_MAGIC = b"EMSRLED1"
+"""Its checksums do not cover the object's name: two segments with each other's bytes would go unseen."""
+_NAME = re.compile(r"(segment|snapshot)-(\d+)-.+")
 FLUSH_S = 5.0
 FLUSH_RECORDS = 4096
 PATIENCE_S = 300.0
@@ -70,7 +78,7 @@ class TaskTimes:
             self.slowest, self.slowest_task = float(done["seconds"][worst]), int(done["index"][worst])
 
 
-class Ledger:
+class Ledger(TaskRecord):
     """States of `tasks` tasks. Not thread-safe: one thread of one client writes it.
 
     `hold` is called before anything is published; it raises where this run no longer holds the target.
@@ -79,10 +87,10 @@ class Ledger:
     def __init__(
         self, store: Store, digest: str, tasks: int, run_id: str, hold: Callable[[], None] = lambda: None
     ) -> None:
+        super().__init__(tasks)
         self._store, self._hold = store, hold
-        self._prefix = f"ledger-{digest[:16]}/"
+        self._prefix = folder(digest)
         self.run_id = run_id
-        self._state: NDArray[np.uint8] = np.zeros(tasks, np.uint8)
         self._queued: list[Receipt] = []
         self._seq = 0
         self._since_snapshot = 0
@@ -93,22 +101,16 @@ class Ledger:
         self.damaged: list[str] = []
         """Keys of segments that could not be read: their tasks count as pending again."""
 
-    @property
-    def tasks(self) -> int:
-        """How many tasks there are."""
-        return len(self._state)
-
     def load(self) -> None:
         """Newest readable snapshot, then the segments after it. What was known before is forgotten."""
         self._state[:] = PENDING
         self.bytes_written, self._since_snapshot, self.times = 0, 0, TaskTimes()
         self.damaged.clear()
-        names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix)]
-        segments = sorted(n for n in names if n.startswith("segment-"))
-        self._seq = max([_seq(n) for n in names if n.startswith(("segment-", "snapshot-"))], default=0)
+        segments, snapshots = self._names("segment"), self._names("snapshot")
+        self._seq = max(map(_seq, segments + snapshots), default=0)
         start = 0
-        for name in sorted((n for n in names if n.startswith("snapshot-")), reverse=True):
-            if self._load_snapshot(self._store.get(self._prefix + name)):
+        for name in reversed(snapshots):
+            if self._load_snapshot(name):
                 start = _seq(name)
                 break
         for records in self._segments([n for n in segments if _seq(n) > start]):
@@ -116,11 +118,18 @@ class Ledger:
             self.times.add(records)
             self._since_snapshot += 1
 
+    def _names(self, kind: str) -> list[str]:
+        """The names of all segments or snapshots, oldest first. What has no such name is none."""
+        names = [key[len(self._prefix) :] for key in self._store.keys(f"{self._prefix}{kind}-")]
+        return sorted((n for n in names if _NAME.fullmatch(n)), key=lambda name: (_seq(name), name))
+
     def _segments(self, names: Iterable[str]) -> Iterator[NDArray[np.void]]:
         for key, value in self._store.get_all(self._prefix + n for n in names):
-            records = _unpack_segment(value)
+            body = _body(key[len(self._prefix) :], value)
+            records = None if body is None or len(body) % RECORD.itemsize else np.frombuffer(body, RECORD)
             if records is None or (len(records) and int(records["index"].max()) >= self.tasks):
-                self.damaged.append(key)
+                if key not in self.damaged:
+                    self.damaged.append(key)
             else:
                 yield records
 
@@ -129,41 +138,22 @@ class Ledger:
         self._state[records["index"]] = records["state"]
         self.bytes_written += int(records["bytes"].sum())
 
-    def records(self) -> dict[int, tuple[int, int, int]]:
-        """index -> (state, checksum, bytes) of the newest record of every closed task (for `verify`)."""
-        out: dict[int, tuple[int, int, int]] = {}
-        names = [key[len(self._prefix) :] for key in self._store.keys(self._prefix + "segment-")]
-        for records in self._segments(sorted(names)):
-            out.update(
-                zip(
-                    records["index"].tolist(),
-                    zip(
-                        records["state"].tolist(), records["checksum"].tolist(), records["bytes"].tolist(), strict=True
-                    ),
-                    strict=True,
-                )
-            )
-        return out
+    def checksums(self) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        """The checksum of each task by the newest record that says it is written, and which tasks have one.
 
-    def counts(self) -> dict[str, int]:
-        """Tasks by state; the four numbers add up to `tasks`."""
-        found = np.bincount(self._state, minlength=4)
-        return {name: int(n) for name, n in zip(STATES, found, strict=True)}
+        All segments are read, since snapshots hold none. It takes 5 bytes a task.
+        """
+        checksums, known = np.zeros(self.tasks, np.uint32), np.zeros(self.tasks, np.bool_)
+        for records in self._segments(self._names("segment")):
+            written = records[records["state"] == WRITTEN]
+            checksums[written["index"]] = written["checksum"]
+            known[written["index"]] = True
+        return checksums, known
 
-    def state(self, index: int) -> int:
-        """The state of one task."""
-        return int(self._state[index])
-
-    def indices(self, state: int, within: range | None = None) -> Iterator[int]:
-        """Tasks in this state, ascending, found lazily a block at a time."""
-        span = within or range(self.tasks)
-        for start in range(span.start, span.stop, 1 << 16):
-            block = self._state[start : min(start + (1 << 16), span.stop)]
-            yield from (start + int(i) for i in np.flatnonzero(block == state))
-
-    def count(self, state: int, within: range) -> int:
-        """How many of the tasks `within` are in this state."""
-        return int(np.count_nonzero(self._state[within.start : within.stop] == state))
+    def newest_key(self) -> str | None:
+        """The key of one object of this ledger, the same for all who look; None where there is none yet."""
+        names = self._names("segment")
+        return self._prefix + names[-1] if names else None
 
     def requeue(self, state: int = QUARANTINED) -> int:
         """Tasks of this state count as pending again (for this run); returns how many."""
@@ -227,13 +217,16 @@ class Ledger:
                 self._store.put(key, json.dumps(body, indent=1).encode())
         records = np.array([(r.index, r.state, r.checksum, r.bytes, r.seconds) for r in self._queued], RECORD)
         self._seq += 1
-        self._store.put(f"{self._prefix}segment-{self._seq:010d}-{self.run_id}", _pack_segment(records))
+        self._put(f"segment-{self._seq:010d}-{self.run_id}", records.tobytes())
         self.bytes_written += int(records["bytes"].sum())
         self._queued.clear()
         self._since_snapshot += 1
         if self._since_snapshot >= SNAPSHOT_EVERY:
-            self._store.put(f"{self._prefix}snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
+            self._put(f"snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
             self._since_snapshot = 0
+
+    def _put(self, name: str, body: bytes) -> None:
+        self._store.put(self._prefix + name, _MAGIC + struct.pack("<I", _crc(name, body)) + body)
 
     def why(self, index: int) -> Quarantine:
         """What was kept when this task was quarantined."""
@@ -246,15 +239,14 @@ class Ledger:
 
     def _pack_snapshot(self) -> bytes:
         low, high = np.packbits(self._state & 1), np.packbits(self._state >> 1)
-        body = zlib.compress(struct.pack("<QQ", self.tasks, self.bytes_written) + low.tobytes() + high.tobytes(), 1)
-        return _MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+        return zlib.compress(struct.pack("<QQ", self.tasks, self.bytes_written) + low.tobytes() + high.tobytes(), 1)
 
-    def _load_snapshot(self, value: bytes | None) -> bool:
-        if value is None or value[:8] != _MAGIC or len(value) < 12:
-            return False
-        if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
-            return False
-        body = zlib.decompress(value[12:])
+    def _load_snapshot(self, name: str) -> bool:
+        packed = _body(name, self._store.get(self._prefix + name))
+        try:
+            body = zlib.decompress(packed or b"")
+        except zlib.error:
+            return False  # damaged, or an old segment under a snapshot's name
         tasks, self.bytes_written = struct.unpack("<QQ", body[:16])
         if tasks != self.tasks:
             raise LedgerError(
@@ -262,24 +254,29 @@ class Ledger:
                 "the same plan",
                 "Restore the volume.yaml of the first run",
             )
-        packed = np.frombuffer(body, np.uint8, offset=16).reshape(2, -1)
-        low, high = (np.unpackbits(bits, count=tasks) for bits in packed)
+        halves = np.frombuffer(body, np.uint8, offset=16).reshape(2, -1)
+        low, high = (np.unpackbits(bits, count=tasks) for bits in halves)
         self._state = (low + 2 * high).astype(np.uint8)
         return True
+
+
+def folder(digest: str = "") -> str:
+    """The folder of the ledger of this plan, below the sidecar; without a digest, how all their keys begin."""
+    return f"ledger-{digest[:16]}/" if digest else "ledger-"
 
 
 def _seq(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def _pack_segment(records: NDArray[np.void]) -> bytes:
-    body = records.tobytes()
-    return _MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+def _crc(name: str, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(name.encode()))
 
 
-def _unpack_segment(value: bytes | None) -> NDArray[np.void] | None:
-    if value is None or value[:8] != _MAGIC or len(value) < 12 or (len(value) - 12) % RECORD.itemsize:
+def _body(name: str, value: bytes | None) -> bytes | None:
+    """What was published under this name, without its head; None where `value` is anything else."""
+    if value is None or len(value) < 12 or value[:8] not in (_MAGIC, _OLD_MAGIC):
         return None
-    if zlib.crc32(value[12:]) != struct.unpack("<I", value[8:12])[0]:
-        return None
-    return np.frombuffer(value, RECORD, offset=12)
+    body = value[12:]
+    wanted = _crc(name, body) if value[:8] == _MAGIC else zlib.crc32(body)
+    return body if wanted == struct.unpack("<I", value[8:12])[0] else None

@@ -74,6 +74,22 @@ def chunk_number(grid: ZYX, chunk: ZYX) -> int:
     return number
 
 
+def chunk_at(grid: ZYX, number: int) -> ZYX:
+    """The position (z, y, x) of the chunk of this number, which may lie outside the grid: the reverse of the above."""
+    position = [0, 0, 0]
+    seen = [0, 0, 0]
+    for bit, axis in enumerate(_axes(grid)):
+        position[axis] |= (number >> bit & 1) << seen[axis]
+        seen[axis] += 1
+    return ZYX.of(position)
+
+
+def first_chunk(grid: ZYX, shard_in_chunks: ZYX, shard: int) -> ZYX:
+    """The position of the first chunk of the shard of this number, which may lie outside the grid."""
+    preshift, minishard, _ = bits_for(grid, shard_in_chunks)
+    return chunk_at(grid, shard << (preshift + minishard))
+
+
 def shard_name(grid: ZYX, shard_in_chunks: ZYX, chunk: ZYX) -> str:
     """The file name of the shard that holds this chunk: its number in as many hexadecimal digits as shard_bits need."""
     preshift, minishard, shard = bits_for(grid, shard_in_chunks)

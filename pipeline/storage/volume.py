@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,22 @@ class Target(Protocol):
         """Write the metadata objects; the same bytes again where they are already there."""
         ...
 
+    def damaged_metadata(self) -> dict[str, str]:
+        """What is wrong with the stored metadata objects, by key."""
+        ...
+
+    def refuse_foreign(self) -> None:
+        """Raises TargetError where the metadata at the target's place are those of another volume.
+
+        What is neither this target's nor readable is damage, and so are this target's own objects in each other's
+        place, or with a few bytes changed.
+        """
+        ...
+
+    def metadata(self) -> dict[str, bytes]:
+        """The metadata objects that `create` writes, key -> bytes: a function of the spec alone."""
+        ...
+
     def encode(self, level: int, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
         """The stored objects (key -> bytes) of `box`, which covers whole shards or ends at the array's end. No I/O."""
         ...
@@ -72,8 +89,12 @@ class Target(Protocol):
         """Returns when all objects are durable. Each appears whole or not at all."""
         ...
 
-    def get(self, keys: list[str]) -> dict[str, bytes | None]:
-        """Stored bytes of these keys, None where an object is absent."""
+    def get(self, keys: list[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Stored bytes of these keys in turn, None where an object is absent. A few of them are in memory at a time."""
+        ...
+
+    def locate(self, key: str) -> tuple[int, ZYX] | None:
+        """The level and the first voxel of the shard that is stored under this key; None where no shard is."""
         ...
 
     def read(self, level: int, box: Box, absent: int | None = None) -> Uint8Array:

@@ -29,8 +29,9 @@ class StoredArray:
     `folder` is where tensorstore opens it, below the target's url ("" or with a trailing slash). `stored` are the
     members of tensorstore's JSON for an array with stored metadata, `known` those that state the metadata, for
     encoding. `view` turns the opened array into (z, y, x) from (0, 0, 0). `key` gives the object's key, below the
-    target's url, of the shard at a position (z, y, x) in the grid of shards. With `shard_files`, `known` describes
-    single chunks, which are packed into shards afterwards.
+    target's url, of the shard at a position (z, y, x) in the grid of shards; `position` is its reverse, None for a key
+    that is not of the form of such keys. With `shard_files`, `known` describes single chunks, which are packed into
+    shards afterwards.
     """
 
     level: LevelSpec
@@ -39,6 +40,7 @@ class StoredArray:
     known: dict[str, Any]
     view: Callable[[ts.TensorStore], ts.TensorStore]
     key: Callable[[ZYX], str]
+    position: Callable[[str], ZYX | None]
     shard_files: ShardFiles | None = None
 
 

@@ -10,6 +10,8 @@ Below the target's url:
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -50,6 +52,31 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
     root = _group("emsr", len(spec.levels), spec.voxel_size_nm, spec.corner_nm)
     root["attributes"]["emsr"] = spec.provenance
     return objects | {"zarr.json": _json(root)}
+
+
+PROVENANCE = "zarr.json"
+"""The metadata object that holds emsr's provenance."""
+
+
+def provenance(value: bytes) -> dict[str, Any] | None:
+    """emsr's provenance, as PROVENANCE holds it; None where `value` holds none."""
+    try:
+        found = json.loads(value)["attributes"]["emsr"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def is_foreign(spec: TargetSpec, objects: Mapping[str, bytes]) -> bool:
+    """Whether these metadata, none of which is this target's or almost so, are those of another volume."""
+    try:
+        root = json.loads(objects["zarr.json"])
+        theirs = provenance(objects["zarr.json"])
+        if theirs is not None:
+            return bool(theirs.get("digest") != spec.provenance.get("digest"))
+        return bool(root["node_type"] == "array" or "ome" in root["attributes"])
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged, or absent
 
 
 def _group(
@@ -96,9 +123,9 @@ def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
         "dimension_names": ["z", "y", "x"],
         "attributes": {},
     }
-    return StoredArray(
-        level, folder, {"driver": "zarr3"}, {"driver": "zarr3", "metadata": meta}, _as_stored, partial(_key, folder)
-    )
+    driver = {"driver": "zarr3"}
+    key, position = partial(_key, folder), partial(_position, folder)
+    return StoredArray(level, folder, driver, driver | {"metadata": meta}, _as_stored, key, position)
 
 
 def _as_stored(array: ts.TensorStore) -> ts.TensorStore:
@@ -107,6 +134,11 @@ def _as_stored(array: ts.TensorStore) -> ts.TensorStore:
 
 def _key(folder: str, position: ZYX) -> str:
     return f"{folder}c/{position.z}/{position.y}/{position.x}"
+
+
+def _position(folder: str, key: str) -> ZYX | None:
+    found = re.fullmatch(re.escape(folder) + r"c/(\d+)/(\d+)/(\d+)", key)
+    return ZYX(*map(int, found.groups())) if found else None
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import tensorstore as ts
 
@@ -12,13 +14,15 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.config.urls import local_path
 from pipeline.config.volume import ENCODINGS
 from pipeline.plan.target_spec import FIDELITY, TargetSpec
-from pipeline.storage import files, kv
+from pipeline.storage import files, kv, requests
 from pipeline.storage.targets import encode, ome_zarr_target, precomputed_target
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.volume import Target, Uint8Array
 
-_ARRAYS = {"ome-zarr": ome_zarr_target.arrays, "precomputed": precomputed_target.arrays}
-_METADATA = {"ome-zarr": ome_zarr_target.metadata, "precomputed": precomputed_target.metadata}
+_FORMATS: dict[str, Any] = {"ome-zarr": ome_zarr_target, "precomputed": precomputed_target}
+READ_AT_ONCE = 4
+"""Objects of a task that are in memory at a time when it is verified: shards may have a hundred MB."""
+MAX_CHANGED = 16
 _METADATA_KEYS = ("zarr.json", "info", "provenance", ".zgroup", ".zarray", ".zattrs", "attributes.json")
 
 
@@ -60,7 +64,7 @@ class StoredTarget:
         _check_writable(spec.url)
         _check_levels(spec)
         self._spec = spec
-        self._arrays: dict[int, StoredArray] = _ARRAYS[spec.format](spec)
+        self._arrays: dict[int, StoredArray] = _FORMATS[spec.format].arrays(spec)
         self._views: dict[int, ts.TensorStore] = {}
 
     def __reduce__(self) -> tuple[type[StoredTarget], tuple[TargetSpec]]:
@@ -75,8 +79,28 @@ class StoredTarget:
         return kv.Store(self._spec.url)
 
     def metadata(self) -> dict[str, bytes]:
-        """The metadata objects that `create` writes, key -> bytes: a function of the spec alone."""
-        return _METADATA[self._spec.format](self._spec)
+        found: dict[str, bytes] = _FORMATS[self._spec.format].metadata(self._spec)
+        return found
+
+    def damaged_metadata(self) -> dict[str, str]:
+        wanted = self.metadata()
+        stored = dict(self._store.get_all(wanted))
+        return {
+            key: "is missing" if stored[key] is None else "differs from what the plan says"
+            for key, value in wanted.items()
+            if stored[key] != value
+        }
+
+    def refuse_foreign(self) -> None:
+        ours = self.metadata()
+        stored = {key: value for key, value in self._store.get_all(ours) if value is not None}
+        strange = {k: v for k, v in stored.items() if v not in ours.values() and not _almost(v, ours[k])}
+        if _FORMATS[self._spec.format].is_foreign(self._spec, strange):
+            raise TargetError(
+                f"{self._spec.url} holds another volume than the plan beside it says",
+                "the target that was begun there",
+                "Move it back, or choose another target.url; nothing is ever overwritten",
+            )
 
     def create(self) -> None:
         # One by one, the root's last: readers find a target when all of its arrays are there.
@@ -99,8 +123,19 @@ class StoredTarget:
     def put(self, objects: dict[str, bytes]) -> None:
         self._store.put_all(objects)
 
-    def get(self, keys: list[str]) -> dict[str, bytes | None]:
-        return dict(self._store.get_all(keys))
+    def get(self, keys: list[str]) -> Iterator[tuple[str, bytes | None]]:
+        for start in range(0, len(keys), READ_AT_ONCE):
+            some = keys[start : start + READ_AT_ONCE]
+            requests.READS.take(len(some))
+            yield from self._store.get_all(some)
+
+    def locate(self, key: str) -> tuple[int, ZYX] | None:
+        for level, array in self._arrays.items():
+            position = array.position(key)
+            grid = array.level.shape.ceil_div(array.level.shard)
+            if position is not None and all(0 <= p < n for p, n in zip(position, grid, strict=True)):
+                return (level, position * array.level.shard) if array.key(position) == key else None
+        return None
 
     def read(self, level: int, box: Box, absent: int | None = None) -> Uint8Array:
         array = self._array(level)
@@ -113,6 +148,18 @@ class StoredTarget:
             name = "fidelity volume" if level == FIDELITY else f"level {level}"
             raise ValueError(f"the target has no {name}")
         return self._arrays[level]
+
+
+def stored_provenance(url: str, kind: str) -> dict[str, Any] | None:
+    """emsr's provenance in the target at `url`; None where there is none or it is damaged."""
+    value = kv.Store(url).get(_FORMATS[kind].PROVENANCE)
+    found: dict[str, Any] | None = _FORMATS[kind].provenance(value or b"")
+    return found
+
+
+def _almost(value: bytes, ours: bytes) -> bool:
+    """Whether a few bytes have changed: that is damage, not another volume."""
+    return len(value) == len(ours) and sum(a != b for a, b in zip(value, ours, strict=True)) <= MAX_CHANGED
 
 
 def _check_writable(url: str) -> None:

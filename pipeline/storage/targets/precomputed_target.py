@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -52,6 +54,31 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
         {"description": "", "owners": [], "processing": [{"method": spec.provenance, "by": ""}], "sources": []}
     )
     return objects | {"info": _json(_info(_scales(spec)))}
+
+
+PROVENANCE = "provenance"
+"""The metadata object that holds emsr's provenance."""
+
+
+def provenance(value: bytes) -> dict[str, Any] | None:
+    """emsr's provenance, as PROVENANCE holds it; None where `value` holds none."""
+    try:
+        found = json.loads(value)["processing"][0]["method"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return found if isinstance(found, dict) and "emsr" in found else None
+
+
+def is_foreign(spec: TargetSpec, objects: Mapping[str, bytes]) -> bool:
+    """Whether these metadata, none of which is this target's or almost so, are those of another volume."""
+    theirs = provenance(objects.get(PROVENANCE, b""))
+    if theirs is not None and theirs.get("digest") != spec.provenance.get("digest"):
+        return True
+    try:
+        keys = {scale["key"] for scale in json.loads(objects["info"])["scales"]}
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged, or absent
+    return bool(keys) and keys.isdisjoint(scale["key"] for scale in _scales(spec))
 
 
 def voxel_offset(corner_nm: tuple[float, float, float], voxel_size_nm: tuple[float, float, float], level: int) -> ZYX:
@@ -150,10 +177,12 @@ def _array(folder: str, scale: dict[str, Any], level: LevelSpec) -> StoredArray:
     x, y, z = scale["voxel_offset"]
     scale_folder = f"{folder}{scale['key']}/"
     chunk_key = partial(_chunk_key, scale_folder, level, ZYX(z, y, x))
+    chunk_position = partial(_chunk_position, scale_folder, level, ZYX(z, y, x))
     if "sharding" not in scale:
-        return StoredArray(level, folder, stored, known, _as_zyx, chunk_key)
+        return StoredArray(level, folder, stored, known, _as_zyx, chunk_key, chunk_position)
     files = ShardFiles(level, scale_folder, scale["sharding"], chunk_key)
-    return StoredArray(level, folder, stored, known, _as_zyx, partial(_shard_key, scale_folder, level), files)
+    key, position = partial(_shard_key, scale_folder, level), partial(_shard_position, scale_folder, level)
+    return StoredArray(level, folder, stored, known, _as_zyx, key, position, files)
 
 
 def _as_zyx(array: ts.TensorStore) -> ts.TensorStore:
@@ -170,6 +199,20 @@ def _chunk_key(prefix: str, level: LevelSpec, offset: ZYX, position: ZYX) -> str
 def _shard_key(prefix: str, level: LevelSpec, position: ZYX) -> str:
     in_chunks = level.shard // level.chunk
     return prefix + sharding.shard_name(level.shape.ceil_div(level.chunk), in_chunks, position * in_chunks)
+
+
+def _chunk_position(prefix: str, level: LevelSpec, offset: ZYX, key: str) -> ZYX | None:
+    span = r"(-?\d+)-(-?\d+)"
+    found = re.fullmatch(re.escape(prefix) + "_".join([span] * 3), key)
+    return (ZYX(*(int(found[i]) for i in (5, 3, 1))) - offset) // level.chunk if found else None
+
+
+def _shard_position(prefix: str, level: LevelSpec, key: str) -> ZYX | None:
+    found = re.fullmatch(re.escape(prefix) + r"([0-9a-f]+)\.shard", key)
+    if found is None:
+        return None
+    in_chunks = level.shard // level.chunk
+    return sharding.first_chunk(level.shape.ceil_div(level.chunk), in_chunks, int(found[1], 16)) // in_chunks
 
 
 def _xyz(values: ZYX) -> list[int]:

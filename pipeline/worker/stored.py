@@ -1,0 +1,121 @@
+"""What tasks have stored, read again: this is what Dask runs on a worker for `verify`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import zlib
+from dataclasses import dataclass, replace
+
+from pipeline.base.errors import ClusterError, DataError, TransientError, UserError
+from pipeline.base.retry import retrying
+from pipeline.config import urls
+from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
+from pipeline.process import watchdog
+from pipeline.process.resident_size import peak_resident_bytes
+from pipeline.storage import requests
+from pipeline.storage.kv import Store
+from pipeline.storage.targets.open import open_target
+from pipeline.storage.targets.task_objects import object_keys
+from pipeline.storage.volume import Target
+from pipeline.worker.job import Job, LeaseResult
+
+
+@dataclass(frozen=True)
+class View:
+    """The CRC-32 of a few objects, by key; 0 where there is none.
+
+    They are the target's metadata and what lies beside it. A process that has another view than the client looks at
+    another place: what it finds missing says nothing of the target.
+    """
+
+    target: dict[str, int]
+    sidecar: dict[str, int]
+
+
+def view(job: Job, sidecar_keys: list[str]) -> View:
+    """What this process sees of the job's target and of these objects beside it."""
+    target = open_target(job.target)
+    places = (
+        (Store(job.target.url), sorted(target.metadata())),
+        (Store(urls.sidecar(job.target.url)), sidecar_keys),
+    )
+    return View(*({key: zlib.crc32(value or b"") for key, value in store.get_all(keys)} for store, keys in places))
+
+
+@dataclass(frozen=True)
+class ReadLease:
+    """Reads the objects of tasks start .. stop-1 and gives a receipt for each. It is sent to workers.
+
+    The receipt of a task whose objects could be read is of state WRITTEN; its checksum is that of what was found, its
+    error names an object that is missing. One that cannot be read is QUARANTINED with the reason. `in_worker` says that
+    the process may be ended where a read hangs.
+
+    Raises ClusterError in a process that looks at another place than the client, UserError where it may not read there.
+    """
+
+    client_view: View
+    in_worker: bool
+
+    def check(self, job: Job) -> int:
+        """Raises ClusterError where this process looks at another place than the client."""
+        if view(job, sorted(self.client_view.sidecar)) != self.client_view:
+            raise ClusterError(
+                f"the worker {_name()} sees something else at {job.target.url} than the client",
+                "one place for all",
+                "Mount the target there; where a run is writing its metadata, verify again",
+            )
+        return 0
+
+    def __call__(self, job: Job, start: int, stop: int, max_s: float) -> LeaseResult:
+        requests.limit(job.rates)
+        self.check(job)
+        end = time.monotonic() + max_s
+        receipts: list[Receipt] = []
+
+        def tasks() -> None:
+            target = open_target(job.target)
+            for index in range(start, stop):
+                if receipts and time.monotonic() >= end:
+                    break
+                receipts.append(replace(_read(target, job, index), worker=_name()))
+
+        stuck_at = watchdog.run_watched(tasks, job.stall_s)
+        ended = tuple(receipts)
+        if stuck_at:
+            why = f"no progress for {job.stall_s:.0f} s (work.stall_s), given up\n\n{stuck_at}"
+            ended += (Receipt(start + len(ended), QUARANTINED, error=why, worker=_name()),)
+            if self.in_worker:
+                watchdog.exit_soon()
+        if any(receipt.error for receipt in ended):
+            self.check(job)  # a disk that went away under way is no damage
+        return LeaseResult(ended, peak_resident_bytes(), 0, requests=requests.COUNTER.take())
+
+
+def _read(target: Target, job: Job, index: int) -> Receipt:
+    began = time.perf_counter()
+    try:
+        return retrying(lambda: _found(target, job, index, began), job.retries, requests.COUNTER.retry)
+    except (DataError, TransientError, UserError) as error:
+        return Receipt(index, QUARANTINED, error=str(error), seconds=time.perf_counter() - began)
+
+
+def _found(target: Target, job: Job, index: int, began: float) -> Receipt:
+    """The receipt of what is stored. The checksum is that of `task_objects.checksum`, an object at a time."""
+    crc = size = 0
+    missing: list[str] = []
+    keys = object_keys(target, job.plan, index)
+    for key, value in target.get(keys):
+        watchdog.heartbeat()
+        if value is None:
+            missing.append(key)
+        else:
+            crc = zlib.crc32(value, zlib.crc32(key.encode(), crc))
+            size += len(value)
+    error = f"{missing[0]} is missing ({len(missing)} of {len(keys)} objects are)" if missing else ""
+    return Receipt(index, WRITTEN, crc, size, time.perf_counter() - began, error)
+
+
+def _name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
