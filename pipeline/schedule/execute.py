@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from distributed import Client
 
 from pipeline.base.errors import LedgerError
 from pipeline.plan.receipt import PENDING, QUARANTINED, Receipt
+from pipeline.schedule.crew import Crew
+from pipeline.schedule.faults import Faults
 from pipeline.schedule.in_flight import InFlight
-from pipeline.schedule.leases import Leases
+from pipeline.schedule.leases import Lease, Leases
 from pipeline.schedule.results import Work
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.totals import RunTotals
@@ -18,20 +20,28 @@ from pipeline.schedule.totals import RunTotals
 Progress = Callable[[RunTotals], None]
 
 
-def execute(client: Client, run: RunState, work: Work, progress: Progress = lambda totals: None) -> None:
+def execute(
+    client: Client,
+    run: RunState,
+    work: Work,
+    progress: Progress = lambda totals: None,
+    crew: Crew | None = None,
+) -> None:
     """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended.
 
-    Raises ClusterError when the scheduler or all workers are gone, LedgerError when another run took the target over,
-    and whatever a worker raised because it cannot open the job. The ledger is flushed in every case.
+    Leases go to the fit workers of `crew`, to all that are there where it is not given. Raises ClusterError when the
+    scheduler or all workers are gone or tasks fail alike on all of them, LedgerError when another run took the target
+    over, and what the last worker raised that was set aside. The ledger is flushed in every case.
     """
     began = time.monotonic()
-    in_flight = InFlight(client, run.job, work)
+    crew = crew or Crew(client)
+    in_flight, faults = InFlight(client, run.job, work, crew), Faults()
     try:
         for stage in run.job.plan.passes():
             before = range(stage.start)
             if stage.start and any(run.ledger.count(state, before) for state in (PENDING, QUARANTINED)):
                 break  # a level needs every shard of the one before it
-            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, progress)
+            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, crew, faults, progress)
     finally:
         try:
             in_flight.close()
@@ -40,7 +50,9 @@ def execute(client: Client, run: RunState, work: Work, progress: Progress = lamb
     run.interrupted = run.stop.is_set()
 
 
-def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Progress) -> None:
+def _run_pass(
+    run: RunState, leases: Leases, in_flight: InFlight, crew: Crew, faults: Faults, progress: Progress
+) -> None:
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
         if run.lock is not None and run.lock.lost.is_set():
@@ -60,11 +72,30 @@ def _run_pass(run: RunState, leases: Leases, in_flight: InFlight, progress: Prog
                 run.totals.add_result(result)
             if lease.closed:
                 continue  # another copy was faster
-            receipts += leases.died(lease) if result is None else leases.ended(lease, result.receipts)
+            if result is None:
+                receipts += leases.died(lease)
+                if lease.closed and lease.failed_on:
+                    faults.undecided(lease.failed_on)
+            else:
+                counted = leases.ended(lease, result.receipts, others=in_flight.capacity().workers > 1)
+                receipts += counted
+                _blame(lease, result.receipts, counted, crew, faults)
             if lease.closed:
                 in_flight.cancel_copies(lease)
+        in_flight.avoid = faults.doubtful()
         for receipt in receipts:
             run.totals.add_receipt(receipt)
         run.ledger.record(receipts)
         run.ledger.tick()
+        run.totals.aside = dict(crew.aside)
         progress(run.totals)
+        faults.refuse_row(in_flight.capacity().workers)
+
+
+def _blame(lease: Lease, receipts: Sequence[Receipt], counted: Sequence[Receipt], crew: Crew, faults: Faults) -> None:
+    """Set the worker aside on which tasks fail that others write."""
+    if not lease.closed:
+        return  # another copy decides
+    if lease.failed_on and receipts and faults.tried_again(lease.failed_on, receipts[0]):
+        crew.set_aside_name(lease.failed_on, faults.why(lease.failed_on))
+    faults.answered(receipts, counted)

@@ -26,6 +26,7 @@ class TargetLock:
         self.run_id = run_id
         self.lost = threading.Event()
         self.workers: dict[str, dict[str, float]] = {}
+        self.aside: dict[str, str] = {}
         """What each worker has done, by name. Every renewal writes it, for `status`."""
         self._store = store
         self._stop = threading.Event()
@@ -85,6 +86,7 @@ class TargetLock:
             "renewed": time.time(),
             "released": released,
             "workers": self.workers,
+            "set_aside": self.aside,
         }
         return json.dumps(lock).encode()
 
@@ -115,6 +117,15 @@ def last_workers(store: Store) -> dict[str, dict[str, float]]:
             for name, totals in workers.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def last_aside(store: Store) -> dict[str, str]:
+    """The workers that the same run has set aside, and why."""
+    try:
+        aside = json.loads(store.get(KEY) or b"{}").get("set_aside", {})
+        return {str(name): str(why) for name, why in aside.items()}
+    except (ValueError, AttributeError):
         return {}
 
 
