@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 NO_WORKER_S = 300.0
 """A run ends after so many seconds without a worker, unless a batch system may still give one."""
-LOOK_S = 1.0
+LOOK_S, CHECK_S = 1.0, 0.1
+"""How often the scheduler is asked who is there, and how often answers are looked at."""
 MAX_CHECKS = 64
 """So many workers are checked at a time: object stores refuse what rises faster than they add servers."""
 AGAIN_S = 5.0
@@ -71,7 +72,8 @@ class Crew:
         self._deaths: Counter[str] = Counter()
         self._waiting: dict[Process, Runtime] = {}
         self._settled = exam is None
-        self._looked, self._had_one, self._lost = float("-inf"), time.monotonic(), float("-inf")
+        self._looked = self._checked = self._lost = float("-inf")
+        self._had_one = time.monotonic()
         self._number = 0
         self._forgetting: list[Future] = []
         self.aside: dict[str, str] = {}
@@ -94,6 +96,11 @@ class Crew:
     def unanswered(self) -> int:
         """How many of them have neither answered nor were set aside yet."""
         return sum(not (worker.name or worker.aside) for worker in self._there.values())
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its workers may make different bytes of one task."""
+        return self._exam is not None and self._exam.kinds > 1
 
     def is_there(self, addresses: Iterable[str]) -> bool:
         """Whether any of these workers is still there."""
@@ -141,9 +148,15 @@ class Crew:
         where all are set aside, what each was set aside for.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_S:
-            return
-        self._looked = now
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            self._ask_scheduler(now)
+        if now - self._checked >= CHECK_S:
+            self._checked = now
+            self._check(now)
+            self._refuse_none(now)
+
+    def _ask_scheduler(self, now: float) -> None:
         threads: dict[str, int] = call(self._client.nthreads) or {}
         for address in self._there.keys() - threads.keys():
             self._left(self._there.pop(address), now)
@@ -151,8 +164,6 @@ class Crew:
             nannies = self._nannies_of() if self._exam is not None else {}
             for address in new:
                 self._came(_Worker(address, threads[address], nannies.get(address) or address, now))
-        self._check(now)
-        self._refuse_none(now)
 
     def set_aside(self, process: Process, error: EmsrError) -> None:
         """This worker gets no further lease; `error` is why."""
@@ -230,10 +241,10 @@ class Crew:
             return
         worker.check.cancel()
         self._deaths[worker.nanny] += 1
-        if self._deaths[worker.nanny] >= MAX_RESTARTS and worker.nanny != worker.address:
+        if self._deaths[worker.nanny] >= MAX_RESTARTS or worker.nanny == worker.address:
             self._nannies[worker.nanny] = worker.address
             error = ClusterError(
-                f"its process died {MAX_RESTARTS} times while it opened the job",
+                f"its process ended {self._deaths[worker.nanny]} times while it opened the job",
                 "a worker with memory for the network",
                 "See its log",
             )

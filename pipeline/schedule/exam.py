@@ -6,10 +6,11 @@ import json
 import uuid
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.base.errors import ClusterError
+from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config import urls
 from pipeline.process.installed import sources_digest
@@ -41,13 +42,18 @@ class Exam:
         self._sample: Sample | None = None
         self._made: list[Path] = []
         self._accepted: tuple[Runtime, ...] | None = None
-        self._holds_target = False
+        self._holds_target = self._begun = False
         self._before = read_crew(self._store) if resumed else []
 
     @property
     def job(self) -> Job:
         """The job with what a worker's process must be, for leases."""
         return replace(self._job, runtimes=() if self._mixed else self._accepted or ())
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of libraries and devices write this target now."""
+        return len(self._accepted or ())
 
     @property
     def crew(self) -> list[dict[str, str]]:
@@ -59,6 +65,7 @@ class Exam:
         """Leave the client's token and take the sample of the source. Raises what storage raises."""
         self._made = same_place.absent_folders(self._store.url)
         self._store.put(self._token, self._job.run.encode())
+        self._begun = True
         self._sample = _sample(self._job)
 
     def packed(self) -> tuple[bytes, str]:
@@ -121,7 +128,7 @@ class Exam:
         return f"it computes with {runtime}, this run with {' or '.join(map(str, self._accepted))}"
 
     def record(self) -> None:
-        """Write crew.json; the caller holds the target's lock. Says where this emsr is not the one that began it."""
+        """Write crew.json; the caller holds the target's lock."""
         self._holds_target = True
         self._store.put(CREW, json.dumps(self.crew, indent=1).encode())
 
@@ -133,7 +140,8 @@ class Exam:
 
     def end(self) -> None:
         """Delete the client's token, and where nothing was written the folders that were made for it."""
-        same_place.remove(self._store, [self._token], self._made)
+        with suppress(EmsrError):  # a store that is gone is why the run ends, and keeps the token
+            same_place.remove(self._store, [self._token] if self._begun else [], self._made)
 
 
 def read_crew(store: Store) -> list[dict[str, str]]:

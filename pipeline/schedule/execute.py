@@ -61,7 +61,9 @@ def _run_pass(
                 "one run per target",
                 "See which one is alive, then run again",
             )
-        while not run.stop.is_set() and (lease := leases.next(time.monotonic(), in_flight.capacity())) is not None:
+        while not run.stop.is_set() and (
+            lease := leases.next(time.monotonic(), in_flight.capacity(), again=not crew.mixed)
+        ):
             in_flight.start(lease)
             run.totals.started_again += lease.starts > 1
         if not leases.out:

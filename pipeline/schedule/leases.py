@@ -92,9 +92,9 @@ class Leases:
         """How many leases are not closed."""
         return len(self._out)
 
-    def next(self, now: float, capacity: Capacity) -> Lease | None:
+    def next(self, now: float, capacity: Capacity, again: bool = True) -> Lease | None:
         """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another
-        worker.
+        worker, unless `again` is False, where two workers may make different bytes of a task.
         """
         if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
             return None
@@ -110,7 +110,7 @@ class Leases:
             # What shared a worker with the guilty task is innocent: each is tried with nothing beside it.
             index = self._suspects.popleft()
             return self._hand_out(Lease(range(index, index + 1), max_s, 0, now, alone=True))
-        return self._late_lease(now, capacity)
+        return self._late_lease(now, capacity) if again else None
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt], others: bool = False) -> Sequence[Receipt]:
         """A copy has ended with these receipts, those of its first tasks; returns those that count.
