@@ -14,8 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 import zarr
 from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, wait_until, write_lr
+from distributed import Client
+
+from pipeline.schedule.run_state import RunState
+from pipeline.schedule.sample import look_for
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import Ledger
+from pipeline.storage.targets.open import open_target
+from pipeline.storage.targets.task_objects import object_keys
+from pipeline.worker.lease import process_lease
 
 SHAPE = (16, 32, 32)
 
@@ -58,8 +68,6 @@ class Cluster:
 
     def wait_for(self, workers: int) -> None:
         """Wait until so many workers are there."""
-        from distributed import Client
-
         with Client(self.address, set_as_default=False) as client:
             client.wait_for_workers(workers)
 
@@ -104,8 +112,6 @@ def other_commit(folder: Path) -> Path:
 
 def reference(folder: Path, yaml_path: Path, name: str) -> np.ndarray:
     """The voxels of the same volume.yaml, made in this process without a cluster."""
-    import yaml
-
     body = yaml.safe_load(yaml_path.read_text())
     body["target"]["url"] = str(folder / name)
     alone = folder / f"{name}.yaml"
@@ -184,3 +190,86 @@ def kind_of(kinds: dict[str, Any], cluster: Cluster) -> Any:
         return name
 
     return kind
+
+
+def test_where_all_workers_see_one_fault_it_is_one_message(tmp_path: Path, cluster: Cluster) -> None:
+    """The target's disk is theirs alone: exit code 2, one line, nothing left on either side, not even a folder."""
+    needs_mounts()
+    (tmp_path / "out").mkdir()
+    write_lr(tmp_path / "em.zarr", texture((4, 32, 32)))
+    for name in ("one", "two"):
+        cluster.join(name, in_a_view_of_its_own(f"mount -t tmpfs none {tmp_path}/out"))
+    cluster.wait_for(2)
+    said = main_job(cluster.yaml("em.zarr", "out/deep/sr.zarr"), "run", check=False)
+    assert said.returncode == 2, said.stderr
+    last = said.stderr.strip().splitlines()[-1]
+    assert "is not the client's" in last
+    assert "and 1 more, likewise" in last
+    assert f"process {cluster.pids['one']}" in said.stderr
+    assert f"process {cluster.pids['two']}" in said.stderr
+    assert not list((tmp_path / "out").iterdir())
+    for name in ("one", "two"):
+        assert not os.listdir(f"/proc/{cluster.pids[name]}/root{tmp_path}/out")
+
+
+def test_bad_workers_that_come_late_are_set_aside(tmp_path: Path, cluster: Cluster) -> None:
+    """They join while the run goes on: one of another commit, one whose target is a disk of its own."""
+    needs_mounts()
+    (tmp_path / "out").mkdir()
+    write_lr(tmp_path / "em.zarr", texture(SHAPE))
+    cluster.join("good")
+    cluster.wait_for(1)
+    path = cluster.yaml("em.zarr", "out/sr.zarr", work__requests_per_second={"write": 2})
+    command = [sys.executable, "-m", "pipeline.run", str(path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as client:
+        wait_until((tmp_path / "out/sr.zarr/0/c").exists)
+        cluster.join("other", PYTHONPATH=str(other_commit(tmp_path / "other")))
+        cluster.join("alone", in_a_view_of_its_own(f"mount -t tmpfs none {tmp_path}/out"))
+        _, said = client.communicate(timeout=1200)
+    assert client.returncode == 0, said
+    found = aside(tmp_path, "out/sr.zarr")
+    assert {int(who.rpartition(" ")[2]) for who in found} == {cluster.pids["other"], cluster.pids["alone"]}
+    voxels = np.asarray(zarr.open_array(tmp_path / "out/sr.zarr/0", mode="r"))
+    np.testing.assert_array_equal(voxels, reference(tmp_path, path, "by-itself.zarr"))
+
+
+def test_other_libraries_only_where_the_file_allows_it(tmp_path: Path, cluster: Cluster) -> None:
+    """Two workers with two versions of numpy: refused with both named, unless cluster.mixed; then both are recorded."""
+    other = tmp_path / "other/numpy-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9.9\n")
+    write_lr(tmp_path / "em.zarr", texture((4, 32, 32)))
+    cluster.join("one")
+    cluster.join("two", PYTHONPATH=f"{other.parent}:{REPOSITORY}")
+    cluster.wait_for(2)
+    path = cluster.yaml("em.zarr", "sr.zarr")
+    said = main_job(path, "run", check=False)
+    assert said.returncode == 2, said.stderr
+    assert "numpy 9.9.9" in said.stderr
+    assert all(f"process {cluster.pids[name]}" in said.stderr for name in ("one", "two"))
+    assert not (tmp_path / "sr.zarr.emsr").exists()
+    body = yaml.safe_load(path.read_text())
+    body["cluster"]["mixed"] = True
+    path.write_text(yaml.safe_dump(body))
+    main_job(path, "run")
+    crew = json.loads((tmp_path / "sr.zarr.emsr/crew.json").read_text())
+    assert sorted("numpy 9.9.9" in entry["libraries"] for entry in crew) == [False, True]
+
+
+def test_a_run_whose_objects_are_not_there_is_not_done(tmp_path: Path) -> None:
+    """What each worker wrote last is looked for in the end; here somebody has deleted it meanwhile."""
+    source = write_lr(tmp_path / "em.zarr", texture((4, 32, 32)))
+    job = run_here(volume_yaml(tmp_path / "v.yaml", source, tmp_path / "sr.zarr"))
+    run = RunState(job, Ledger(Store(f"file://{tmp_path}/ledger"), job.digest, job.plan.tasks, "r"))
+    for receipt in process_lease(job, 0, job.plan.tasks).receipts:
+        run.totals.add_receipt(receipt)
+    assert look_for(run) == []
+    last = next(iter(run.totals.last_written.values()))
+    key = object_keys(open_target(job.target), job.plan, last.index)[0]
+    kept = (tmp_path / "sr.zarr" / key).read_bytes()
+    (tmp_path / "sr.zarr" / key).write_bytes(kept[:-1] + b"?")
+    assert "stored bytes differ" in look_for(run)[0]
+    (tmp_path / "sr.zarr" / key).unlink()
+    (line,) = look_for(run)
+    assert f"{key} is missing" in line
+    assert last.worker in line
