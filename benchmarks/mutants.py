@@ -337,12 +337,12 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("Receipt(start + len(ended), QUARANTINED", "Receipt(start, QUARANTINED"),
     ],
     ("pipeline/worker/open_job.py", WORKER): [
-        ("if job.emsr != __version__:", "if False:"),
+        ("    refuse_other_emsr(job)\n", ""),
         ("if source.info.fingerprint != job.source_fingerprint:", "if False:"),
         ("_open.job != job:", "_open.job.digest != job.digest:"),
         ("_open.job != job:", "replace(_open.job, run=job.run) != job:"),
         ("_open.job != job:", "replace(_open.job, target=job.target) != job:"),
-        ("    job = replace(job, rates=RequestRates())\n", ""),
+        ("    job = replace(job, rates=RequestRates(), runtimes=())\n", ""),
         ("            _open = None  # the last one's memory is free before this one takes its own\n", ""),
     ],
     ("pipeline/storage/targets/task_objects.py", WORKER): [
@@ -352,10 +352,10 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/schedule/execute.py", INTERRUPTS): [
         ("    run.interrupted = run.stop.is_set()\n", ""),
-        ("while not run.stop.is_set() and (lease", "while (lease"),
+        ("while not run.stop.is_set() and (\n", "while (\n"),
     ],
     ("pipeline/schedule/in_flight.py", COPIES): [
-        ('"allow_other_workers": True', '"allow_other_workers": False'),
+        ('"allow_other_workers": named is None', '"allow_other_workers": False'),
     ],
     ("pipeline/worker/pyramid.py", "tests/test_pyramid.py"): [
         ("            total += 2\n", "            total += 1\n"),

@@ -23,6 +23,7 @@ from pipeline.config.volume import ClusterConfig
 from pipeline.plan.receipt import WRITTEN, Receipt
 from pipeline.schedule.execute import hand_out
 from pipeline.schedule.findings import Findings
+from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.run_state import RunState
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
@@ -57,7 +58,8 @@ def measure(tasks: int, read: bool) -> dict[str, Any]:
         }
         if read:
             with connect_to_read(ClusterConfig(kind="local", workers=1), 1) as client:
-                hand_out(client, RunState(job, ledger), findings, job.plan.passes(), right, lambda totals: None)
+                in_flight = InFlight(client, job, right)
+                hand_out(RunState(job, ledger), in_flight, findings, job.plan.passes(), lambda totals: None)
             assert findings.right == tasks
             seconds = time.perf_counter() - loaded
             out |= {"read_s": round(seconds, 1), "tasks_per_s": round(tasks / seconds)}

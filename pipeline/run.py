@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import FrameType
 
 from distributed import Client
 
+from pipeline import __version__
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.cluster.connect import batch_job, connect, worker_count
 from pipeline.config import urls, volume
@@ -26,9 +27,12 @@ from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
 from pipeline.schedule import report
 from pipeline.schedule.check_workers import check_workers
+from pipeline.schedule.crew import Crew
+from pipeline.schedule.exam import Exam
 from pipeline.schedule.execute import execute
 from pipeline.schedule.progress import RunProgress, SurveyProgress
 from pipeline.schedule.run_state import RunState
+from pipeline.schedule.sample import look_for
 from pipeline.schedule.totals import RunTotals
 from pipeline.sections import bad_sections
 from pipeline.sections.survey import Survey, delete_measurements, detect
@@ -36,7 +40,7 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
-from pipeline.worker.lease import check_job, process_lease
+from pipeline.worker.lease import check_worker, process_lease
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,17 +76,30 @@ def run(config: Config, dry_run: bool = False) -> int:
         if not ledger.counts()["pending"] and not damaged_objects(prepared):
             print(f"{job.target.url} is complete: {_sum(ledger)}")
             return 0
-    with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace
-        check_workers(client, job, check_job)
+    exam = Exam(job, check_worker, config.cluster.mixed, resumed=bool(ledger.counts()["written"]))
+    with connect(config.cluster, config.work.in_flight) as client, _crew(client, exam) as crew:
+        check_workers(client, crew)  # first: a mistake there leaves no trace
         lock.acquire()
         try:
             claim(prepared)
             sweep(prepared)
+            exam.record()
             ledger.load()  # again: another run may have ended in between
-            return _execute(prepared, RunState(job, ledger, lock), client)
+            return _execute(prepared, RunState(exam.job, ledger, lock), client, crew, exam)
         finally:
             sweep(prepared)  # what killed workers have left
             lock.release()
+
+
+@contextmanager
+def _crew(client: Client, exam: Exam) -> Iterator[Crew]:
+    crew = Crew(client, exam, lambda who, why: print(f"emsr: set aside: {who}: {why}", file=sys.stderr))
+    try:
+        exam.begin()
+        yield crew
+    finally:
+        crew.close()
+        exam.end()
 
 
 def _dry_run(prepared: Prepared) -> int:
@@ -106,7 +123,7 @@ def _detect(config: Config, survey: Survey, source: Source, keep: bool) -> dict[
     return bad
 
 
-def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
+def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, exam: Exam) -> int:
     plan, ledger, lock = run.job.plan, run.ledger, run.lock
     assert lock is not None
     again = ledger.requeue(QUARANTINED)
@@ -114,24 +131,36 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
-        progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
+        progress.say("cluster", workers=crew.capacity().workers, dashboard=client.dashboard_link)
+        if other := exam.other_sources:
+            progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
+        crew.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)
 
         def show(totals: RunTotals) -> None:
             progress.update(totals)
             lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
+            lock.aside = totals.aside
 
-        execute(client, run, process_lease, show)
-        sheet = report.write(prepared, run)
+        execute(client, run, process_lease, show, crew)
+        lost = look_for(run)
+        sheet = report.write(prepared, run, exam.crew, lost)
         if bad := prepared.spec["source"]["bad_sections"]:
             shown = {z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
             progress.say("bad_sections", count=len(bad), **shown)
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{prepared.store.url}/report.json", contact_sheet=sheet)
-    return _verdict(run)
+    return _verdict(run, lost)
 
 
-def _verdict(run: RunState) -> int:
+def _verdict(run: RunState, lost: Sequence[str]) -> int:
     ledger, counts = run.ledger, run.ledger.counts()
+    if lost:
+        print(
+            f"emsr: {len(lost)} of the tasks looked for are not as they were written: {lost[0]}. "
+            "Run emsr verify --requeue, then the same command again.",
+            file=sys.stderr,
+        )
+        return 1
     if run.interrupted and counts["pending"]:
         left = f"{counts['pending']} of {ledger.tasks} tasks are left"
         print(f"emsr: stopped; {left}. Run the same command again to go on.", file=sys.stderr)

@@ -15,7 +15,7 @@ from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
 from pipeline.storage.kv import Store
-from pipeline.storage.target_lock import holder, last_workers
+from pipeline.storage.target_lock import holder, last_aside, last_workers
 
 SHOWN = 20
 
@@ -59,6 +59,8 @@ def status(config: Config) -> int:
             f"the slowest {times.slowest:.2f} s (task {times.slowest_task})"
         )
     _say_workers(last_workers(found.store))
+    for name, aside in last_aside(found.store).items():
+        print(f"set aside    {name}: {aside}")
     for key in ledger.damaged:
         print(f"damaged      {key}: its records are lost, those tasks run again")
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):

@@ -22,9 +22,11 @@ from pipeline.prepare import stored_plan
 from pipeline.prepare.place import check_begun, damaged_objects
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
-from pipeline.schedule.check_workers import check_workers
+from pipeline.schedule.check_workers import wait_for_worker
+from pipeline.schedule.crew import Crew
 from pipeline.schedule.execute import hand_out
 from pipeline.schedule.findings import Findings
+from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.verify_progress import VerifyProgress
 from pipeline.storage.ledger import Ledger
@@ -73,7 +75,8 @@ def _verify(prepared: Prepared, lock: TargetLock | None, sample: int | None) -> 
     objects = damaged_objects(prepared)
     for key, why in objects.items():
         said("damaged", key, why)
-    ledger = Ledger(prepared.store, job.digest, job.plan.tasks, job.run)
+    hold = {} if lock is None else {"hold": lock.hold}
+    ledger = Ledger(prepared.store, job.digest, job.plan.tasks, job.run, **hold)
     ledger.load()
     findings = Findings(
         job.plan, ledger, lambda word, task, why: said(word, f"task {task}", why), lock is not None, sample
@@ -110,12 +113,18 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
                 return False
             work = ReadLease(view(run.job, keys), in_worker=not local)
             with connect_to_read(prepared.config.cluster, prepared.config.work.in_flight) as client:
-                check_workers(client, run.job, work.check)
+                wait_for_worker(client)
                 with VerifyProgress(findings) as progress:
-                    hand_out(client, run, findings, run.job.plan.passes(), work, progress.update)
+                    crew = Crew(client, tell=_tell_aside)
+                    in_flight = InFlight(client, run.job, work, crew)
+                    hand_out(run, in_flight, findings, run.job.plan.passes(), progress.update)
     except KeyboardInterrupt:
         return True
     return False
+
+
+def _tell_aside(who: str, why: str) -> None:
+    print(f"emsr: set aside: {who}: {why}", file=sys.stderr)
 
 
 @contextmanager

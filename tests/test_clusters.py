@@ -28,7 +28,7 @@ from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.prepare.prepare import prepare
 from pipeline.schedule.in_flight import InFlight
-from pipeline.schedule.results import Results, pack, run_packed
+from pipeline.schedule.results import TOPIC, Results, pack, run_packed
 from pipeline.worker.job import LeaseResult
 from pipeline.worker.lease import process_lease
 from pipeline.worker.open_job import open_job
@@ -193,8 +193,11 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
         assert {key_split(f"{prefix}-1") for prefix in prefixes} == {"lease"}
         results = Results(client, "lease-mine")
         for key in ("lease-mine-1", "lease-other-1"):
-            client.submit(run_packed, pack(nothing, job, range(1), 1.0), key=key).result(timeout=GUARD_S)
-        assert results.take("lease-mine-1") == LeaseResult((), 0, 0)
+            client.submit(run_packed, pack(TOPIC, nothing, job, 0, 1, 1.0), key=key).result(timeout=GUARD_S)
+        ended = results.take("lease-mine-1")
+        assert ended is not None
+        assert ended.outcome == LeaseResult((), 0, 0)
+        assert ended.process.address in client.nthreads()
         assert results.take("lease-mine-1") is None
         assert results.take("lease-other-1") is None
 

@@ -132,7 +132,7 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
         pytest.raises(ClusterError, match="ended before a worker answered"),
         cluster.connect(config.load(path).cluster, 2) as client,
     ):
-        check_workers._wait_for_worker(client)
+        check_workers.wait_for_worker(client)
     assert len(states(conf)) == number + slurm.MAX_IN_VAIN
     assert not (tmp_path / "sr").exists()
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import dask
 from distributed import Client, LocalCluster, Scheduler, Security, Worker, WorkerPlugin
 
-from pipeline import __version__
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import kubernetes, slurm
 from pipeline.config.cluster import ClusterConfig
@@ -122,19 +121,6 @@ def may_come(client: Client) -> bool:
     """Whether a worker may still come where there is none: Slurm has a job of ours, Kubernetes looks for a node."""
     kind = type(client.cluster).__name__
     return kind == "KubeCluster" or (kind == "SLURMCluster" and slurm.queued(client.cluster))
-
-
-def refuse_other_versions(client: Client) -> None:
-    """Raises ClusterError where a worker has another version of emsr, or none. Workers can answer without having it."""
-    found = client.run(eval, "__import__('pipeline').__version__", on_error="return")
-    for address, version in found.items():
-        if version != __version__:
-            theirs = f"emsr {version}" if isinstance(version, str) else f"no emsr ({version})"
-            raise ClusterError(
-                f"the worker at {address} has {theirs}, this is emsr {__version__}",
-                "the same version in every process",
-                "Install it there",
-            )
 
 
 def stop_profiling(client: Client) -> None:

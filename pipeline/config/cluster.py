@@ -121,6 +121,7 @@ class ClusterConfig(_Model):
     host: Line | None = None
     security: SecurityConfig | None = None
     gpus_per_worker: Annotated[StrictInt, Field(ge=0, le=1)] | None = None
+    mixed: StrictBool = False
     slurm: SlurmConfig | None = None
     kubernetes: KubernetesConfig | None = None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import resource
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +29,21 @@ def pick() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("EMSR_DEVICE", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def describe(device: torch.device) -> str:
+    """The kind of device, such as `cuda NVIDIA H100 80GB HBM3` or `cpu x86_64`."""
+    import torch
+
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu {platform.machine()}"
+
+
+def torch_version() -> str:
+    """The version of torch with the CUDA that it was built for, if any."""
+    import torch
+
+    version = str(torch.__version__)
+    return f"{version} (CUDA {torch.version.cuda})" if torch.version.cuda else version
 
 
 def fix_rounding(device: torch.device) -> None:

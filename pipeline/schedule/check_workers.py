@@ -1,55 +1,62 @@
-"""Before a run writes anything: a worker has come, all have this emsr, and one can open the job."""
+"""Before a run writes anything: workers have come, and those are known that can do the job."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import time
-import uuid
-from collections.abc import Callable
 
-from distributed import Client, KilledWorker
+from distributed import Client
 
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import steady_clock
-from pipeline.cluster.connect import may_come, refuse_other_versions, shorten_logs, stop_profiling
-from pipeline.worker.job import Job
+from pipeline.cluster.connect import may_come, shorten_logs, stop_profiling
+from pipeline.schedule.crew import NO_WORKER_S, Crew, no_worker
 
-NO_WORKER_S = 300.0
-"""A run ends after so many seconds without a worker, unless a batch system may still give one."""
 SAY_S = 20.0
+GRACE_S = 30.0
+"""Once a worker has answered, others are waited for this long. Those that answer later join the run then."""
 
 
-def check_workers(client: Client, job: Job, check: Callable[[Job], int]) -> None:
-    """Let one worker `check` the job, so that mistakes come before anything is written.
+def check_workers(client: Client, crew: Crew) -> None:
+    """Ask the workers whether they can do the job, so that mistakes come before anything is written.
 
-    They are paths that workers do not see, weights that do not fit, a cell larger than their memory. Raises
-    ClusterError where no worker answers or workers have another emsr, and whatever `check` raises.
+    They are paths that workers do not see, weights that do not fit, a cell larger than their memory, another emsr.
+    Raises ClusterError where no worker answers, and where none is fit what they raised.
     """
-    _wait_for_worker(client)
-    refuse_other_versions(client)
+    wait_for_worker(client)
+    began = said = time.monotonic()
+    answered: float | None = None
+    while True:
+        crew.look()
+        now = time.monotonic()
+        if answered is None and crew.answered:
+            answered = now
+        if crew.answered and (not crew.unanswered or (answered is not None and now - answered > GRACE_S)):
+            crew.settle()
+            if crew.capacity().workers:
+                return
+        if now - began > NO_WORKER_S and not crew.answered and not may_come(client):
+            raise ClusterError(
+                f"no worker answered in {NO_WORKER_S:.0f} s",
+                "at least one Dask worker",
+                "Start workers, then run the same command again",
+            )
+        if now - said > SAY_S:
+            said = now
+            print(f"emsr: waiting for {crew.unanswered} of {crew.present} workers to open the job", file=sys.stderr)
+        time.sleep(0.1)
+
+
+def wait_for_worker(client: Client) -> None:
+    """Wait for one, as long as it takes while a batch system has it in its queue; then set scheduler and workers up."""
+    _wait(client)
     shorten_logs(client)
     stop_profiling(client)
     steady_clock.install_everywhere(client)
-    # The key is this run's own: another client's check of the same plan, perhaps of another target, is not this one.
-    try:
-        client.submit(check, job, key=f"check-{job.digest[:8]}-{uuid.uuid4().hex[:8]}", pure=False).result(
-            timeout=NO_WORKER_S
-        )
-    except TimeoutError:
-        raise ClusterError(
-            f"no worker answered in {NO_WORKER_S:.0f} s",
-            "at least one Dask worker",
-            "Start workers, then run the same command again",
-        ) from None
-    except KilledWorker:
-        raise ClusterError(
-            "workers die while they open the job", "workers with memory for the network", "See their logs"
-        ) from None
 
 
-def _wait_for_worker(client: Client) -> None:
-    """Wait for one, as long as it takes while a batch system has it in its queue."""
+def _wait(client: Client) -> None:
     possible = time.monotonic()
     for attempt in itertools.count():
         try:
@@ -61,12 +68,3 @@ def _wait_for_worker(client: Client) -> None:
                 possible = time.monotonic()
             elif time.monotonic() - possible > NO_WORKER_S:
                 raise no_worker() from None
-
-
-def no_worker() -> ClusterError:
-    """The error of a run that has had no worker for NO_WORKER_S."""
-    return ClusterError(
-        f"no worker for {NO_WORKER_S:.0f} s",
-        "at least one Dask worker",
-        "Start workers, or see the logs of those that ended; then run the same command again",
-    )

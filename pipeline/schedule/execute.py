@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from distributed import Client
 
 from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
 from pipeline.plan.task_states import TaskRecord
+from pipeline.schedule.crew import Crew
+from pipeline.schedule.faults import Faults
 from pipeline.schedule.in_flight import InFlight
-from pipeline.schedule.leases import Leases
+from pipeline.schedule.leases import Lease, Leases
 from pipeline.schedule.results import Work
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.totals import RunTotals
@@ -19,24 +21,33 @@ from pipeline.schedule.totals import RunTotals
 Progress = Callable[[RunTotals], None]
 
 
-def execute(client: Client, run: RunState, work: Work, progress: Progress = lambda totals: None) -> None:
+def execute(
+    client: Client,
+    run: RunState,
+    work: Work,
+    progress: Progress = lambda totals: None,
+    crew: Crew | None = None,
+) -> None:
     """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended.
 
-    Raises ClusterError when the scheduler or all workers are gone, LedgerError when another run took the target over,
-    and whatever a worker raised because it cannot open the job. The ledger is flushed in every case.
+    Leases go to the fit workers of `crew`, to all that are there where it is not given. Raises ClusterError when the
+    scheduler or all workers are gone or tasks fail alike on all of them, LedgerError when another run took the target
+    over, and what the last worker raised that was set aside. The ledger is flushed in every case.
     """
-    hand_out(client, run, run.ledger, _stages(run), work, progress)
+    hand_out(run, InFlight(client, run.job, work, crew), run.ledger, _stages(run), progress)
 
 
 def hand_out(
-    client: Client, run: RunState, tasks: TaskRecord, stages: Iterable[range], work: Work, progress: Progress
+    run: RunState, in_flight: InFlight, tasks: TaskRecord, stages: Iterable[range], progress: Progress
 ) -> None:
-    """Hand the pending ones of `tasks` out, stage after stage, and record what comes of them. Raises as `execute`."""
-    began = time.monotonic()
-    in_flight = InFlight(client, run.job, work)
+    """Hand the pending ones of `tasks` out, stage after stage, and record what comes of them. Raises as `execute`.
+
+    Where `tasks` are not the run's ledger, tasks that fail alike on all workers are counted and end nothing.
+    """
+    began, faults = time.monotonic(), Faults()
     try:
         for stage in stages:
-            _run_stage(run, tasks, stage, Leases(run.job.plan, tasks, stage, began), in_flight, progress)
+            _run_stage(run, tasks, Leases(run.job.plan, tasks, stage, began), in_flight, faults, progress)
     finally:
         try:
             in_flight.close()
@@ -57,14 +68,17 @@ def _stages(run: RunState) -> Iterator[range]:
 
 
 def _run_stage(
-    run: RunState, tasks: TaskRecord, stage: range, leases: Leases, in_flight: InFlight, progress: Progress
+    run: RunState, tasks: TaskRecord, leases: Leases, in_flight: InFlight, faults: Faults, progress: Progress
 ) -> None:
-    written_after = tasks.count(WRITTEN, range(stage.stop, run.job.plan.tasks))
+    written_after = tasks.count(WRITTEN, range(leases.stage.stop, run.job.plan.tasks))
+    crew = in_flight.crew
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
         if run.lock is not None:
             run.lock.hold()
-        while not run.stop.is_set() and (lease := leases.next(time.monotonic(), in_flight.capacity())) is not None:
+        while not run.stop.is_set() and (
+            lease := leases.next(time.monotonic(), in_flight.capacity(), again=not crew.mixed)
+        ):
             in_flight.start(lease)
             run.totals.started_again += lease.starts > 1
         if not leases.out:
@@ -75,16 +89,27 @@ def _run_stage(
                 run.totals.add_result(result)
             if lease.closed:
                 continue  # another copy was faster
-            receipts += leases.died(lease) if result is None else leases.ended(lease, result.receipts)
+            if result is None:
+                receipts += leases.died(lease)
+                if lease.closed and lease.failed_on:
+                    faults.undecided(lease.failed_on)
+            else:
+                counted = leases.ended(lease, result.receipts, others=in_flight.capacity().workers > 1)
+                receipts += counted
+                _blame(lease, result.receipts, counted, crew, faults)
             if lease.closed:
                 in_flight.cancel_copies(lease)
+        in_flight.avoid = faults.doubtful()
         for receipt in receipts:
             run.totals.add_receipt(receipt)
         if written_after:
             tasks.record(_outdated(run.job.plan, tasks, receipts))  # with the others or before, never after them
         tasks.record(receipts)
         tasks.tick()
+        run.totals.aside = dict(crew.aside)
         progress(run.totals)
+        if tasks is run.ledger:
+            faults.refuse_row(in_flight.capacity().workers)
 
 
 def _outdated(plan: Plan, tasks: TaskRecord, receipts: list[Receipt]) -> list[Receipt]:
@@ -94,3 +119,12 @@ def _outdated(plan: Plan, tasks: TaskRecord, receipts: list[Receipt]) -> list[Re
     written = (receipt.index for receipt in receipts if receipt.state == WRITTEN)
     coarser = {block for index in written for block in plan.averaged_from(index)}
     return [Receipt(block, PENDING) for block in sorted(coarser) if tasks.state(block) == WRITTEN]
+
+
+def _blame(lease: Lease, receipts: Sequence[Receipt], counted: Sequence[Receipt], crew: Crew, faults: Faults) -> None:
+    """Set the worker aside on which tasks fail that others write."""
+    if not lease.closed:
+        return  # another copy decides
+    if lease.failed_on and receipts and faults.tried_again(lease.failed_on, receipts[0]):
+        crew.set_aside_name(lease.failed_on, faults.why(lease.failed_on))
+    faults.answered(receipts, counted)

@@ -4,97 +4,153 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
 
 from distributed import Client, Future, KilledWorker
 
 from pipeline.base.errors import ClusterError, EmsrError
-from pipeline.cluster.connect import may_come
 from pipeline.plan.requests import RequestRates
-from pipeline.schedule.check_workers import NO_WORKER_S, no_worker
+from pipeline.schedule.crew import Crew, call, scheduler_gone
 from pipeline.schedule.leases import Capacity, Lease
-from pipeline.schedule.results import Results, Work, pack, run_packed
+from pipeline.schedule.results import TOPIC, Ended, Results, Work, pack, run_packed
 from pipeline.worker.job import Job, LeaseResult
 
 CANDIDATES = 8
 """The copy of a late lease may go to this many workers: the idlest, and none that has a copy already."""
+MAX_DEATHS = 3
+"""A lease that named its workers is given up as one whose workers died when they have gone more often than this."""
+MAX_UNREADABLE = 100
+"""So many leases in a row may end on workers that cannot even read them, before these are found and set aside."""
+NOTHING = LeaseResult((), 0, 0)
+"""Of a lease that nobody began: all its tasks are handed out again."""
 
 
 class InFlight:
-    """The futures by key. A lease has one, or one for each of its copies."""
+    """The futures by key, with the workers that were named, if any. A lease has one, or one for each of its copies."""
 
-    def __init__(self, client: Client, job: Job, work: Work) -> None:
+    def __init__(self, client: Client, job: Job, work: Work, crew: Crew | None = None) -> None:
         self._client, self._job, self._work = client, job, work
+        self.crew = crew or Crew(client)
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._out: dict[str, tuple[Lease, Future]] = {}
+        self._out: dict[str, tuple[Lease, Future, list[str] | None]] = {}
+        self._held: list[tuple[Lease, Ended]] = []
+        self._waiting: list[Lease] = []
+        self._deaths: Counter[Lease] = Counter()
+        self.avoid: list[str] = []
+        self._unreadable = 0
         self._number = 0
         # Dask's name of them all is `lease`, since it keeps something for every name that it has heard of. The rest is
         # this run's own: what a killed run left running is not taken for an answer to this one.
         self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
         self._results = Results(client, self._prefix)
-        self._capacity, self._asked_at = Capacity(0, 0), 0.0
-        self._had_worker_at = time.monotonic()
 
     def capacity(self) -> Capacity:
-        """The workers that are there. The scheduler is asked once a second."""
-        now = time.monotonic()
-        if now - self._asked_at > 1.0:
-            threads = _call(self._client.nthreads) or {}
-            self._capacity, self._asked_at = Capacity(len(threads), sum(threads.values())), now
-            if threads:
-                self._had_worker_at = now
-        return self._capacity
+        """The workers that are there and may be given something."""
+        self.crew.look()
+        return self.crew.capacity()
 
     def start(self, lease: Lease) -> None:
-        """Submit the lease, or a further copy of it, which goes to a worker that has none."""
+        """Submit the lease, or a further copy of it, which goes to a worker that has none. It waits where none is fit.
+
+        It goes to none of `avoid` and not where it failed before, as long as there is another one.
+        """
+        if not self.crew.capacity().workers:
+            self._waiting.append(lease)
+            return
         self._number += 1
         key = f"{self._prefix}-{self._number:x}"
-        job = self._job
+        job, capacity = self._job, self.crew.capacity()
         if job.rates != RequestRates():
-            job = dataclasses.replace(job, rates=job.rates.share(self._capacity.workers))
+            job = dataclasses.replace(job, rates=job.rates.share(max(1, capacity.workers)))
+        named = self.crew.some([*self.avoid, lease.failed_on])
         others = self._workers_without(lease) if lease.starts > 1 else []
-        where = {"workers": others, "allow_other_workers": True} if others else {}
-        packed = pack(self._work, job, lease.span, lease.max_s)
+        where = {"workers": others or named, "allow_other_workers": named is None} if others or named else {}
+        packed = pack(TOPIC, self._work, job, lease.span.start, lease.span.stop, lease.max_s)
         future = self._client.submit(run_packed, packed, key=key, pure=False, **where)
-        self._out[key] = lease, future
+        self._out[key] = lease, future, (others or named) if named is not None else None
         future.add_done_callback(self._done.put)
 
     def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
         """Leases of which a copy has ended, with its result; None where its workers died too often.
 
-        Waits at most `timeout` seconds. Raises ClusterError where the scheduler or all workers are gone, and what a
-        worker raised because it cannot open the job.
+        A worker that raised something is set aside, and its leases come back without receipts or go to others. Waits at
+        most `timeout` seconds. Raises ClusterError where the scheduler is gone or no worker is left.
         """
         ended: list[tuple[Lease, LeaseResult | None]] = []
         for future in self._ended(timeout):
             if future.key not in self._out:
                 continue
             if (result := self._results.take(future.key)) is not None:
-                ended.append((self._remove(future.key), result))
+                self._held.append((self._remove(future.key), result))
+                self._unreadable = 0
             elif future.status == "error":
                 error = future.exception()
-                if not isinstance(error, KilledWorker):
-                    raise _worker_error(error)
-                ended.append((self._remove(future.key), None))
+                lease = self._remove(future.key)
+                if isinstance(error, KilledWorker):
+                    ended.append((lease, None))
+                    continue
+                self._unreadable += 1
+                if self._unreadable > MAX_UNREADABLE:
+                    raise ClusterError(f"workers cannot read what they are given: {error!r}", "the same emsr there")
+                ended.append((lease, NOTHING))
             elif future.status == "cancelled":
-                raise _scheduler_gone()
+                raise scheduler_gone()
             elif future.status == "finished":
                 raise ClusterError(
                     "a task has ended and its result did not come",
                     "a scheduler that passes events on",
                     "Run the same command again",
                 )
-        self._check_workers()
+        self.crew.look()
+        ended += self._judged()
+        ended += [(lease, None) for lease in self._hand_on()]
+        if self._waiting and self.crew.capacity().workers:
+            waiting, self._waiting = self._waiting, []
+            for lease in waiting:
+                self.start(lease)
         return ended
+
+    def _judged(self) -> list[tuple[Lease, LeaseResult | None]]:
+        """What ended on workers of which it is known whether they are fit; the rest is kept until it is."""
+        ended: list[tuple[Lease, LeaseResult | None]] = []
+        held, self._held = self._held, []
+        for lease, result in held:
+            if isinstance(result.outcome, EmsrError):
+                self.crew.set_aside(result.process, result.outcome)
+            vouched = self.crew.vouches(result.process)
+            if vouched is None:
+                self._held.append((lease, result))
+            else:
+                ended.append(
+                    (lease, result.outcome if vouched and isinstance(result.outcome, LeaseResult) else NOTHING)
+                )
+        return ended
+
+    def _hand_on(self) -> list[Lease]:
+        """Leases whose worker was set aside, or whose named workers have all gone, go to others; returns those that
+        have lost workers too often.
+        """
+        lost = [key for key, (_, _, named) in self._out.items() if named and not self.crew.is_there(named)]
+        self._deaths.update(self._out[key][0] for key in lost)
+        if aside := set(self.crew.newly_aside):
+            self.crew.newly_aside.clear()
+            there = call(self._client.processing)
+            theirs = {key for address, keys in there.items() if address in aside for key in keys}
+            lost += [key for key in theirs if key in self._out and key not in lost]
+        leases = [self._out[key][0] for key in lost]
+        self._cancel(lost)
+        given_up = [lease for lease in leases if self._deaths[lease] > MAX_DEATHS]
+        for lease in leases:
+            if lease not in given_up:
+                self.start(lease)
+        return given_up
 
     def cancel_copies(self, lease: Lease) -> None:
         """Drop the copies that are still out. One that waits is cancelled; one that runs goes on, and its result is
         ignored.
         """
-        self._cancel([key for key, (out, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
+        self._cancel([key for key, (out, _, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
 
     def close(self) -> None:
         """Cancel everything."""
@@ -102,7 +158,7 @@ class InFlight:
         self._results.close()
 
     def _remove(self, key: str) -> Lease:
-        lease, future = self._out.pop(key)
+        lease, future, _ = self._out.pop(key)
         future.release()
         return lease
 
@@ -112,14 +168,15 @@ class InFlight:
             self._client.cancel(futures, force=True)
 
     def _workers_without(self, lease: Lease) -> list[str]:
-        """The addresses of the idlest workers that have no copy of this lease."""
-        copies = {key: future for key, (out, future) in self._out.items() if out is lease}
-        who_has = _call(self._client.who_has, list(copies.values()))
+        """The addresses of the idlest fit workers that have no copy of this lease."""
+        copies = {key: future for key, (out, future, _) in self._out.items() if out is lease}
+        who_has = call(self._client.who_has, list(copies.values()))
         holders = {address for addresses in who_has.values() for address in addresses}
+        fit = self.crew.fit_addresses()
         loads = [
             (len(keys), address)
-            for address, keys in _call(self._client.processing).items()
-            if copies.keys().isdisjoint(keys) and address not in holders
+            for address, keys in call(self._client.processing).items()
+            if copies.keys().isdisjoint(keys) and address not in holders and address in fit
         ]
         return [address for _, address in sorted(loads)[:CANDIDATES]]
 
@@ -133,29 +190,3 @@ class InFlight:
                 ended.append(self._done.get_nowait())
             except queue.Empty:
                 return ended
-
-    def _check_workers(self) -> None:
-        self.capacity()
-        if time.monotonic() - self._had_worker_at > NO_WORKER_S:
-            if not may_come(self._client):
-                raise no_worker()
-            self._had_worker_at = time.monotonic()
-
-
-def _call(question: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """What the scheduler answers. Raises ClusterError where it is gone."""
-    try:
-        return question(*arguments)
-    except OSError as error:
-        raise _scheduler_gone(error) from None
-
-
-def _worker_error(error: BaseException | None) -> EmsrError:
-    if isinstance(error, EmsrError):
-        return error
-    return ClusterError(f"a worker failed outside any slab: {error!r}", "", "See the worker's log")
-
-
-def _scheduler_gone(why: OSError | None = None) -> ClusterError:
-    saw = "the Dask scheduler is gone" + (f" ({why})" if why else "")
-    return ClusterError(saw, "a running scheduler", "Run the same command again: finished slabs are not repeated")

@@ -2,7 +2,8 @@
 
 `execute` carries them out with Dask's futures, benchmarks/simulate.py with an event queue: the same code for both.
 
-    handed out, in this order:  what came back undone | pending tasks | a suspect, alone | a late lease once more
+    handed out, in this order:
+        what failed elsewhere | what came back undone | pending tasks | a suspect, alone | a late lease once more
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Lease:
 
     A worker begins no further task after `max_s` seconds, and gives the rest back. `tasks_ahead` is how many tasks may
     have waited before it on the same worker. `started` is when the last copy was handed out. `alone` means that nothing
-    else runs beside it.
+    else runs beside it. `failed_on` (HOST:PID) is where its one task failed before: it is for another worker.
     """
 
     span: range
@@ -65,18 +66,20 @@ class Lease:
     starts: int = 1
     copies: int = 1
     closed: bool = False
+    failed_on: str = ""
 
 
 class Leases:
     """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run began."""
 
     def __init__(self, plan: Plan, tasks: TaskStates, stage: range, began: float) -> None:
-        self._plan, self._began = plan, began
+        self._plan, self.stage, self._began = plan, stage, began
         self._indices: Iterator[int] = tasks.indices(PENDING, stage)
         self._next: int | None = next(self._indices, None)
         self._left = tasks.count(PENDING, stage)
         self._returned: deque[range] = deque()
         self._suspects: deque[int] = deque()
+        self._elsewhere: deque[tuple[int, str]] = deque()
         self._out: dict[Lease, None] = {}
         self._copies = 0
         self._largest = 0
@@ -89,13 +92,17 @@ class Leases:
         """How many leases are not closed."""
         return len(self._out)
 
-    def next(self, now: float, capacity: Capacity) -> Lease | None:
+    def next(self, now: float, capacity: Capacity, again: bool = True) -> Lease | None:
         """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another
-        worker.
+        worker, unless `again` is False, where two workers may make different bytes of a task.
         """
         if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
             return None
         max_s = max(LEASE_S, capacity.threads / LEASES_PER_S)
+        if self._elsewhere:
+            index, failed_on = self._elsewhere.popleft()
+            self._left -= 1
+            return self._hand_out(Lease(range(index, index + 1), max_s, self._largest, now, failed_on=failed_on))
         span = self._cut(self._size(max_s, capacity))
         if span is not None:
             return self._hand_out(Lease(span, max_s, self._largest, now))
@@ -103,13 +110,14 @@ class Leases:
             # What shared a worker with the guilty task is innocent: each is tried with nothing beside it.
             index = self._suspects.popleft()
             return self._hand_out(Lease(range(index, index + 1), max_s, 0, now, alone=True))
-        return self._late_lease(now, capacity)
+        return self._late_lease(now, capacity) if again else None
 
-    def ended(self, lease: Lease, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
+    def ended(self, lease: Lease, receipts: Sequence[Receipt], others: bool = False) -> Sequence[Receipt]:
         """A copy has ended with these receipts, those of its first tasks; returns those that count.
 
         Where none count, another copy is still out and decides. Else the lease is closed, other copies are useless, and
-        tasks without a receipt are handed out again.
+        tasks without a receipt are handed out again. So is, once, a task that failed where there are `others`, on one
+        of which it may do better.
         """
         self._count_back(lease)
         if lease.copies and (not receipts or any(r.state == QUARANTINED for r in receipts)):
@@ -117,9 +125,15 @@ class Leases:
         self._close(lease)
         self._measure(receipts)
         if rest := lease.span[len(receipts) :]:
-            self._returned.append(rest)
+            if lease.failed_on:
+                self._elsewhere.append((rest.start, lease.failed_on))
+            else:
+                self._returned.append(rest)
             self._left += len(rest)
-        return receipts
+        again = [r for r in receipts if others and r.fault and not lease.failed_on]
+        self._elsewhere.extend((r.index, r.worker) for r in again)
+        self._left += len(again)
+        return [r for r in receipts if r not in again] if again else receipts
 
     def died(self, lease: Lease) -> Sequence[Receipt]:
         """The workers of a copy died again and again; returns the receipts that count.

@@ -53,6 +53,7 @@ class RunProgress:
                 "quarantined": totals.quarantined,
                 "refused by the store": totals.requests.refused,
                 "leases started again": totals.started_again,
+                "workers set aside": len(totals.aside),
             }
             trouble = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
             self._bar.update(self._task, completed=closed, rate=f"{rate / 1e6:.1f} MVx/s", trouble=trouble)
@@ -68,6 +69,7 @@ class RunProgress:
                 refused=totals.requests.refused,
                 retried=totals.requests.retried,
                 started_again=totals.started_again,
+                set_aside=len(totals.aside),
                 voxels_per_s=round(rate),
                 seconds_left=left and round(left),
             )

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline import __version__
@@ -26,8 +27,11 @@ MAX_FAILURES = 100
 _LIBRARIES = ("torch", "dask", "distributed", "tensorstore", "zarr", "numcodecs", "cloud-volume", "numpy")
 
 
-def write(prepared: Prepared, run: RunState) -> str:
-    """Write both; returns the contact sheet's URL, or why there is none."""
+def write(prepared: Prepared, run: RunState, crew: Sequence[Mapping[str, str]], lost: Sequence[str]) -> str:
+    """Write both; returns the contact sheet's URL, or why there is none.
+
+    `crew` is what has written this target, `lost` what was looked for in the end and is not as it was written.
+    """
     plan, totals, ledger, work = prepared.job.plan, run.totals, run.ledger, prepared.config.work
     wall = time.time() - run.began
     failures = [i for _, i in zip(range(MAX_FAILURES), ledger.indices(QUARANTINED), strict=False)]
@@ -58,6 +62,9 @@ def write(prepared: Prepared, run: RunState) -> str:
         "stored_bytes": totals.bytes,
         "memory": {"promised": promise if totals.base_bytes else None, "peak": totals.peak_bytes},
         "workers": {name: dataclasses.asdict(did) for name, did in totals.workers.items()},
+        "set_aside": totals.aside,
+        "crew": list(crew),
+        "looked_for_in_vain": list(lost),
         "bad_sections": prepared.spec["source"]["bad_sections"],
         "failures": [
             {"task": i, "lr_box": str(plan.slab(i).lr) if i < plan.slabs else None, "why": ledger.why(i).error}

@@ -1,64 +1,92 @@
-"""How a lease goes to a worker, and how its result comes back.
+"""How work goes to a worker, and how what came of it comes back.
 
 The worker tells the scheduler, which tells the client, before both hear that the task has ended. As results of Dask's
 tasks they would have to be fetched: the scheduler connects to every worker that holds one and waits for those that
-hang, and where a thousand workers answer slowly, what is fetched again makes them slower still.
+hang, and where a thousand workers answer slowly, what is fetched again makes them slower still. An error comes the same
+way, with the process that raised it, which Dask would not say.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, get_worker
 
-from pipeline.worker.job import Job, LeaseResult
+from pipeline.base.errors import ClusterError, EmsrError
+from pipeline.worker.job import Fitness, Job, LeaseResult, Process, Question
 
 TOPIC = "emsr-results"
-"""One topic serves all runs: a scheduler keeps the last messages of every topic that it has heard of."""
+CHECKS = "emsr-checks"
+"""Two topics serve all runs: a scheduler keeps the last messages of every topic that it has heard of."""
 
 Work = Callable[[Job, int, int, float], LeaseResult]
 """What a worker does with a lease: process_lease, or a stand-in with the same arguments."""
 
+Check = Callable[[Job, Question], Fitness]
+"""What a worker does before it gets a lease: check_worker."""
 
-def pack(work: Work, job: Job, span: range, max_s: float) -> bytes:
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a task, and of which process: its result, or the exception that it raised."""
+
+    process: Process
+    outcome: Any
+
+
+def pack(topic: str, work: Callable[..., object], *arguments: object) -> bytes:
     """The argument of `run_packed`.
 
     The scheduler keeps what it sends for a while and has no use for the objects themselves, which take eight times as
     much.
     """
-    return pickle.dumps((work, job, span.start, span.stop, max_s))
+    return pickle.dumps((topic, work, arguments))
 
 
 def run_packed(packed: bytes) -> None:
     """Do the work in this worker and send its result to the client: this is what Dask's tasks are."""
-    work, *arguments = pickle.loads(packed)
-    result = work(*arguments)
+    topic, work, arguments = pickle.loads(packed)
+    outcome: object
+    try:
+        outcome = work(*arguments)
+    except EmsrError as error:
+        outcome = error
+    except Exception as error:  # as text: its class may be unknown to the client
+        outcome = ClusterError(f"it failed outside any slab: {error!r}", "", "See the worker's log")
     worker = get_worker()
-    worker.log_event(TOPIC, {"key": worker.get_current_task(), "result": pickle.dumps(result)})
+    ended = Ended(Process(worker.address, socket.gethostname(), os.getpid()), outcome)
+    worker.log_event(topic, {"key": worker.get_current_task(), "ended": pickle.dumps(ended)})
 
 
 class Results:
-    """The results of the tasks whose keys begin with `prefix`. They arrive in a thread of the client's."""
+    """What came of the tasks whose keys begin with `prefix`. It arrives in a thread of the client's."""
 
-    def __init__(self, client: Client, prefix: str) -> None:
-        self._client, self._prefix = client, prefix
+    def __init__(self, client: Client, prefix: str, topic: str = TOPIC) -> None:
+        self._client, self._prefix, self._topic = client, prefix, topic
         self._arrived: dict[str, bytes] = {}
-        client.subscribe_topic(TOPIC, self._receive)
+        client.subscribe_topic(topic, self._receive)
 
     def _receive(self, event: tuple[float, Any]) -> None:
         _, message = event
         if message["key"].startswith(self._prefix):
-            self._arrived[message["key"]] = message["result"]
+            self._arrived[message["key"]] = message["ended"]
 
-    def take(self, key: str) -> LeaseResult | None:
-        """The result of this task, once; None where none has arrived: the task did not end well."""
-        result = self._arrived.pop(key, None)
-        return None if result is None else pickle.loads(result)
+    def take(self, key: str) -> Ended | None:
+        """What came of this task, once; None where nothing has arrived: the task did not end well."""
+        packed = self._arrived.pop(key, None)
+        if packed is None:
+            return None
+        ended = pickle.loads(packed)
+        assert isinstance(ended, Ended)
+        return ended
 
     def close(self) -> None:
         """Receive no more."""
         with suppress(Exception):  # a scheduler that is gone sends nothing
-            self._client.unsubscribe_topic(TOPIC)
+            self._client.unsubscribe_topic(self._topic)

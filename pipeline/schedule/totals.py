@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from pipeline.plan.price import Footprint
-from pipeline.plan.receipt import QUARANTINED, STATES, Receipt
+from pipeline.plan.receipt import QUARANTINED, STATES, WRITTEN, Receipt
 from pipeline.plan.requests import RequestCounts
 from pipeline.worker.job import LeaseResult
 
@@ -28,7 +28,8 @@ class RunTotals:
     `started_again` counts late leases that a second worker was given. `requests` are those that failed for the moment.
     `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
     LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
-    `workers` are named HOST:PID.
+    `workers` are named HOST:PID; `aside` says why workers were set aside. `last_written` is each worker's last receipt
+    of a task that it wrote.
     """
 
     written: int = 0
@@ -43,6 +44,8 @@ class RunTotals:
     voxels: int = 0
     bytes: int = 0
     workers: dict[str, WorkerTotals] = field(default_factory=dict)
+    aside: dict[str, str] = field(default_factory=dict)
+    last_written: dict[str, Receipt] = field(default_factory=dict)
 
     @property
     def closed(self) -> int:
@@ -63,6 +66,8 @@ class RunTotals:
             totals.quarantined += receipt.state == QUARANTINED
             totals.seconds += receipt.seconds
             totals.last = time.time()
+            if receipt.state == WRITTEN:
+                self.last_written[receipt.worker] = receipt
 
     def add_result(self, result: LeaseResult) -> None:
         """Count what a result says of its worker's process, also where its receipts do not count."""

@@ -49,6 +49,7 @@ class TargetLock:
         self.run_id = run_id
         self.lost = threading.Event()
         self.workers: dict[str, dict[str, float]] = {}
+        self.aside: dict[str, str] = {}
         """What each worker has done, by name. Every renewal writes it, for `status`."""
         self._store, self._say = store, say
         self._stop = threading.Event()
@@ -191,6 +192,7 @@ class TargetLock:
             "renewed": time.time(),
             "released": released,
             "workers": self.workers,
+            "set_aside": self.aside,
         }
         return json.dumps(lock).encode()
 
@@ -232,6 +234,15 @@ def last_workers(store: Store) -> dict[str, dict[str, float]]:
             for name, totals in workers.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def last_aside(store: Store) -> dict[str, str]:
+    """The workers that the same run has set aside, and why."""
+    try:
+        aside = json.loads(store.get(KEY) or b"{}").get("set_aside", {})
+        return {str(name): str(why) for name, why in aside.items()}
+    except (ValueError, AttributeError):
         return {}
 
 

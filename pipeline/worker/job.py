@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline import __version__
+from pipeline.base.geometry import Box
 from pipeline.config.volume import SourceConfig
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
@@ -12,6 +13,34 @@ from pipeline.plan.price import Footprint
 from pipeline.plan.receipt import Receipt
 from pipeline.plan.requests import RequestCounts, RequestRates
 from pipeline.plan.target_spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a worker computes with: versions of the libraries that make bytes, and the kind of its device."""
+
+    libraries: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.libraries} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A worker's process: its address in Dask, its host, its process id."""
+
+    address: str
+    host: str
+    pid: int
+
+    @property
+    def name(self) -> str:
+        """HOST:PID, as receipts have it."""
+        return f"{self.host}:{self.pid}"
+
+    def __str__(self) -> str:
+        return f"worker {self.address} on {self.host}, process {self.pid}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,10 @@ class Job:
     rates: RequestRates = RequestRates()  # noqa: RUF009 - frozen
     run: str = ""
     """The run that wants it. A worker opens everything anew for another run: what was mended since is read again."""
+    sources: str = ""
+    """The digest of the client's installed sources, which must be the worker's; empty where any will do."""
+    runtimes: tuple[Runtime, ...] = ()
+    """What a worker may compute with; empty where anything will do."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,31 @@ class LeaseResult:
     base_bytes: int
     network: Footprint = Footprint()  # noqa: RUF009 - frozen
     requests: RequestCounts = RequestCounts()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some voxels of the source as the client reads them: their CRC-32."""
+
+    box: Box
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a worker is asked before it gets a lease: to find the token `token` in the sidecar, and to leave `reply`."""
+
+    token: str
+    reply: str
+    sample: Sample | None
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """What a worker answers that can do the job. `base_bytes` is its resident size with the job open."""
+
+    runtime: Runtime
+    base_bytes: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pipeline.plan.receipt import QUARANTINED, Receipt
 from pipeline.process import allocator, watchdog
 from pipeline.process.resident_size import peak_resident_bytes
 from pipeline.storage import requests
-from pipeline.worker.job import Job, LeaseResult
+from pipeline.worker.check import refuse_other_place, runtime
+from pipeline.worker.job import Fitness, Job, LeaseResult, Question
 from pipeline.worker.open_job import OpenJob, open_job
 from pipeline.worker.slab import process_pyramid_block, process_slab
 
@@ -54,12 +55,14 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
     )
 
 
-def check_job(job: Job) -> int:
-    """Open the job as every worker will, before anything is written. Returns the process's resident bytes.
+def check_worker(job: Job, question: Question) -> Fitness:
+    """Open the job as for a lease, and look whether source and target are where the client has them.
 
-    Raises what `open_job` raises.
+    Raises what `open_job` and `refuse_other_place` raise.
     """
-    return open_job(job).base_bytes
+    opened = open_job(job)
+    refuse_other_place(job, question, opened.source)
+    return Fitness(runtime(), opened.base_bytes)
 
 
 def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Receipt:
@@ -76,12 +79,14 @@ def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Recei
         except TargetError:
             raise
         except (DataError, TransientError, UserError) as error:
-            return Receipt(index, QUARANTINED, error=_text(error), seconds=time.perf_counter() - began)
+            return _failed(index, error, began)
         except Exception as error:
             if not left:
-                return Receipt(index, QUARANTINED, error=_text(error), seconds=time.perf_counter() - began)
+                return _failed(index, error, began)
     raise AssertionError("unreachable")
 
 
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}\n\n" + "".join(traceback.format_exception(error))
+def _failed(index: int, error: Exception, began: float) -> Receipt:
+    kind = type(error).__name__
+    text = f"{kind}: {error}\n\n" + "".join(traceback.format_exception(error))
+    return Receipt(index, QUARANTINED, error=text, fault=kind, seconds=time.perf_counter() - began)

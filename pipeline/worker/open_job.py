@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 
-from pipeline import __version__
-from pipeline.base.errors import ClusterError, EmsrError
+from pipeline.base.errors import EmsrError
 from pipeline.inference.network import Network
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import RequestRates
@@ -15,6 +14,7 @@ from pipeline.process.resident_size import resident_bytes
 from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.targets.open import open_target
 from pipeline.storage.volume import Source, Target
+from pipeline.worker.check import refuse_other_emsr
 from pipeline.worker.job import Job
 
 
@@ -42,20 +42,16 @@ def open_job(job: Job) -> OpenJob:
     """The job with everything open. It is kept for the life of the process, for the last job only.
 
     A job is the same where everything in it is, but for the share of requests that this worker may make, which changes
-    with the number of workers. Its digest alone would not do: it holds neither the target's URL nor how often to retry.
+    with the number of workers, and what other workers compute with. Its digest alone would not do: it holds neither the
+    target's URL nor how often to retry.
 
-    Raises ClusterError where this process has another version of emsr, EmsrError where the source's metadata changed
-    since the job was made, and UserError where the source, mask or network cannot be opened or the network is too
-    large.
+    Raises ClusterError where this process has another emsr or computes with something else, EmsrError where the
+    source's metadata are not those that the client read, and UserError where the source, mask or network cannot be
+    opened or the network is too large.
     """
     global _open
-    if job.emsr != __version__:
-        raise ClusterError(
-            f"the client has emsr {job.emsr}, a worker has {__version__}",
-            "the same version in every process",
-            "Install it there",
-        )
-    job = replace(job, rates=RequestRates())
+    refuse_other_emsr(job)
+    job = replace(job, rates=RequestRates(), runtimes=())
     with _open_lock:
         if _open is None or _open.job != job:
             _open = None  # the last one's memory is free before this one takes its own
@@ -68,8 +64,8 @@ def _opened(job: Job) -> OpenJob:
     source = open_source(job.source)
     if source.info.fingerprint != job.source_fingerprint:
         raise EmsrError(
-            f"the metadata of {source.info.url} changed while the run was going on; "
-            "stop writing to the source and run again"
+            f"the metadata of {source.info.url} are not those that the client read: they changed while the run was "
+            "going on, or another volume lies there; stop writing to the source and run again"
         )
     mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
     target, network = open_target(job.target), Network(job.network)

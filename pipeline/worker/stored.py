@@ -98,7 +98,8 @@ def _read(target: Target, job: Job, index: int) -> Receipt:
     try:
         return retrying(lambda: _found(target, job, index, began), job.retries, requests.COUNTER.retry)
     except (DataError, TransientError, UserError) as error:
-        return Receipt(index, QUARANTINED, error=str(error), seconds=time.perf_counter() - began)
+        kind = type(error).__name__
+        return Receipt(index, QUARANTINED, error=str(error), fault=kind, seconds=time.perf_counter() - began)
 
 
 def _found(target: Target, job: Job, index: int, began: float) -> Receipt:

@@ -1,0 +1,76 @@
+"""What a worker finds out about itself before it gets a lease, and what it computes with."""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline import __version__
+from pipeline.base.errors import ClusterError, SourceError, TargetError, UserError
+from pipeline.config import urls
+from pipeline.process import device
+from pipeline.process.installed import sources_digest
+from pipeline.storage import same_place
+from pipeline.storage.kv import Store
+from pipeline.storage.volume import Source
+from pipeline.worker.job import Job, Question, Runtime
+
+_LIBRARIES = ("torchvision", "numpy", "tensorstore")
+"""Beside torch they make the bytes of a target: the network's operators, its arrays, the encoder."""
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """What this process computes with."""
+    found = [f"torch {device.torch_version()}"]
+    for name in _LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return Runtime(", ".join(found), device.describe(device.pick()))
+
+
+def refuse_other_emsr(job: Job) -> None:
+    """Raises ClusterError where this process is not what the job was made for: version, sources, libraries, device."""
+    if job.emsr != __version__:
+        raise ClusterError(
+            f"it has emsr {__version__}, the client has emsr {job.emsr}",
+            "the same version in every process",
+            "Install it there",
+        )
+    if job.sources and job.sources != sources_digest():
+        raise ClusterError(
+            f"its emsr {__version__} has other sources (digest {sources_digest()[:12]}) "
+            f"than the client's (digest {job.sources[:12]})",
+            "the same commit in every process",
+            "Install it there, and restart the worker",
+        )
+    if job.runtimes and runtime() not in job.runtimes:
+        raise ClusterError(
+            f"it computes with {runtime()}, this run with {' or '.join(map(str, job.runtimes))}",
+            "the same libraries and kind of device in every worker",
+            "Leave it out, or set cluster.mixed: true",
+        )
+
+
+def refuse_other_place(job: Job, question: Question, source: Source) -> None:
+    """Raises SourceError or TargetError where source or sidecar are not what the client sees. Leaves a reply there."""
+    sample = question.sample
+    if sample is not None and same_place.voxels_checksum(source, sample.box) != sample.checksum:
+        raise SourceError(
+            f"{source.info.url} holds other voxels here than the client reads, in {sample.box}",
+            "one source for client and workers",
+            "Check what is mounted there",
+        )
+    store = Store(urls.sidecar(job.target.url))
+    if not same_place.is_seen(store, question.token, job.run):
+        raise TargetError(
+            f"{store.url} is not the client's: what the client has just written is not there",
+            "a target that client and workers see in one place",
+            "Mount the target's disk there, or take a target.url that all of them see",
+        )
+    try:
+        store.put(question.reply, job.run.encode())
+    except UserError as error:
+        raise TargetError(error.saw, error.wanted, error.do) from None
