@@ -9,6 +9,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import DataError, TargetError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.waits import heartbeat, waiting
 from pipeline.config.urls import local_path
 from pipeline.config.volume import ENCODINGS
 from pipeline.plan.target_spec import FIDELITY, TargetSpec
@@ -40,15 +41,15 @@ def is_empty(url: str) -> bool:
     path = local_path(url)
     if path is None:
         return kv.Store(url).is_empty(likely=_METADATA_KEYS)
-    if path.exists() and not path.is_dir():
-        return False
     try:
-        return not any(
-            name
-            for folder, _, names in os.walk(path, onerror=_raise_unless_absent)
-            for name in names
-            if not name.endswith(".__lock")
-        )
+        with waiting(url):
+            if path.exists() and not path.is_dir():
+                return False
+            for _, _, names in os.walk(path, onerror=_raise_unless_absent):
+                heartbeat()
+                if any(not name.endswith(".__lock") for name in names):
+                    return False
+            return True
     except OSError as error:
         raise kv.classify(error, url) from error
 
