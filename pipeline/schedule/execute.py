@@ -19,6 +19,9 @@ from pipeline.schedule.totals import RunTotals
 
 Progress = Callable[[RunTotals], None]
 
+DRAIN_S = 300.0
+"""A run that was told to stop lets go what is in flight when nothing of it has ended for so long."""
+
 
 def execute(
     client: Client,
@@ -27,7 +30,8 @@ def execute(
     progress: Progress = lambda totals: None,
     crew: Crew | None = None,
 ) -> None:
-    """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended.
+    """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended,
+    or nothing of it ends any more.
 
     Leases go to the fit workers of `crew`, to all that are there where it is not given. Raises ClusterError when the
     scheduler or all workers are gone or tasks fail alike on all of them, LedgerError when another run took the target
@@ -36,12 +40,17 @@ def execute(
     began = time.monotonic()
     crew = crew or Crew(client)
     in_flight, faults = InFlight(client, run.job, work, crew), Faults()
+
+    def show(totals: RunTotals) -> None:
+        totals.waits = crew.says()
+        progress(totals)
+
     try:
         for stage in run.job.plan.passes():
             before = range(stage.start)
             if stage.start and any(run.ledger.count(state, before) for state in (PENDING, QUARANTINED)):
                 break  # a level needs every shard of the one before it
-            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, crew, faults, progress)
+            _run_pass(run, Leases(run.job.plan, run.ledger, stage, began), in_flight, crew, faults, show)
     finally:
         try:
             in_flight.close()
@@ -66,7 +75,7 @@ def _run_pass(
         ):
             in_flight.start(lease)
             run.totals.started_again += lease.starts > 1
-        if not leases.out:
+        if not leases.out or (run.stop.is_set() and in_flight.quiet_s() > DRAIN_S * bool(in_flight.capacity().workers)):
             return
         receipts: list[Receipt] = []
         for lease, result in in_flight.collect(timeout=0.5):
