@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from test_clusters import SMALL, dask, scheduler
 
 from pipeline.base import waits
 from pipeline.base.errors import NoAnswerError
+from pipeline.cluster import slurm
 from pipeline.storage.kv import Store
 
 IMPATIENT = str(TESTS / "run_impatient.py")
@@ -359,3 +361,15 @@ def test_a_site_that_ends_workers_by_the_clock(source: Path, tmp_path: Path) -> 
     }
     main_job(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", **small), **environ)
     assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
+
+
+def test_what_slurm_says_of_a_job_that_waits_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held or queued, by Slurm's own word; other jobs of the same user are not named."""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nprintf '12|PENDING|JobHeldUser\\n13|PENDING|Priority\\n'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ours = SimpleNamespace(workers={"0": SimpleNamespace(job_id="12")})
+    assert slurm.why_none(ours) == "job 12 is PENDING (JobHeldUser)"
+    assert "no job a number" in slurm.why_none(SimpleNamespace(workers={"0": SimpleNamespace(job_id=None)}))
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm' >&2; exit 1\n")
+    assert slurm.why_none(ours) == "squeue fails (slurm_load_jobs error: Unable to contact slurm)"

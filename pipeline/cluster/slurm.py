@@ -153,6 +153,8 @@ def why_none(cluster: Any) -> str:
             found = _call("squeue", "--noheader", "--me", "--format=%i|%T|%r")
     except ClusterError as error:
         return error.saw
+    if found.returncode:
+        return f"squeue fails ({' '.join(found.stderr.split())})"
     jobs = [line.split("|") for line in found.stdout.splitlines() if line.split("|")[0] in numbers]
     shown = ", ".join(f"job {number} is {state} ({reason})" for number, state, reason in jobs[:SHOWN])
     return shown + (f" and {len(jobs) - SHOWN} more" if len(jobs) > SHOWN else "")
