@@ -334,7 +334,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("    requests.limit(job.rates)\n", ""),
         ("if receipts and time.monotonic() >= end:", "if time.monotonic() >= end:"),
         ("for left in range(opened.job.retries, -1, -1):", "for left in range(opened.job.retries - 1, -1, -1):"),
-        ("Receipt(start + len(ended), QUARANTINED", "Receipt(start, QUARANTINED"),
+        ("index, kind = start + len(ended),", "index, kind = start,"),
     ],
     ("pipeline/worker/open_job.py", WORKER): [
         ("    refuse_other_emsr(job)\n", ""),
@@ -390,10 +390,16 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("stored / (voxels / plan.levels[0].shape.product * output_voxels(plan))", "stored / voxels"),
         ("+ ([plan.fidelity.shape] if plan.fidelity else [])", ""),
     ],
+    ("pipeline/base/waits.py", WATCHDOG): [
+        ("        progress.step = replace(progress.step, at=time.monotonic())\n", "        pass\n"),
+        ("    progress.step = Step(time.monotonic(), what, extra_s)\n", ""),
+    ],
+    ("pipeline/base/retry.py", WATCHDOG): [
+        ('with waiting("another try after a passing fault", math.inf):', 'with waiting("another try", 0.0):'),
+    ],
     ("pipeline/process/watchdog.py", WATCHDOG): [
-        ("        progress.at = time.monotonic()\n", "        pass\n"),
-        ("        progress.at = math.inf\n", "        pass\n"),
-        ("    with lock:\n        heartbeat()\n", "    with lock:\n"),
+        ('    with waiting("", math.inf):\n        lock.acquire()\n', "    lock.acquire()\n"),
+        ("waited_s > stall_s + step.extra_s", "waited_s > stall_s"),
         ("        if collected:\n            gc.enable()\n", "        pass\n"),
         ("threading.Timer(EXIT_S, os._exit, (STALLED,))", "threading.Timer(EXIT_S, sys.exit, (STALLED,))"),
     ],

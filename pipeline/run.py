@@ -16,6 +16,7 @@ from types import FrameType
 from distributed import Client
 
 from pipeline import __version__
+from pipeline.base import waits
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.cluster.connect import batch_job, connect, worker_count
 from pipeline.config import urls, volume
@@ -190,6 +191,7 @@ def _interruptible(run: RunState, progress: RunProgress) -> Iterator[None]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         if run.stop.is_set():
+            waits.end_soon(INTERRUPTED)
             raise KeyboardInterrupt
         run.stop.set()
         name = signal.Signals(number).name

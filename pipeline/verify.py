@@ -113,9 +113,9 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
                 return False
             work = ReadLease(view(run.job, keys), in_worker=not local)
             with connect_to_read(prepared.config.cluster, prepared.config.work.in_flight) as client:
-                wait_for_worker(client)
+                crew = Crew(client, tell=_tell_aside)
+                wait_for_worker(client, crew)
                 with VerifyProgress(findings) as progress:
-                    crew = Crew(client, tell=_tell_aside)
                     in_flight = InFlight(client, run.job, work, crew)
                     hand_out(run, in_flight, findings, run.job.plan.passes(), progress.update)
     except KeyboardInterrupt:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, texture, tree, volume_yaml, write_lr
+from conftest import REPOSITORY, texture, tree, volume_yaml, wait_until, write_lr
 
 from pipeline import run
+from pipeline.base.errors import ClusterError
 from pipeline.cluster import kubernetes
+from pipeline.cluster import pods as watched
+from pipeline.cluster.pods import PodWatch, fault, unplaced
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 
@@ -110,3 +113,93 @@ def test_the_price_shows_the_resource_and_touches_nothing(tmp_path: Path, capsys
     shown = capsys.readouterr().out.split("each worker\n\n")[1]
     assert yaml.safe_load(shown)["kind"] == "DaskCluster"
     assert tree(tmp_path) == before
+
+
+def pod(name: str, component: str = "worker", **status: Any) -> dict[str, Any]:
+    """What Kubernetes says of a pod."""
+    return {"metadata": {"name": name, "labels": {"dask.org/component": component}}, "status": status}
+
+
+def waits(reason: str, message: str = "", **last: Any) -> dict[str, Any]:
+    state = {"waiting": {"reason": reason, **({"message": message} if message else {})}}
+    return {"phase": "Pending", "containerStatuses": [{"state": state, "lastState": last}]}
+
+
+NO_NODE = {
+    "phase": "Pending",
+    "conditions": [
+        {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: no gpu"}
+    ],
+}
+RUNS = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}
+
+
+def test_why_a_pod_does_not_start() -> None:
+    assert fault(pod("a", **waits("ErrImagePull", "no such image"))) == "ErrImagePull: no such image"
+    assert fault(pod("a", **waits("CreateContainerConfigError", 'secret "s" not found'))).endswith("not found")
+    assert fault(pod("a", **waits("CrashLoopBackOff", terminated={"exitCode": 7}))) == (
+        "CrashLoopBackOff: it ended with code 7"
+    )
+    assert fault(pod("a", phase="Failed", reason="Evicted", message="low on memory")) == "Evicted: low on memory"
+    for well in (
+        pod("a", **RUNS),
+        pod("a", **waits("ContainerCreating")),
+        pod("a", phase="Pending"),
+        pod("a", **NO_NODE),
+    ):
+        assert not fault(well)
+    assert unplaced(pod("a", **NO_NODE)) == "Unschedulable: 0/3 nodes: no gpu"
+    assert not unplaced(pod("a", **RUNS))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_pods_that_do_not_start_are_told_and_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that cannot be pulled after five minutes, a node that is not there after an hour; one that crashes again
+    and again runs in between; as long as one pod is well nothing ends.
+    """
+    clock = Clock()
+    monkeypatch.setattr(watched, "time", clock)
+    now: list[dict[str, Any]] = []
+    watch = PodWatch(lambda: now)
+
+    def after(seconds: float, *found: dict[str, Any]) -> None:
+        now[:] = found
+        for _ in range(int(seconds // 5)):
+            clock.now += 5
+            watch.look()
+
+    scheduler, pull = pod("s", "scheduler", **RUNS), pod("w", **waits("ImagePullBackOff", "not found"))
+    after(250, scheduler, pull)
+    assert str(watch) == "pod w: ImagePullBackOff: not found"
+    watch.refuse()
+    after(5, scheduler, pod("w", **RUNS))
+    after(60, scheduler, pull)
+    with pytest.raises(ClusterError, match=r"pods do not start .*ImagePullBackOff"):
+        watch.refuse()
+    after(70, scheduler, pod("w", **RUNS))
+    assert not str(watch)
+    watch.refuse()
+    after(1000, scheduler, pull, pod("v", **RUNS))
+    watch.refuse()
+    after(3000, scheduler, pod("w", **NO_NODE))
+    watch.refuse()
+    after(700, scheduler, pod("w", **NO_NODE))
+    with pytest.raises(ClusterError, match="Unschedulable"):
+        watch.refuse()
+
+
+def test_a_kubernetes_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "LOOK_S", 0.01)
+
+    def refuses() -> list[dict[str, Any]]:
+        raise ConnectionError("no route")
+
+    with PodWatch(refuses) as watch:
+        wait_until(lambda: "does not answer (ConnectionError: no route)" in str(watch))

@@ -21,6 +21,7 @@ from pipeline.cluster import slurm
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.schedule import check_workers
+from pipeline.schedule.crew import Crew
 
 JOB = {"walltime": "01:00:00", "memory": "2GB", "cores": 2}
 CLUSTER = {"kind": "slurm", "host": "127.0.0.1", "workers": 1, "slurm": JOB}
@@ -132,7 +133,7 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
         pytest.raises(ClusterError, match="ended before a worker answered"),
         cluster.connect(config.load(path).cluster, 2) as client,
     ):
-        check_workers.wait_for_worker(client)
+        check_workers.wait_for_worker(client, Crew(client))
     assert len(states(conf)) == number + slurm.MAX_IN_VAIN
     assert not (tmp_path / "sr").exists()
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from pipeline.base import retry, waits
 from pipeline.process import watchdog
+from pipeline.storage import requests
 
 
 @pytest.fixture
@@ -28,9 +30,44 @@ def hang() -> Iterator[Callable[[], None]]:
 
 def test_a_stall_is_told_with_its_place(hang: Callable[[], None]) -> None:
     """The watch returns at all, though the work does not."""
-    stack = watchdog.run_watched(hang, 0.3)
-    assert "in hanging" in stack
-    assert "ended.wait()" in stack
+    stall = watchdog.run_watched(hang, 0.3)
+    assert stall is not None
+    assert "in hanging" in stall.stack
+    assert "ended.wait()" in stall.stack
+    assert not stall.what, "it said nothing of what it waits for"
+
+
+def test_a_wait_is_told_while_it_lasts_and_named_when_it_is_given_up(
+    hang: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "SAY_S", 0.2)
+    told: list[str] = []
+
+    def waits_for_a_disk() -> None:
+        with waits.waiting("a disk"):
+            hang()
+
+    stall = watchdog.run_watched(waits_for_a_disk, 4.0, lambda what, seconds: told.append(what))
+    assert stall is not None
+    assert stall.what == "a disk"
+    assert set(told) == {"a disk"}
+
+
+def test_a_wait_of_our_own_is_no_stall() -> None:
+    """The pace of requests and the pause before another try may be longer than work.stall_s."""
+    pace = requests.Pace()
+    pace.per_second = 1.0
+    pace.take(1)
+
+    def waits_for_its_turn() -> None:
+        pace.take(3)
+
+    assert watchdog.run_watched(waits_for_its_turn, 1.0) is None
+
+    def tries_again() -> None:
+        retry._sleep(3.0)
+
+    assert watchdog.run_watched(tries_again, 1.0) is None
 
 
 class Clock:
@@ -49,6 +86,7 @@ def test_beats_keep_a_long_task_alive(beats: bool, monkeypatch: pytest.MonkeyPat
     """A hundred steps of 0.6 s are no stall of 1 s, though the watch looks after each; without beats they are one."""
     clock = Clock()
     monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(waits, "time", clock)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.001)
     given_up = threading.Event()
 
@@ -59,11 +97,11 @@ def test_beats_keep_a_long_task_alive(beats: bool, monkeypatch: pytest.MonkeyPat
             while clock.looks < seen + 2 and not given_up.is_set():
                 time.sleep(0.001)
             if beats:
-                watchdog.heartbeat()
+                waits.heartbeat()
 
-    stack = watchdog.run_watched(steps, 1.0)
+    stall = watchdog.run_watched(steps, 1.0)
     given_up.set()
-    assert bool(stack) is not beats
+    assert (stall is None) is beats
 
 
 def test_what_the_work_raises_is_raised() -> None:
@@ -79,17 +117,19 @@ def test_waiting_for_a_lock_is_the_holders_stall(hang: Callable[[], None]) -> No
     lock.acquire()
     released.start()
 
-    def waits() -> None:
+    def waiting() -> None:
         with watchdog.holding(lock):
             pass
 
-    assert watchdog.run_watched(waits, 1.0) == ""
+    assert watchdog.run_watched(waiting, 1.0) is None
 
     def holds() -> None:
         with watchdog.holding(lock):
             hang()
 
-    assert "in holds" in watchdog.run_watched(holds, 0.3)
+    stall = watchdog.run_watched(holds, 0.3)
+    assert stall is not None
+    assert "in holds" in stall.stack
 
 
 def test_garbage_is_collected_again_after_a_stall_was_told(hang: Callable[[], None]) -> None:

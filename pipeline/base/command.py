@@ -8,14 +8,19 @@ import traceback
 from collections.abc import Callable
 
 from pipeline.base.errors import ConfigError, EmsrError
+from pipeline.base.waits import watched_command
 
 INTERRUPTED = 130
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code of `work`; 2 for a user's mistake, 1 for another fault, each with a message; 130 for Ctrl-C."""
+    """The exit code of `work`; 2 for a user's mistake, 1 for another fault, each with a message; 130 for Ctrl-C.
+
+    What `work` waits for is said, and does not last for ever: see `waits`.
+    """
     try:
-        return work()
+        with watched_command():
+            return work()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -63,6 +63,10 @@ class ClusterError(UserError):
     """Dask workers cannot be started or reached."""
 
 
+class NoAnswerError(UserError):
+    """A disk, server or process does not answer, or a pipe in the place of a file might not."""
+
+
 class DataError(EmsrError):
     """A permanent fault of one slab's data, such as a damaged chunk. It is not retried: the slab is quarantined."""
 

@@ -19,7 +19,9 @@ import dask
 from distributed import Client, LocalCluster, Scheduler, Security, Worker, WorkerPlugin
 
 from pipeline.base.errors import ClusterError
+from pipeline.base.waits import closing, waiting
 from pipeline.cluster import kubernetes, slurm
+from pipeline.cluster.patient_client import PatientClient
 from pipeline.config.cluster import ClusterConfig
 
 CONNECT_S = 30
@@ -41,6 +43,12 @@ _SETTINGS = {
     # LocalCluster looks once, this long after a worker's death, and ends the worker for good if it is restarting just
     # then. Nannies restart their workers; a run must not be left without any.
     "distributed.deploy.lost-worker-timeout": "1000 days",
+    # A site's configuration may end workers and schedulers by the clock. Nothing starts those of a local cluster again.
+    "distributed.worker.lifetime.duration": None,
+    "distributed.worker.lifetime.restart": False,
+    "distributed.scheduler.idle-timeout": None,
+    "distributed.scheduler.no-workers-timeout": None,
+    "distributed.scheduler.worker-ttl": "5 minutes",
     # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper.
     "distributed.nanny.pre-spawn-environ.GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
@@ -118,9 +126,22 @@ def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
 
 
 def may_come(client: Client) -> bool:
-    """Whether a worker may still come where there is none: Slurm has a job of ours, Kubernetes looks for a node."""
+    """Whether a worker may still come where there is none: Slurm has a job of ours, Kubernetes looks for a node.
+
+    Raises ClusterError where it is known that none will.
+    """
     kind = type(client.cluster).__name__
-    return kind == "KubeCluster" or (kind == "SLURMCluster" and slurm.queued(client.cluster))
+    if kind == "KubeCluster":
+        return kubernetes.may_come(client.cluster)
+    return kind == "SLURMCluster" and slurm.queued(client.cluster)
+
+
+def why_none(client: Client) -> str:
+    """Why no worker has come yet, in words of the batch system; "" where there is none, or it says nothing."""
+    kind = type(client.cluster).__name__
+    if kind == "KubeCluster":
+        return kubernetes.why_none(client.cluster)
+    return slurm.why_none(client.cluster) if kind == "SLURMCluster" else ""
 
 
 def stop_profiling(client: Client) -> None:
@@ -149,7 +170,8 @@ def _shorten_logs(dask_scheduler: Scheduler) -> None:
 def _address_client(config: ClusterConfig) -> Iterator[Client]:
     assert config.address is not None
     try:
-        client = Client(config.address, timeout=CONNECT_S, set_as_default=False, security=_security(config))
+        with waiting(f"the Dask scheduler at {config.address}"):
+            client = PatientClient(config.address, timeout=CONNECT_S, set_as_default=False, security=_security(config))
     except (OSError, TimeoutError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
@@ -172,17 +194,16 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             "a GPU for each",
             "Lower cluster.workers or gpus_per_worker",
         )
-    with (
-        LocalCluster(
+    with waiting(f"{workers} workers to start on this machine"):
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=in_flight,
             processes=True,
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+        )
+    with closing(cluster, "the workers of this machine to end"), PatientClient(cluster, set_as_default=False) as client:
         client.register_plugin(_IgnoreInterrupts())
         client.register_plugin(_OneDevice(None if config.gpus_per_worker == 0 else gpus))
         yield client

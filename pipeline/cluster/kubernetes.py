@@ -10,7 +10,10 @@ from typing import Any
 import yaml
 from distributed import Client
 
-from pipeline.base.errors import ClusterError
+from pipeline.base.errors import ClusterError, NoAnswerError
+from pipeline.base.waits import closing, waiting
+from pipeline.cluster.patient_client import PatientClient
+from pipeline.cluster.pods import Pod, PodWatch
 from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig
 
 USER = 1000
@@ -102,23 +105,56 @@ def pods(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             "the dask-kubernetes package is not installed", "", "pip install 'emsr[kubernetes]'"
         ) from None
     assert config.kubernetes is not None
-    made = spec(config, in_flight, f"emsr-{uuid.uuid4().hex[:8]}")
-    try:
-        cluster = KubeCluster(custom_cluster_spec=made, namespace=config.kubernetes.namespace, quiet=True)
-    except Exception as error:  # kr8s, httpx and the operator's own time-outs share no ancestor
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ClusterError(
-            f"Kubernetes gives no Dask cluster ({why})",
-            "a cluster with the dask-kubernetes operator",
-            "See docs/clusters.md",
-        ) from None
-    with cluster, Client(cluster, set_as_default=False) as client:
-        minimum, maximum = config.bounds()
-        if minimum < maximum:
-            cluster.adapt(minimum=minimum, maximum=maximum)
-        else:
-            cluster.scale(maximum)
-        yield client
+    namespace, name = config.kubernetes.namespace, f"emsr-{uuid.uuid4().hex[:8]}"
+    made = spec(config, in_flight, name)
+    with PodWatch(lambda: _pods_of(name, namespace)) as watch:
+        try:
+            with waiting(_Starting(watch)):
+                cluster = KubeCluster(custom_cluster_spec=made, namespace=namespace, quiet=True)
+        except NoAnswerError:
+            raise
+        except Exception as error:  # kr8s, httpx and the operator's own time-outs share no ancestor
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ClusterError(
+                f"Kubernetes gives no Dask cluster ({why}{'; ' * bool(str(watch))}{watch})",
+                "a cluster with the dask-kubernetes operator",
+                "See docs/clusters.md",
+            ) from None
+        cluster.watch = watch
+        with closing(cluster, "Kubernetes to delete the pods"), PatientClient(cluster, set_as_default=False) as client:
+            minimum, maximum = config.bounds()
+            if minimum < maximum:
+                cluster.adapt(minimum=minimum, maximum=maximum)
+            else:
+                cluster.scale(maximum)
+            yield client
+
+
+def may_come(cluster: Any) -> bool:
+    """Whether a worker may still come where there is none. Raises ClusterError where pods do not start for good."""
+    cluster.watch.refuse()
+    return True
+
+
+def why_none(cluster: Any) -> str:
+    """Why no worker has come yet: what is wrong with the cluster's pods."""
+    return str(cluster.watch)
+
+
+class _Starting:
+    """What the client waits for until the scheduler's pod runs, as a text that tells the pods' faults."""
+
+    def __init__(self, watch: PodWatch) -> None:
+        self._watch = watch
+
+    def __str__(self) -> str:
+        return f"Kubernetes to start the scheduler{'; ' * bool(str(self._watch))}{self._watch}"
+
+
+def _pods_of(name: str, namespace: str | None) -> list[Pod]:
+    import kr8s
+
+    return [pod.raw for pod in kr8s.get("pods", namespace=namespace, label_selector={"dask.org/cluster-name": name})]
 
 
 def _pod(config: ClusterConfig, container: dict[str, Any], taints: list[str]) -> dict[str, Any]:

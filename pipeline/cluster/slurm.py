@@ -17,6 +17,8 @@ import psutil
 from distributed import Client, Security
 
 from pipeline.base.errors import ClusterError
+from pipeline.base.waits import closing, waiting
+from pipeline.cluster.patient_client import PatientClient
 from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
 
 JOB_NAME = "emsr"
@@ -31,6 +33,8 @@ LOOK_S = 15.0
 """How often Slurm is asked which jobs it has. Those that it has no more are submitted again."""
 MAX_IN_VAIN = 3
 """Where so many jobs end one after the other before the worker of any has come, something is wrong with all of them."""
+SHOWN = 3
+"""So many jobs are named of those that wait."""
 
 _SETTINGS = {
     # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends
@@ -113,7 +117,11 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> It
                 "an address or network interface of this machine",
                 "See `ip address`",
             ) from None
-        with cluster, Client(cluster, set_as_default=False) as client, JobReplacer(cluster) as cluster.replacing:
+        with (
+            closing(cluster, "Slurm to cancel the jobs"),
+            PatientClient(cluster, set_as_default=False) as client,
+            JobReplacer(cluster) as cluster.replacing,
+        ):
             if config.adapt is None:
                 cluster.scale(config.bounds()[1])
             else:
@@ -133,6 +141,23 @@ def queued(cluster: Any) -> bool:
             "Read their output (slurm-JOBID.out, where the client was started)",
         )
     return bool(cluster.workers)
+
+
+def why_none(cluster: Any) -> str:
+    """Why no worker has come yet: what Slurm says of the cluster's jobs."""
+    numbers = {job.job_id for job in list(cluster.workers.values()) if job.job_id}
+    if not numbers:
+        return "sbatch has given no job a number yet"
+    try:
+        with waiting("squeue, to say why jobs wait"):
+            found = _call("squeue", "--noheader", "--me", "--format=%i|%T|%r")
+    except ClusterError as error:
+        return error.saw
+    if found.returncode:
+        return f"squeue fails ({' '.join(found.stderr.split())})"
+    jobs = [line.split("|") for line in found.stdout.splitlines() if line.split("|")[0] in numbers]
+    shown = ", ".join(f"job {number} is {state} ({reason})" for number, state, reason in jobs[:SHOWN])
+    return shown + (f" and {len(jobs) - SHOWN} more" if len(jobs) > SHOWN else "")
 
 
 class JobReplacer:
@@ -202,7 +227,8 @@ def _try_submission(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sh"
         path.write_text(text, encoding="utf-8")
-        found = _call("sbatch", "--test-only", str(path))
+        with waiting("sbatch --test-only"):
+            found = _call("sbatch", "--test-only", str(path))
     if found.returncode:
         said = " ".join(found.stderr.replace("sbatch: error: ", "").split())
         raise ClusterError(

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.waits import waiting
 
 MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 """pydantic's settings for all configuration models: unknown keys are errors, values cannot be changed after reading."""
@@ -59,7 +60,8 @@ def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
     Raises ConfigError with all problems.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with waiting(str(path)):
+            text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read ({why}). Give the path of a {kind}"]) from None

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 import models
 from pipeline.base.geometry import Box
+from pipeline.base.waits import heartbeat
 from pipeline.inference.describe import as_network_errors, weights_path
 from pipeline.inference.footprint import footprint, needed_bytes, too_large
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint
 from pipeline.process import allocator, device
-from pipeline.process.watchdog import heartbeat
 
 SectionCache = dict[int, object]
 """The encoded sections of one tile, by section number."""

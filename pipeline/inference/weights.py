@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from pipeline.base.errors import EmsrError, NetworkError
+from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path
-from pipeline.storage.kv import Store
+from pipeline.storage.kv import SLOW_BYTES_PER_S, Store
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -25,7 +26,9 @@ def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
     path = local_path(weights)
     if path is None:
         path = _cached(weights, sha256)
-    if not path.is_file():
+    with waiting(str(path)):
+        is_file = path.is_file()
+    if not is_file:
         raise NetworkError(
             f"network.weights {path} is not there", "a weights file that this machine sees", "Check the path"
         )
@@ -71,5 +74,5 @@ def _cached(url: str, sha256: str | None) -> Path:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with waiting(str(path), path.stat().st_size / SLOW_BYTES_PER_S), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import gc
 import math
 import os
@@ -12,7 +11,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from pipeline.base.waits import Progress, Sayer, current, waiting
 
 EXIT_S = 10.0
 """A stalled process ends after so many seconds: time for the lease's result to reach the client."""
@@ -21,43 +22,38 @@ STALLED = 87
 """Exit code of a process that ended itself."""
 
 
-@dataclass
-class _Progress:
-    at: float = field(default_factory=time.monotonic)
-    """When the thread last made a step; infinite while it waits for another thread."""
-
-
-_progress: contextvars.ContextVar[_Progress | None] = contextvars.ContextVar("progress", default=None)
-
-
-def heartbeat() -> None:
-    """Say that this thread has made a step. Outside `run_watched` nothing happens."""
-    progress = _progress.get()
-    if progress is not None:
-        progress.at = time.monotonic()
-
-
 @contextmanager
 def holding(lock: threading.Lock) -> Iterator[None]:
     """Hold the lock. Waiting for it is no stall of the waiting thread; its holder is watched."""
-    progress = _progress.get()
-    if progress is not None:
-        progress.at = math.inf
-    with lock:
-        heartbeat()
+    with waiting("", math.inf):
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def run_watched(work: Callable[[], None], stall_s: float) -> str:
-    """Run `work` in a thread and raise what it raises. Returns "" when it has ended.
+@dataclass(frozen=True)
+class Stall:
+    """Where a thread stands that makes no more steps: what it waits for ("" where it computes), and its stack."""
 
-    Where it makes no step for `stall_s` seconds, the thread's stack is returned. The thread cannot be ended then and
-    may hold locks for ever: call `exit_soon`.
+    what: str
+    stack: str
+
+
+def run_watched(
+    work: Callable[[], None], stall_s: float, tell: Callable[[str, float], None] = lambda what, seconds: None
+) -> Stall | None:
+    """Run `work` in a thread and raise what it raises. Returns None when it has ended.
+
+    `tell` is called with what the thread waits for, and how long it has, where a wait takes long. Where the thread
+    makes no step for `stall_s` seconds, it is told where it stands. It cannot be ended then and may hold locks for
+    ever: call `exit_soon`.
     """
-    progress, raised = _Progress(), []
+    progress, raised = Progress(), []
 
     def body() -> None:
-        _progress.set(progress)
+        current.set(progress)
         try:
             work()
         except BaseException as error:
@@ -65,13 +61,17 @@ def run_watched(work: Callable[[], None], stall_s: float) -> str:
 
     thread = threading.Thread(target=body, name="tasks", daemon=True)
     thread.start()
+    sayer = Sayer(tell)
     while thread.is_alive():
         thread.join(LOOK_S)
-        if thread.is_alive() and time.monotonic() - progress.at > stall_s:
-            return _stack(thread.ident or 0)
+        step = progress.step
+        waited_s = time.monotonic() - step.at
+        if thread.is_alive() and waited_s > stall_s + step.extra_s:
+            return Stall(str(step.what), _stack(thread.ident or 0))
+        sayer.look(step, waited_s)
     if raised:
         raise raised[0]
-    return ""
+    return None
 
 
 def _stack(ident: int) -> str:

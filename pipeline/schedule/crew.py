@@ -13,10 +13,12 @@ from typing import Any, TypeVar
 from distributed import Client, Future
 
 from pipeline.base.errors import ClusterError, EmsrError, TransientError, UserError
-from pipeline.cluster.connect import may_come
+from pipeline.cluster.connect import may_come, why_none
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.leases import Capacity
+from pipeline.schedule.paused import Paused
 from pipeline.schedule.results import CHECKS, Ended, Results, run_packed
+from pipeline.schedule.worker_waits import WorkerWaits
 from pipeline.worker.job import Fitness, Process, Runtime
 
 T = TypeVar("T")
@@ -25,6 +27,8 @@ NO_WORKER_S = 300.0
 """A run ends after so many seconds without a worker, unless a batch system may still give one."""
 LOOK_S, CHECK_S = 1.0, 0.1
 """How often the scheduler is asked who is there, and how often answers are looked at."""
+SAY_S = 20.0
+"""Why there is no worker is said after so many seconds, and after twice as many each time."""
 MAX_CHECKS = 64
 """So many workers are checked at a time: object stores refuse what rises faster than they add servers."""
 AGAIN_S = 5.0
@@ -76,6 +80,10 @@ class Crew:
         self._had_one = time.monotonic()
         self._number = 0
         self._forgetting: list[Future] = []
+        self._paused = Paused(client)
+        self._waits = WorkerWaits(client, exam.job.run) if exam is not None else None
+        self._say_s = SAY_S
+        self._said: list[str] = []
         self.aside: dict[str, str] = {}
         self._errors: dict[str, EmsrError] = {}
         self.newly_aside: list[str] = []
@@ -83,8 +91,8 @@ class Crew:
     # What there is.
 
     def capacity(self) -> Capacity:
-        """The fit workers that are there, and their threads."""
-        fit = [worker.threads for worker in self._there.values() if worker.fit]
+        """The fit workers that are there and not paused, and their threads."""
+        fit = [worker.threads for worker in self._usable()]
         return Capacity(len(fit), sum(fit))
 
     @property
@@ -126,7 +134,7 @@ class Crew:
 
         None of `avoid` (HOST:PID) is among them, as long as there is another one.
         """
-        fit = [worker for worker in self._there.values() if worker.fit]
+        fit = self._usable()
         avoided = set(avoid) - {""}
         chosen = [worker.address for worker in fit if worker.name not in avoided]
         if not chosen:
@@ -137,7 +145,16 @@ class Crew:
 
     def fit_addresses(self) -> set[str]:
         """All that may get leases."""
-        return {worker.address for worker in self._there.values() if worker.fit}
+        return {worker.address for worker in self._usable()}
+
+    def _usable(self) -> list[_Worker]:
+        paused = self._paused.addresses
+        return [worker for worker in self._there.values() if worker.fit and worker.address not in paused]
+
+    def says(self) -> list[str]:
+        """What there is to say of workers since this was last asked: which are paused, what they wait for."""
+        said, self._said = self._said + self._paused.says(), []
+        return said + (self._waits.take() if self._waits is not None else [])
 
     # What happens.
 
@@ -145,7 +162,7 @@ class Crew:
         """See who has come, left and answered. The scheduler is asked once a second.
 
         Raises ClusterError where the scheduler is gone, or no worker was there for NO_WORKER_S and none may come; and
-        where all are set aside, what each was set aside for.
+        where all are set aside, what each was set aside for. Paused workers count as absent.
         """
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
@@ -164,6 +181,11 @@ class Crew:
             nannies = self._nannies_of() if self._exam is not None else {}
             for address in new:
                 self._came(_Worker(address, threads[address], nannies.get(address) or address, now))
+        self.look_for_paused()
+
+    def look_for_paused(self) -> None:
+        """See whom Dask has paused: what they were given goes to others."""
+        self.newly_aside.extend(call(self._paused.look))
 
     def set_aside(self, process: Process, error: EmsrError) -> None:
         """This worker gets no further lease; `error` is why."""
@@ -207,6 +229,22 @@ class Crew:
                 worker.check.cancel()
         if self._answers is not None:
             self._answers.close()
+        if self._waits is not None:
+            self._waits.close()
+
+    def none_came(self) -> ClusterError:
+        """The error of a run that has had no worker, or only paused ones, for NO_WORKER_S."""
+        return self._paused.error(NO_WORKER_S) if self._paused.addresses else no_worker()
+
+    def none_answered(self, seconds: float) -> ClusterError:
+        """The error of a run whose workers have said nothing for so long."""
+        if self._paused.addresses:
+            return self._paused.error(seconds)
+        return ClusterError(
+            f"no worker answered in {seconds:.0f} s",
+            "at least one Dask worker",
+            "Start workers, then run the same command again",
+        )
 
     def none_left(self) -> EmsrError:
         """The error of a run whose workers are all set aside: their common fault, or what each was set aside for."""
@@ -316,15 +354,21 @@ class Crew:
         return {address: worker.get("nanny") for address, worker in found["workers"].items()}
 
     def _refuse_none(self, now: float) -> None:
-        if any(not worker.aside for worker in self._there.values()):
-            self._had_one = now
+        possible = [worker.address for worker in self._there.values() if not worker.aside]
+        if any(address not in self._paused.addresses for address in possible):
+            self._had_one, self._say_s = now, SAY_S
             return
-        if self.aside and now - self._lost > RETURN_S and not may_come(self._client):
+        if not possible and self.aside and now - self._lost > RETURN_S and not may_come(self._client):
             raise self.none_left()
-        if now - self._had_one > NO_WORKER_S:
+        alone_s = now - self._had_one
+        if alone_s > self._say_s:
+            self._say_s *= 2
+            why = why_none(self._client)
+            self._said.append(f"no worker for {alone_s:.0f} s{why and ': '}{why}")
+        if alone_s > NO_WORKER_S:
             if not may_come(self._client):
-                raise self.none_left() if self.aside else no_worker()
-            self._had_one = now
+                raise self._paused.error(alone_s) if possible else self.none_left() if self.aside else no_worker()
+            self._had_one, self._say_s = now, SAY_S
 
 
 def no_worker() -> ClusterError:

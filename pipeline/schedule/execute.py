@@ -20,6 +20,9 @@ from pipeline.schedule.totals import RunTotals
 
 Progress = Callable[[RunTotals], None]
 
+DRAIN_S = 300.0
+"""A run that was told to stop lets go what is in flight when nothing of it has ended for so long."""
+
 
 def execute(
     client: Client,
@@ -28,7 +31,8 @@ def execute(
     progress: Progress = lambda totals: None,
     crew: Crew | None = None,
 ) -> None:
-    """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended.
+    """Run every pending task. Returns when all are closed, or when `run.stop` is set and what was in flight has ended,
+    or nothing of it ends any more.
 
     Leases go to the fit workers of `crew`, to all that are there where it is not given. Raises ClusterError when the
     scheduler or all workers are gone or tasks fail alike on all of them, LedgerError when another run took the target
@@ -45,9 +49,14 @@ def hand_out(
     Where `tasks` are not the run's ledger, tasks that fail alike on all workers are counted and end nothing.
     """
     began, faults = time.monotonic(), Faults()
+
+    def show(totals: RunTotals) -> None:
+        totals.waits = in_flight.crew.says()
+        progress(totals)
+
     try:
         for stage in stages:
-            _run_stage(run, tasks, Leases(run.job.plan, tasks, stage, began), in_flight, faults, progress)
+            _run_stage(run, tasks, Leases(run.job.plan, tasks, stage, began), in_flight, faults, show)
     finally:
         try:
             in_flight.close()
@@ -81,7 +90,7 @@ def _run_stage(
         ):
             in_flight.start(lease)
             run.totals.started_again += lease.starts > 1
-        if not leases.out:
+        if not leases.out or (run.stop.is_set() and in_flight.quiet_s() > DRAIN_S * bool(in_flight.capacity().workers)):
             return
         receipts: list[Receipt] = []
         for lease, result in in_flight.collect(timeout=0.5):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
+import time
 import uuid
 from collections import Counter
 
@@ -44,6 +45,11 @@ class InFlight:
         # this run's own: what a killed run left running is not taken for an answer to this one.
         self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
         self._results = Results(client, self._prefix)
+        self._moved_at = time.monotonic()
+
+    def quiet_s(self) -> float:
+        """Since when nothing was begun and nothing has ended."""
+        return time.monotonic() - self._moved_at
 
     def capacity(self) -> Capacity:
         """The workers that are there and may be given something."""
@@ -59,6 +65,7 @@ class InFlight:
             self._waiting.append(lease)
             return
         self._number += 1
+        self._moved_at = time.monotonic()
         key = f"{self._prefix}-{self._number:x}"
         job, capacity = self._job, self.crew.capacity()
         if job.rates != RequestRates():
@@ -81,6 +88,7 @@ class InFlight:
         for future in self._ended(timeout):
             if future.key not in self._out:
                 continue
+            self._moved_at = time.monotonic()
             if (result := self._results.take(future.key)) is not None:
                 self._held.append((self._remove(future.key), result))
                 self._unreadable = 0

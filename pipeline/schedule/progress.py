@@ -44,7 +44,9 @@ class RunProgress:
         self._bar.stop()
 
     def update(self, totals: RunTotals) -> None:
-        """Show what the run has done so far."""
+        """Show what the run has done so far, and what it waits for."""
+        for line in totals.waits:
+            self.say("waiting", workers=line)
         now = time.monotonic()
         closed = self._done + totals.closed
         rate = totals.voxels / max(1e-9, now - self._began)

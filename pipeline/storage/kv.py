@@ -5,13 +5,24 @@ from __future__ import annotations
 import functools
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
 
-from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.base.errors import (
+    DamagedChunkError,
+    EmsrError,
+    MissingChunkError,
+    NoAnswerError,
+    TransientError,
+    UserError,
+)
+from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path, split_format
 from pipeline.storage import files, requests, swapped_file
 
@@ -50,14 +61,16 @@ def spec(url: str) -> dict[str, Any]:
     return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"/{path}/"}
 
 
-# Without these, tensorstore waits for ever for a server that has accepted a request and does not answer. It reads them
-# once, at the first request of the process.
+# Without these, tensorstore waits for ever for a server that has accepted a request and does not answer, or that sends
+# a byte now and then. It reads them once, at the first request of the process.
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
-os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "100")
 
 CACHE_BYTES = 64 << 20
 LIST_SECONDS = 20.0
 """Time limit of a listing that only has to say whether there is any key."""
+SLOW_BYTES_PER_S = 1e6
+"""Voxels may come this slowly: so much longer than other answers a large box is waited for."""
 BATCH = 64
 """Keys requested at a time by Store.get_all."""
 
@@ -141,11 +154,7 @@ class Store:
 
     def get(self, key: str) -> bytes | None:
         """The bytes under `key`, or None where there are none."""
-        try:
-            result = self._kv.read(key).result()
-        except Exception as error:
-            raise classify(error, f"{self.url}/{key}") from error
-        return bytes(result.value) if result.state == "value" else None
+        return self.get_with_generation(key)[0]
 
     def put(self, key: str, value: bytes) -> None:
         """Returns when `value` is durable under `key`, whole or not at all."""
@@ -155,13 +164,17 @@ class Store:
         """Put several objects at the same time. All are awaited; the first failure is raised."""
         requests.WRITES.take(len(items))
         if self._folder is not None:
-            files.put_all(self._folder, items)
+            with waiting(f"writing {self.url}"):
+                files.put_all(self._folder, items)
             return
         futures = {key: self._kv.write(key, value) for key, value in items.items()}
         failed: EmsrError | None = None
         for key, future in futures.items():
             try:
-                future.result()
+                with waiting(f"writing {self.url}/{key}"):
+                    future.result()
+            except NoAnswerError:
+                raise
             except Exception as error:
                 failed = failed or classify(error, f"writing {self.url}/{key}")
         if failed:
@@ -175,10 +188,11 @@ class Store:
         """
         what = f"writing {self.url}/{key}"
         if self._folder is not None:
-            with files.faults(what):
+            with waiting(what), files.faults(what):
                 return swapped_file.swap(self._folder / key, value, generation)
         try:
-            stamp = self._kv.write(key, value, if_equal=generation).result()
+            with waiting(f"writing {self.url}/{key}"):
+                stamp = self._kv.write(key, value, if_equal=generation).result()
         except Exception as error:
             raise classify(error, what) from error
         return bytes(stamp.generation) or None
@@ -186,12 +200,9 @@ class Store:
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
         """The value (None where it is absent), and its generation: the store's name of this version of it."""
         if self._folder is not None:
-            with files.faults(f"{self.url}/{key}"):
+            with waiting(f"{self.url}/{key}"), files.faults(f"{self.url}/{key}"):
                 return swapped_file.look(self._folder / key)
-        try:
-            result = self._kv.read(key).result()
-        except Exception as error:
-            raise classify(error, f"{self.url}/{key}") from error
+        result = self._answer(key, self._begin_read(key))
         value = bytes(result.value) if result.state == "value" else None
         return value, bytes(result.stamp.generation)
 
@@ -199,11 +210,12 @@ class Store:
         """Delete the object; no error where there is none."""
         what = f"deleting {self.url}/{key}"
         if self._folder is not None:
-            with files.faults(what):
+            with waiting(what), files.faults(what):
                 (self._folder / key).unlink(missing_ok=True)
             return
         try:
-            self._kv.write(key, None).result()
+            with waiting(f"deleting {self.url}/{key}"):
+                self._kv.write(key, None).result()
         except Exception as error:
             raise classify(error, what) from error
 
@@ -217,7 +229,8 @@ class Store:
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
         key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
         try:
-            keys = self._kv.list(key_range).result()
+            with waiting(f"a list of {self.url}"):
+                keys = self._kv.list(key_range).result()
         except Exception as error:
             raise classify(error, f"listing {self.url}") from error
         return sorted(name for name in map(bytes.decode, keys) if not files.is_own(name))
@@ -233,7 +246,8 @@ class Store:
                 return False
         listing = self._kv.list()
         try:
-            return all(files.is_own(key.decode()) for key in listing.result(timeout=LIST_SECONDS))
+            with waiting(f"a list of {self.url}"):
+                return all(files.is_own(key.decode()) for key in listing.result(timeout=LIST_SECONDS))
         except TimeoutError:
             listing.cancel()
             return False
@@ -259,10 +273,36 @@ class Store:
         yield from self._get_batch(batch)
 
     def _get_batch(self, keys: list[str]) -> Iterator[tuple[str, bytes | None]]:
-        futures = [(key, self._kv.read(key)) for key in keys]
-        for key, future in futures:
-            try:
-                result = future.result()
-            except Exception as error:
-                raise classify(error, f"{self.url}/{key}") from error
+        for key, future in [(key, self._begin_read(key)) for key in keys]:
+            result = self._answer(key, future)
             yield key, bytes(result.value) if result.state == "value" else None
+
+    def _begin_read(self, key: str) -> ts.Future[ts.KvStore.ReadResult]:
+        """A read of `key`. Raises NoAnswerError where no file lies there."""
+        if (folder := local_path(self.url)) is not None:
+            refuse_special(folder / key)
+        return self._kv.read(key)
+
+    def _answer(self, key: str, future: ts.Future[ts.KvStore.ReadResult]) -> ts.KvStore.ReadResult:
+        try:
+            with waiting(f"{self.url}/{key}"):
+                return future.result()
+        except Exception as error:
+            raise classify(error, f"{self.url}/{key}") from error
+
+
+def waiting_for_voxels(what: str, size: int) -> AbstractContextManager[None]:
+    """This thread waits for so many bytes of voxels inside the block."""
+    return waiting(what, size / SLOW_BYTES_PER_S)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises NoAnswerError where a pipe, socket or device is at this path: it may never give what a file would."""
+    with waiting(str(path)):
+        try:
+            mode = path.stat().st_mode
+        except (OSError, ValueError):
+            return  # absent, or a matter of the reader's
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    if (kind := kinds.get(stat.S_IFMT(mode))) is not None:
+        raise NoAnswerError(f"{path} is {kind}", "a file", "Check the path")

@@ -7,11 +7,13 @@ in 0.1.86.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
 import tensorstore as ts
 
+from pipeline.base.waits import waiting
 from pipeline.plan.requests import RequestCounts, RequestRates
 
 
@@ -24,7 +26,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
-        """Sleep until so many requests may be made."""
+        """Sleep until so many requests may be made: such a wait is no stall."""
         with self._lock:
             if self.per_second is None:
                 return
@@ -32,7 +34,8 @@ class Pace:
             self._paid = max(self._paid, now - 1.0) + count / self.per_second
             wait = self._paid - now
         if wait > 0:
-            time.sleep(wait)
+            with waiting("its turn to ask the store (work.requests_per_second)", math.inf):
+                time.sleep(wait)
 
 
 READS, WRITES = Pace(), Pace()

@@ -14,6 +14,9 @@ from pipeline.plan.receipt import Receipt
 from pipeline.plan.requests import RequestCounts, RequestRates
 from pipeline.plan.target_spec import TargetSpec
 
+WAITS = "emsr-waits"
+"""The topic of Dask's events by which workers say what they wait for: run, who (HOST:PID), what, seconds."""
+
 
 @dataclass(frozen=True)
 class Runtime:

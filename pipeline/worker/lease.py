@@ -7,16 +7,21 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from pipeline.base.errors import DataError, TargetError, TransientError, UserError
+from distributed import get_worker
+
+from pipeline.base.errors import DataError, NoAnswerError, TargetError, TransientError, UserError
+from pipeline.base.waits import LIMIT_S, heartbeat, no_answer, waiting
 from pipeline.inference.tiles import SectionCaches
 from pipeline.plan.receipt import QUARANTINED, Receipt
 from pipeline.process import allocator, watchdog
 from pipeline.process.resident_size import peak_resident_bytes
 from pipeline.storage import requests
 from pipeline.worker.check import refuse_other_place, runtime
-from pipeline.worker.job import Fitness, Job, LeaseResult, Question
+from pipeline.worker.job import WAITS, Fitness, Job, LeaseResult, Question
 from pipeline.worker.open_job import OpenJob, open_job
 from pipeline.worker.slab import process_pyramid_block, process_slab
 
@@ -28,28 +33,35 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
     both cases there are fewer receipts than tasks, those of the first ones.
 
     Raises UserError where this worker cannot open the job at all (a path that it does not see, weights that it lacks,
-    too little memory) or may not write the target (a full disk, no permission): no other task would fare better here.
+    too little memory, a disk or server that does not answer) or may not write the target (a full disk, no permission):
+    no other task would fare better here.
     """
     requests.limit(job.rates)
-    opened = open_job(job)
-    end = time.monotonic() + max_s
-    caches: SectionCaches | None = {} if job.plan.lattice.window > 1 else None
+    opened: OpenJob | None = None
     receipts: list[Receipt] = []
-    worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def tasks() -> None:
+        nonlocal opened
+        opened = _opened(job)
+        end = time.monotonic() + max_s
+        caches: SectionCaches | None = {} if job.plan.lattice.window > 1 else None
         for index in range(start, stop):
             if receipts and time.monotonic() >= end:
                 break
-            receipts.append(replace(_attempt(opened, index, caches), worker=worker))
+            receipts.append(replace(_attempt(opened, index, caches), worker=_name()))
             allocator.trim()
 
-    stuck_at = watchdog.run_watched(tasks, job.stall_s)
+    stall = watchdog.run_watched(tasks, job.stall_s, _teller(job))
     ended = tuple(receipts)
-    if stuck_at:
-        why = f"no progress for {job.stall_s:.0f} s (work.stall_s), given up\n\n{stuck_at}"
-        ended += (Receipt(start + len(ended), QUARANTINED, error=why, seconds=job.stall_s, worker=worker),)
+    if stall is not None:
+        if opened is None:
+            raise _not_opened(job, stall)
         watchdog.exit_soon()
+        on = f", waiting for {stall.what}" if stall.what else ""
+        why = f"no progress for {job.stall_s:.0f} s (work.stall_s){on}, given up\n\n{stall.stack}"
+        index, kind = start + len(ended), NoAnswerError.__name__
+        ended += (Receipt(index, QUARANTINED, error=why, fault=kind, seconds=job.stall_s, worker=_name()),)
+    assert opened is not None
     return LeaseResult(
         ended, peak_resident_bytes(), opened.base_bytes, opened.network.resident, requests.COUNTER.take()
     )
@@ -58,18 +70,52 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
 def check_worker(job: Job, question: Question) -> Fitness:
     """Open the job as for a lease, and look whether source and target are where the client has them.
 
-    Raises what `open_job` and `refuse_other_place` raise.
+    Raises what `open_job` and `refuse_other_place` raise, NoAnswerError where they hang.
     """
-    opened = open_job(job)
-    refuse_other_place(job, question, opened.source)
-    return Fitness(runtime(), opened.base_bytes)
+    found: list[Fitness] = []
+
+    def check() -> None:
+        opened = _opened(job)
+        refuse_other_place(job, question, opened.source)
+        found.append(Fitness(runtime(), opened.base_bytes))
+
+    stall = watchdog.run_watched(check, job.stall_s, _teller(job))
+    if stall is not None:
+        raise _not_opened(job, stall)
+    return found[0]
+
+
+def _opened(job: Job) -> OpenJob:
+    """The job, open. Loading a network is no step, and may take longer than a job's steps."""
+    with waiting("the job to be open", max(0.0, LIMIT_S - job.stall_s)):
+        return open_job(job)
+
+
+def _not_opened(job: Job, stall: watchdog.Stall) -> NoAnswerError:
+    """The error of a process that hangs while it opens the job. The process ends soon."""
+    watchdog.exit_soon()
+    return no_answer(f"{_name()} waits for {stall.what}", job.stall_s)
+
+
+def _name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _teller(job: Job) -> Callable[[str, float], None]:
+    """What tells the client that this worker waits for something."""
+
+    def tell(what: str, seconds: float) -> None:
+        with suppress(ValueError):  # no worker of Dask: nobody to tell
+            get_worker().log_event(WAITS, {"run": job.run, "who": _name(), "what": what, "seconds": seconds})
+
+    return tell
 
 
 def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Receipt:
     """The task's receipt. Bad data is quarantined at once, anything unforeseen after `retries` further tries."""
     began = time.perf_counter()
     for left in range(opened.job.retries, -1, -1):
-        watchdog.heartbeat()
+        heartbeat()
         try:
             return (
                 process_slab(opened, index, caches)

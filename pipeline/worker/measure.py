@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import time
 
+from pipeline.base.waits import LIMIT_S, no_answer, say
 from pipeline.inference.tiles import DEVICE_LOCK, super_resolve
 from pipeline.plan.target_spec import FIDELITY
+from pipeline.process.watchdog import run_watched
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.open_job import open_job
 from pipeline.worker.slab import encode_slab, owned_voxels, read_with_halo
 
 
 def measure_slab(job: Job) -> SlabCost:
-    """Read, compute and encode the slab in the middle of the region. Raises what `process_slab` raises."""
+    """Read, compute and encode the slab in the middle of the region.
+
+    Raises what `process_slab` raises, NoAnswerError where nothing goes on for work.stall_s.
+    """
+    costs: list[SlabCost] = []
+    stall_s = max(job.stall_s, LIMIT_S)
+    stall = run_watched(lambda: costs.append(_measured(job)), stall_s, say)
+    if stall is not None:
+        raise no_answer(stall.what or f"the network\n{stall.stack}", stall_s)
+    return costs[0]
+
+
+def _measured(job: Job) -> SlabCost:
     opened = open_job(job)
     plan = job.plan
     slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))

@@ -12,11 +12,12 @@ import numpy as np
 from pipeline.base.errors import TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
+from pipeline.base.waits import heartbeat
 from pipeline.inference.tiles import DEVICE_LOCK, SectionCaches, back_projection_error, super_resolve
 from pipeline.plan.plan import Plan, PyramidBlock, Slab
 from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
 from pipeline.plan.target_spec import FIDELITY
-from pipeline.process.watchdog import heartbeat, holding
+from pipeline.process.watchdog import holding
 from pipeline.storage import requests
 from pipeline.storage.targets.task_objects import checksum
 from pipeline.storage.volume import Uint8Array

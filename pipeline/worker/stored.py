@@ -8,8 +8,9 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 
-from pipeline.base.errors import ClusterError, DataError, TransientError, UserError
+from pipeline.base.errors import ClusterError, DataError, NoAnswerError, TransientError, UserError
 from pipeline.base.retry import retrying
+from pipeline.base.waits import heartbeat
 from pipeline.config import urls
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.process import watchdog
@@ -81,11 +82,13 @@ class ReadLease:
                     break
                 receipts.append(replace(_read(target, job, index), worker=_name()))
 
-        stuck_at = watchdog.run_watched(tasks, job.stall_s)
+        stall = watchdog.run_watched(tasks, job.stall_s)
         ended = tuple(receipts)
-        if stuck_at:
-            why = f"no progress for {job.stall_s:.0f} s (work.stall_s), given up\n\n{stuck_at}"
-            ended += (Receipt(start + len(ended), QUARANTINED, error=why, worker=_name()),)
+        if stall is not None:
+            on = f", waiting for {stall.what}" if stall.what else ""
+            why = f"no progress for {job.stall_s:.0f} s (work.stall_s){on}, given up\n\n{stall.stack}"
+            index, kind = start + len(ended), NoAnswerError.__name__
+            ended += (Receipt(index, QUARANTINED, error=why, fault=kind, worker=_name()),)
             if self.in_worker:
                 watchdog.exit_soon()
         if any(receipt.error for receipt in ended):
@@ -108,7 +111,7 @@ def _found(target: Target, job: Job, index: int, began: float) -> Receipt:
     missing: list[str] = []
     keys = object_keys(target, job.plan, index)
     for key, value in target.get(keys):
-        watchdog.heartbeat()
+        heartbeat()
         if value is None:
             missing.append(key)
         else:

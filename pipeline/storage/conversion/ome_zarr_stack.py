@@ -75,9 +75,11 @@ def write_stack(
             for z in range(0, stack.shape.z, depth):
                 stop = min(z + depth, stack.shape.z)
                 layer = np.empty((stop - z, stack.shape.y, stack.shape.x), stack.dtype)
-                for row, section in zip(layer, pool.map(stack.read, range(z, stop)), strict=True):
-                    row[:] = section
-                array[z:stop].write(layer, can_reference_source_data_indefinitely=True).result()
+                with kv.waiting_for_voxels(f"sections {z} to {stop - 1} of the source", layer.nbytes):
+                    for row, section in zip(layer, pool.map(stack.read, range(z, stop)), strict=True):
+                        row[:] = section
+                with kv.waiting_for_voxels(f"writing {url}", layer.nbytes):
+                    array[z:stop].write(layer, can_reference_source_data_indefinitely=True).result()
                 if on_sections:
                     on_sections(stop)
     except EmsrError:

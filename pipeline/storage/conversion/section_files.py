@@ -18,8 +18,10 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from pipeline.base.errors import SourceError
+from pipeline.base.errors import SourceError, UserError
 from pipeline.base.geometry import ZYX
+from pipeline.base.waits import waiting
+from pipeline.storage import kv
 
 Section = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -69,9 +71,11 @@ def open_stack(path: str | Path) -> Stack:
     cannot be read.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
+    with waiting(str(path)):
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder:
         return _open_folder(path)
-    if not path.exists():
+    if not exists:
         raise SourceError(f"{path} is not there", "a multi-page TIFF file, or a folder of TIFF or PNG sections")
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind == "PNG":
@@ -179,8 +183,10 @@ def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
 def _reading(path: Path) -> Iterator[None]:
     """Within the block, whatever a decoder raises becomes a SourceError that names `path`."""
     try:
-        yield
-    except (SourceError, KeyboardInterrupt):
+        kv.refuse_special(path)
+        with waiting(str(path)):
+            yield
+    except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__

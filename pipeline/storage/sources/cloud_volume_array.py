@@ -12,7 +12,8 @@ import numpy as np
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
 from pipeline.base.geometry import Box, grid_parts
 from pipeline.config.urls import local_path
-from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line
+from pipeline.storage import kv
+from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, item_bytes
 
 SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
 
@@ -59,13 +60,18 @@ class _CloudVolumeArray:
 
         (z0, y0, x0), (z1, y1, x1) = box.start, box.stop
         try:
-            with self._lock:
+            with (
+                kv.waiting_for_voxels(f"{self._level.place} at voxels {box}", box.size * item_bytes(self._level.dtype)),
+                self._lock,
+            ):
                 voxels = self._volume.download(Bbox((x0, y0, z0), (x1, y1, z1)))
         except Exception as error:
             raise self._classify(error, box) from error
         return np.asarray(voxels)[..., 0].transpose(2, 1, 0)
 
     def _classify(self, error: Exception, box: Box) -> EmsrError:
+        if isinstance(error, EmsrError):
+            return error
         from cloudvolume.exceptions import EmptyVolumeException
 
         what = f"{self._level.place} at voxels {box}: {type(error).__name__} {first_line(error)}"

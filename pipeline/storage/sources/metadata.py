@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.base.errors import DataError, MissingChunkError, SourceError, UserError
+from pipeline.base.errors import DataError, MissingChunkError, NoAnswerError, SourceError, UserError
 from pipeline.storage import kv
 
 MAX_COORDINATE = 2**52
@@ -140,10 +140,12 @@ class Folder:
 
     def data(self, key: str) -> bytes | None:
         """The bytes under `key`, None where there are none. Raises SourceError where they cannot be read;
-        TransientError.
+        TransientError; NoAnswerError.
         """
         try:
             return self._store.get(key)
+        except NoAnswerError:
+            raise
         except UserError as error:
             # a bucket that may be read but not listed answers 403 for what is absent
             self.refused = self.refused or SourceError(error.saw, error.wanted, error.do)

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.base.errors import SourceError, UserError
+from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
+from pipeline.storage import kv
 from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
 from pipeline.storage.sources.metadata import Folder, fingerprint
 from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_table
@@ -90,13 +92,8 @@ def _find(url: str, mip: int, array: str | None) -> Level:
     """The level at `url`, of the first format that recognises it, or of the one that a format prefix names."""
     kind, bare = split_format(url)
     path = local_path(bare)
-    if path is not None and path.is_file():
-        advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
-        raise SourceError(f"source.url {bare} is a file", "the folder of a Zarr, N5 or precomputed volume", advice)
-    if path is not None and not path.exists():
-        raise SourceError(
-            f"nothing is at source.url {bare}", "the folder of a Zarr, N5 or precomputed volume", "Check the path"
-        )
+    if path is not None:
+        _check_path(path, bare)
     folder = Folder(bare)
     for name in _FORCED[kind]:
         level = _FINDERS[name](folder, mip, array)
@@ -108,6 +105,22 @@ def _find(url: str, mip: int, array: str | None) -> Level:
     raise SourceError(
         f"no volume is at source.url {bare}", wanted, "Check the url, and the format before :// if one is given"
     )
+
+
+def _check_path(path: Path, url: str) -> None:
+    """Raises SourceError where no folder is at this path."""
+    wanted = "the folder of a Zarr, N5 or precomputed volume"
+    try:
+        kv.refuse_special(path)
+    except UserError as error:
+        raise SourceError(f"source.url: {error.saw}", wanted, error.do) from None
+    with waiting(url):
+        is_file, exists = path.is_file(), path.exists()
+    if is_file:
+        advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
+        raise SourceError(f"source.url {url} is a file", wanted, advice)
+    if not exists:
+        raise SourceError(f"nothing is at source.url {url}", wanted, "Check the path")
 
 
 def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:

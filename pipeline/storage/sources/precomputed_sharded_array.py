@@ -13,6 +13,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import MissingChunkError, SourceError
 from pipeline.base.geometry import ZYX, Box, grid_parts
+from pipeline.base.waits import waiting
 from pipeline.storage import kv
 from pipeline.storage.precomputed_morton import chunk_number
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, open_array
@@ -60,7 +61,8 @@ class _ShardedArray:
         zeros = [part.start // chunk for part in grid_parts(here, chunk) if not voxels[part.slices(here.start)].any()]
         for position, found in [(p, self._shards.read(struct.pack(">Q", chunk_number(grid, p)))) for p in zeros]:
             try:
-                stored = found.result().state == "value"
+                with waiting(f"{self._level.place} at chunk {position}"):
+                    stored = found.result().state == "value"
             except Exception as error:
                 raise kv.classify(error, f"{self._level.place} at chunk {position}") from error
             if not stored:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.base.errors import SourceError, TransientError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.waits import waiting
 from pipeline.storage import kv
 
 Voxels = NDArray[Any]
@@ -86,7 +87,8 @@ def open_array(level: Level) -> TensorArray:
     """
     options = {"fill_missing_data_reads": False, "recheck_cached_data": "open", "open": True, "create": False}
     try:
-        store = ts.open(level.spec | options, context=kv.context()).result()
+        with waiting(level.place):
+            store = ts.open(level.spec | options, context=kv.context()).result()
         others = [axis for axis in range(store.rank) if axis not in level.zyx]
         array = store.transpose([*others, *level.zyx])[tuple(store.domain[axis].inclusive_min for axis in others)]
         found = Box.of(array.domain.inclusive_min, array.domain.exclusive_max)
@@ -122,12 +124,14 @@ class TensorArray:
 
     def start(self, box: Box) -> Pending:
         future = self._array[box.slices()].read(order="C")
+        what = f"{self._level.place} at voxels {box}"
 
         def wait() -> Voxels:
             try:
-                voxels: Voxels = future.result()
+                with kv.waiting_for_voxels(what, box.size * item_bytes(self._level.dtype)):
+                    voxels: Voxels = future.result()
             except Exception as error:
-                raise kv.classify(error, f"{self._level.place} at voxels {box}") from error
+                raise kv.classify(error, what) from error
             return voxels
 
         return wait

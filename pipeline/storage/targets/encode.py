@@ -16,6 +16,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
+from pipeline.base.waits import waiting
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv, requests
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
@@ -85,7 +86,8 @@ def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
     root = kv.spec(url)
     try:
         strict = {"kvstore": root | {"path": root["path"] + array.folder}, "fill_missing_data_reads": False}
-        view = array.view(ts.open(strict | array.stored, read=True, context=kv.context()).result())
+        with waiting(what):
+            view = array.view(ts.open(strict | array.stored, read=True, context=kv.context()).result())
     except Exception as error:
         fault = kv.classify(error, what)
         if isinstance(fault, (TransientError, UserError)):
@@ -127,7 +129,8 @@ def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, ab
 def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box) -> Uint8Array:
     requests.READS.take(chunk_count(box, array.level.chunk))
     try:
-        voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
+        with kv.waiting_for_voxels(f"{store.url}/{array.folder} {box}", box.size):
+            voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
         holes = (
             []
             if array.shard_files is None

@@ -11,6 +11,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import DataError, TargetError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.waits import heartbeat, waiting
 from pipeline.config.urls import local_path
 from pipeline.config.volume import ENCODINGS
 from pipeline.plan.target_spec import FIDELITY, TargetSpec
@@ -44,15 +45,15 @@ def is_empty(url: str) -> bool:
     path = local_path(url)
     if path is None:
         return kv.Store(url).is_empty(likely=_METADATA_KEYS)
-    if path.exists() and not path.is_dir():
-        return False
     try:
-        return not any(
-            name
-            for folder, _, names in os.walk(path, onerror=_raise_unless_absent)
-            for name in names
-            if not files.is_own(name)
-        )
+        with waiting(url):
+            if path.exists() and not path.is_dir():
+                return False
+            for _, _, names in os.walk(path, onerror=_raise_unless_absent):
+                heartbeat()
+                if not all(map(files.is_own, names)):
+                    return False
+            return True
     except OSError as error:
         raise kv.classify(error, url) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import tensorstore as ts
 
 from pipeline.base.geometry import ZYX, Box, grid_parts
+from pipeline.base.waits import waiting
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv
 from pipeline.storage.precomputed_morton import chunk_number
@@ -52,7 +53,8 @@ class ShardFiles:
         base = kv.spec(url)
         shards = self._open(base | {"path": base["path"] + self.folder}, kv.context())
         found = [(position, shards.read(self._name(position))) for position in positions]
-        return [position for position, future in found if future.result().state != "value"]
+        with waiting(f"{url}/{self.folder}"):
+            return [position for position, future in found if future.result().state != "value"]
 
     def _open(self, base: dict[str, Any], context: ts.Context) -> ts.KvStore:
         return ts.KvStore.open(
