@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -15,10 +16,17 @@ from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError
 from pipeline.config.urls import split_format
 from pipeline.storage import requests
 
-_CODE = re.compile(
-    r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNAVAILABLE|DEADLINE_EXCEEDED|"
-    r"RESOURCE_EXHAUSTED|ABORTED|INTERNAL|UNKNOWN|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|UNIMPLEMENTED)\b"
+_CODE = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
+"""How a text of tensorstore's begins: with its status code, which stands nowhere else."""
+_DETAIL = re.compile(r" \[(\w+)='((?:\\.|[^'\\])*)'\]\Z")
+"""What may follow it, once or more: a fact by name, such as [os_error_code='28']."""
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
+"""A path: whatever its own name says is no reason."""
+_NO_BUCKET = re.compile(
+    r'<Code>NoSuchBucket</Code>|\\?"message\\?":\s*\\?"The specified bucket does not exist|'
+    r"\A(NoSuchBucket|The specified bucket does not exist)"
 )
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}
 
 
@@ -84,26 +92,27 @@ def context() -> ts.Context:
 
 
 def classify(error: BaseException, what: str) -> EmsrError:
-    """tensorstore's error about `what` as an EmsrError, by its status code and text.
+    """tensorstore's error about `what` as an EmsrError, by its status code and the number of the system's error.
 
     MissingChunkError, DamagedChunkError, TransientError, or UserError for permissions, full disks and absent buckets.
+    Paths and keys in its text decide nothing: a folder may be called "404 is missing".
     """
     if isinstance(error, EmsrError):
         return error
     text = str(error)
-    found = _CODE.search(text)
-    code = found.group(1) if found else ""
-    if "NoSuchBucket" in text or "The specified bucket does not exist" in text:
+    code, reason, details = _parts(text)
+    number = int(details.get("os_error_code", "0")) if not isinstance(error, OSError) else error.errno
+    if _NO_BUCKET.search(reason) or _NO_BUCKET.search(details.get("http_response_body", "")):
         return UserError(
             f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first"
         )
-    if "No space left" in text or "quota exceeded" in text:
+    if number in _FULL:
         return UserError(
             f"{what}: no space left",
             "",
             "Free some space there, then run the same command again: what is written is kept",
         )
-    if code == "NOT_FOUND" or "is missing" in text:
+    if code == "NOT_FOUND":
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):
         return UserError(
@@ -114,6 +123,20 @@ def classify(error: BaseException, what: str) -> EmsrError:
     if code in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError)):
         return TransientError(f"{what}: {text}")
     return DamagedChunkError(f"{what}: {text}")
+
+
+def _parts(text: str) -> tuple[str, str, dict[str, str]]:
+    """tensorstore's status code ("" where it states none), its words without the paths that they quote, its details.
+
+    `CODE: Failed to open: "/a/path": No space left [os_error_code='28']`
+    """
+    details: dict[str, str] = {}
+    while found := _DETAIL.search(text):
+        details.setdefault(found[1], found[2])
+        text = text[: found.start()]
+    code = _CODE.match(text)
+    reason = _QUOTED.sub('""', text[code.end() :] if code else text)
+    return (code[1] if code else ""), reason, details
 
 
 def _short(text: str, limit: int = 300) -> str:
