@@ -82,7 +82,7 @@ def test_a_name_is_no_reason(name: str, tmp_path: Path) -> None:
 
     def fault(y: int) -> EmsrError:
         opened = ts.open({**where, "fill_missing_data_reads": False}).result()
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=r"[A-Z]+: ") as caught:
             opened[:, y : y + 4, :4].read().result()
         return classify(caught.value, "place")
 

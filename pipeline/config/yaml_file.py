@@ -161,6 +161,8 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
         by_place.setdefault(path, []).append((item["type"], item["msg"], item["input"]))
     out = []
     for path, faults in by_place.items():
+        if faults[0][0] == "too_short" and any(other[: len(path)] == path != other for other in by_place):
+            continue  # its entries are there, and wrong: each has its own line
         where = f"{name}:{line(lines, path)}: {_dotted(path)}"
         kind, _, value = faults[0]
         if kind == "extra_forbidden":

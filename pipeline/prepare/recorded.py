@@ -19,7 +19,8 @@ from pipeline.storage.ledger import Ledger
 
 @dataclass(frozen=True)
 class Recorded:
-    """`bad_sections` has a line for each. `plan` is good for which task is which box, not for what it reads."""
+    """`bad_sections` has a line for each, `left_empty` those whose output is left empty, counted from the target's
+    first. `plan` is good for which task is which box, not for what it reads."""
 
     digest: str
     slabs: int
@@ -27,6 +28,7 @@ class Recorded:
     bad_sections: list[str]
     ledger: Ledger
     store: Store
+    left_empty: frozenset[int] = frozenset()
 
 
 def read(target_url: str, reader: str) -> Recorded | None:
@@ -41,8 +43,10 @@ def read(target_url: str, reader: str) -> Recorded | None:
     with damaged_plan_errors(store.url):
         body = json.loads(stored)
         ledger = Ledger(store, str(body["digest"]), int(body["tasks"]), reader)
-        bad = bad_sections.describe(body["spec"]["source"]["bad_sections"])
-        recorded = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), bad, ledger, store)
+        source = body["spec"]["source"]
+        bad = bad_sections.describe(source["bad_sections"])
+        empty = bad_sections.left_empty(source["bad_sections"], int(source["region"]["start"][0]))
+        recorded = Recorded(str(body["digest"]), int(body["slabs"]), planned(body["spec"]), bad, ledger, store, empty)
     ledger.load()
     return recorded
 

@@ -66,6 +66,11 @@ def detected(recorded: dict[str, dict[str, Any]]) -> dict[int, str]:
     return {int(z): str(one["why"]) for z, one in recorded.items() if one["why"] != LISTED}
 
 
+def left_empty(recorded: dict[str, dict[str, Any]], first: int) -> frozenset[int]:
+    """The sections of a record whose output is left empty, counted from section `first`."""
+    return frozenset(int(z) - first for z, one in recorded.items() if one["output"] == "empty")
+
+
 def describe(recorded: dict[str, dict[str, Any]]) -> list[str]:
     """A line to print for each section of a record, up to MAX_SHOWN of them."""
     made = {"neighbours": "its output is made from its neighbours", "empty": "its output is left empty"}

@@ -121,6 +121,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         voxel_size_nm=(z, y, x),
         identity=volume | stored,
         metadata_key="info",
+        corner_voxels=(0.0, 0.0, 0.0),
         labels=labels,
         reader="cloud-volume" if suffixed else "tensorstore",
         opener=opener,

@@ -160,7 +160,7 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None) -> Level:
         stored_chunk=tuple(stored.chunk),
         dtype=stored.dtype,
         voxel_size_nm=ome.size_nm(zyx) if ome is not None else None,
-        corner_voxels=ome.corner_voxels(zyx) if ome is not None else (0.0, 0.0, 0.0),
+        corner_voxels=ome.corner_voxels(zyx) if ome is not None else None,
         identity=identity,
         metadata_key=(f"{node.path}/" if node.path else "") + ("zarr.json" if node.version == 3 else ".zarray"),
     )
