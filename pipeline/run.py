@@ -16,11 +16,13 @@ from types import FrameType
 from distributed import Client
 
 from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.base.errors import SourceError
 from pipeline.cluster.connect import batch_job, connect, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
-from pipeline.plan.receipt import QUARANTINED
+from pipeline.plan.receipt import QUARANTINED, WRITTEN
 from pipeline.prepare.dry_run import print_price
+from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
 from pipeline.prepare.place import check_place, claim
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
@@ -71,14 +73,17 @@ def run(config: Config, dry_run: bool = False) -> int:
         ledger.requeue(QUARANTINED)
         if not ledger.counts()["pending"]:
             print(f"{job.target.url} is complete: {_sum(ledger)}")
+            if not ledger.count(WRITTEN, range(job.plan.slabs)):
+                raise _nothing_written(prepared, job.plan.slabs)
             return 0
+    mask = reach(prepared)
     with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace
         check_workers(client, job, check_job)
         lock.acquire()
         try:
             claim(prepared)
             ledger.load()  # again: another run may have ended in between
-            return _execute(prepared, RunState(job, ledger, lock), client)
+            return _execute(prepared, RunState(job, ledger, lock), client, mask)
         finally:
             lock.release()
 
@@ -104,7 +109,7 @@ def _detect(config: Config, survey: Survey, source: Source, keep: bool) -> dict[
     return bad
 
 
-def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
+def _execute(prepared: Prepared, run: RunState, client: Client, mask: Reach | None) -> int:
     plan, ledger, lock = run.job.plan, run.ledger, run.lock
     assert lock is not None
     again = ledger.requeue(QUARANTINED)
@@ -112,6 +117,8 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
+        if mask is not None:
+            progress.say("mask", **asdict(mask))
         progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
 
         def show(totals: RunTotals) -> None:
@@ -125,10 +132,10 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
             progress.say("bad_sections", count=len(bad), **shown)
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{prepared.store.url}/report.json", contact_sheet=sheet)
-    return _verdict(run)
+    return _verdict(prepared, run)
 
 
-def _verdict(run: RunState) -> int:
+def _verdict(prepared: Prepared, run: RunState) -> int:
     ledger, counts = run.ledger, run.ledger.counts()
     if run.interrupted and counts["pending"]:
         left = f"{counts['pending']} of {ledger.tasks} tasks are left"
@@ -143,8 +150,23 @@ def _verdict(run: RunState) -> int:
             file=sys.stderr,
         )
         return 1
+    if not ledger.count(WRITTEN, range(run.job.plan.slabs)):
+        raise _nothing_written(prepared, run.job.plan.slabs)
     print(f"done: {_sum(ledger)}")
     return 0
+
+
+def _nothing_written(prepared: Prepared, slabs: int) -> SourceError:
+    """The error of a run all of whose slabs were skipped."""
+    mask = prepared.config.source.mask
+    if mask is not None and not prepared.config.source.skip_empty:
+        return nothing_touched(slabs, mask.url)
+    return SourceError(
+        f"0 of {slabs} slabs written: every one is constant (source.skip_empty)"
+        + (", or outside the mask" if mask is not None else ""),
+        "a source with something in it",
+        "Look at it: perhaps this is not the level, box or window that you mean",
+    )
 
 
 def _sum(ledger: Ledger) -> str:

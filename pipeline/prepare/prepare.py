@@ -17,6 +17,7 @@ from pipeline.plan.price import output_voxels
 from pipeline.plan.requests import RequestRates
 from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare import layout
+from pipeline.prepare.mask_reach import check_overlap
 from pipeline.prepare.place import PLAN, check_vacant, damaged_plan_errors, nothing_run
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import Choices, digest, specification
@@ -44,6 +45,8 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     except TransientError as error:
         raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
     region = _region(config, info)
+    if mask is not None:
+        check_overlap(mask, info, region)
     bad = bad_sections.listed(config.source.bad_sections, info)
     shapes = layout.choose(region.shape, network.scale, config.target, config.work.slab_shape)
     encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
@@ -97,6 +100,7 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         config.work.retries,
         config.work.stall_s,
         rates=RequestRates(requests.read, requests.write) if requests else RequestRates(),
+        mask=choices.mask,
     )
     return Prepared(config, job, info, spec, store)
 

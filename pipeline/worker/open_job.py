@@ -44,9 +44,9 @@ def open_job(job: Job) -> OpenJob:
     A job is the same where everything in it is, but for the share of requests that this worker may make, which changes
     with the number of workers. Its digest alone would not do: it holds neither the target's URL nor how often to retry.
 
-    Raises ClusterError where this process has another version of emsr, EmsrError where the source's metadata changed
-    since the job was made, and UserError where the source, mask or network cannot be opened or the network is too
-    large.
+    Raises ClusterError where this process has another version of emsr, EmsrError where the metadata of source or mask
+    changed since the job was made, and UserError where the source, mask or network cannot be opened or the network is
+    too large.
     """
     global _open
     if job.emsr != __version__:
@@ -72,6 +72,11 @@ def _opened(job: Job) -> OpenJob:
             "stop writing to the source and run again"
         )
     mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
+    if mask is not None and mask.info != job.mask:
+        raise EmsrError(
+            f"the metadata of the mask {mask.info.url} changed while the run was going on; "
+            "stop writing to it and run again"
+        )
     target, network = open_target(job.target), Network(job.network)
     network.refuse_too_large(job.plan)
     return OpenJob(job, source, target, mask, network, resident_bytes())
