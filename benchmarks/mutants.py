@@ -212,6 +212,8 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("    if mask_box(mask, source, region).empty:", "    if False:"),
     ],
     ("pipeline/worker/mask.py", "tests/test_worker.py"): [
+        ("(lo - mask.corner_nm[axis]) / size + 1e-6", "(lo - mask.corner_nm[axis]) / size - 1e-6"),
+        ("(hi - mask.corner_nm[axis]) / size - 1e-6", "(hi - mask.corner_nm[axis]) / size + 1e-6"),
         (".any())", ".all())"),
     ],
     ("pipeline/storage/kv.py", REQUESTS): [
@@ -281,8 +283,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("sr[z] = owned[z] = 0", "sr[z] = 0"),
         ("voxels if wanted == list(range(low, high)) else", "voxels if len(wanted) == high - low else"),
         ("absent = 0 if opened.mask is not None or opened.job.source.skip_empty else None", "absent = 0"),
-        ("(lo - coarse.corner_nm[axis]) / size + 1e-6", "(lo - coarse.corner_nm[axis]) / size - 1e-6"),
-        ("(hi - coarse.corner_nm[axis]) / size - 1e-6", "(hi - coarse.corner_nm[axis]) / size + 1e-6"),
         ("_retrying(opened, lambda: opened.target.put(objects))", "opened.target.put(objects)"),
         (
             "        raise TargetError(error.saw, error.wanted, error.do) from None\n\n\ndef _retrying",

@@ -80,7 +80,7 @@ def damaged_plan_errors(where: str) -> Iterator[None]:
     """What reading a damaged plan.json raises becomes a LedgerError; `where` is the sidecar's URL."""
     try:
         yield
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise LedgerError(
             f"{where}/{PLAN} is damaged", "the plan of an earlier run", "Restore it, or choose another target.url"
         ) from None

@@ -9,6 +9,7 @@ import re
 from pipeline import __version__
 from pipeline.base.errors import SourceError, TargetError, TransientError
 from pipeline.base.geometry import Box
+from pipeline.base.limits import MAX_TASKS
 from pipeline.config import urls
 from pipeline.config.volume import Config
 from pipeline.inference.describe import describe
@@ -63,6 +64,12 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
         leave_empty=config.source.bad_sections.output == "empty",
     )
     _within_budget(config, plan)
+    if plan.tasks > MAX_TASKS:
+        raise SourceError(
+            f"{info.url} of {region.shape} voxels makes {plan.tasks:,} tasks",
+            f"at most {MAX_TASKS:,}",
+            "Check that its metadata states its true shape, raise work.slab_shape, or cut a source.box",
+        )
     store = Store(urls.sidecar(target_url))
     wanted = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if wanted is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.base.errors import SourceError
+from pipeline.base.limits import MAX_BAD_SECTIONS
 from pipeline.config.volume import BadSectionsConfig
 from pipeline.plan.plan import Plan
 from pipeline.sections.survey import Survey
@@ -45,6 +46,12 @@ def check_allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeIn
             f"{len(bad)} bad sections, {', '.join(named)}, and source.bad_sections.rule is refuse",
             "",
             "Repair them, or use rule: nearest",
+        )
+    if len(bad) > MAX_BAD_SECTIONS:
+        raise SourceError(
+            f"{len(bad):,} sections are bad",
+            f"at most {MAX_BAD_SECTIONS:,}, all of which the plan records",
+            "Repair the volume first, or cut a source.box",
         )
     if len(bad) == info.bounds.shape.z:
         raise SourceError(

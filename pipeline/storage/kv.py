@@ -8,13 +8,20 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import tensorstore as ts
 
-from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
-from pipeline.config.urls import split_format
-from pipeline.storage import requests
+from pipeline.base.errors import (
+    DamagedChunkError,
+    EmsrError,
+    MissingChunkError,
+    TooLargeObjectError,
+    TransientError,
+    UserError,
+)
+from pipeline.config.urls import local_path, split_format
+from pipeline.storage import http_body, requests
 
 _CODE = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 """How a text of tensorstore's begins: with its status code, which stands nowhere else."""
@@ -161,6 +168,29 @@ class Store:
         except Exception as error:
             raise classify(error, f"{self.url}/{key}") from error
         return bytes(result.value) if result.state == "value" else None
+
+    def get_at_most(self, key: str, most: int) -> bytes | None:
+        """As `get`. Raises TooLargeObjectError where it holds more than `most` bytes, where they are local or on HTTP
+        without reading more.
+        """
+        path = local_path(f"{self.url}/{quote(key)}")
+        value = None
+        try:
+            if path is not None and path.exists() and path.stat().st_size > most:
+                raise http_body.TooLong
+            if self.url.startswith(("http://", "https://")):
+                value = http_body.body(f"{self.url}/{quote(key)}", most)
+            if value is None:
+                value = self.get(key)
+            if value is not None and len(value) > most:
+                raise http_body.TooLong
+        except http_body.TooLong:
+            raise TooLargeObjectError(
+                f"{self.url}/{quote(key)} holds more than {most >> 20} MiB", f"at most {most >> 20} MiB", "Look at it"
+            ) from None
+        except OSError as error:
+            raise classify(error, f"{self.url}/{key}") from error
+        return value
 
     def put(self, key: str, value: bytes) -> None:
         """Returns when `value` is durable under `key`, whole or not at all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
 from pipeline.base.geometry import Box, grid_parts
 from pipeline.config.urls import local_path
-from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line
+from pipeline.storage.sources.unpacked_size import exceeds
+from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, item_bytes
 
+_SLACK_BYTES = 1 << 20
 SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
 
 
@@ -58,12 +61,29 @@ class _CloudVolumeArray:
         from cloudvolume import Bbox
 
         (z0, y0, x0), (z1, y1, x1) = box.start, box.stop
+        self._refuse_bombs(box)
         try:
             with self._lock:
                 voxels = self._volume.download(Bbox((x0, y0, z0), (x1, y1, z1)))
         except Exception as error:
             raise self._classify(error, box) from error
         return np.asarray(voxels)[..., 0].transpose(2, 1, 0)
+
+    def _refuse_bombs(self, box: Box) -> None:
+        """Raises DamagedChunkError where a chunk of `box` unpacks to much more than it should have, which cloud-volume
+        would do in memory before it looks.
+        """
+        most = 2 * math.prod(self._level.stored_chunk) * item_bytes(self._level.dtype) + _SLACK_BYTES
+        for path in self._files(box):
+            try:
+                bomb = exceeds(path, most)
+            except Exception:  # damaged: cloud-volume says how
+                continue
+            if bomb:
+                raise DamagedChunkError(
+                    f"{self._level.place} at voxels {box}: {path.name} unpacks to more than {most:,} bytes, some twice "
+                    "what a chunk has"
+                )
 
     def _classify(self, error: Exception, box: Box) -> EmsrError:
         from cloudvolume.exceptions import EmptyVolumeException

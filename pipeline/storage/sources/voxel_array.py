@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from pipeline.base.errors import SourceError, TransientError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_CHUNK_BYTES
 from pipeline.storage import kv
 
 Voxels = NDArray[Any]
 """Stored values (z, y, x) of the volume's own data type."""
 Pending = Callable[[], Voxels]
 """A read in progress: calling it waits and returns the voxels."""
-MAX_CHUNK_BYTES = 1 << 30
-"""Volumes with larger chunks are refused, since a chunk is decoded whole in memory."""
 
 
 @dataclass(frozen=True)
