@@ -8,7 +8,7 @@ import urllib.request
 import zlib
 from typing import IO
 
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 BLOCK = 1 << 16
 
 
