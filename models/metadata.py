@@ -11,6 +11,8 @@ from pathlib import Path
 from models.config import Params, from_json, to_json
 
 FORMAT = "emsr-weights-1"
+MAX_HEAD_BYTES = 100_000_000
+"""As safetensors itself bounds it."""
 
 
 class WeightsError(ValueError):
@@ -56,6 +58,11 @@ def read_metadata(path: Path) -> Metadata:
     with path.open("rb") as file:
         head = file.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if size > MAX_HEAD_BYTES:
+            raise WeightsError(
+                f"{path} is no safetensors file: its head would have {size:,} bytes, at most {MAX_HEAD_BYTES:,} are "
+                "read. Name a .safetensors file that emsr wrote"
+            )
         if not 0 < size <= path.stat().st_size - 8:
             raise WeightsError(
                 f"{path} is no safetensors file: its head is cut or of another format. "
@@ -63,8 +70,8 @@ def read_metadata(path: Path) -> Metadata:
             )
         text = file.read(size)
     try:
-        header = json.loads(text).get("__metadata__", {})
-    except (ValueError, AttributeError):
+        header = dict(json.loads(text).get("__metadata__", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise WeightsError(
             f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote"
         ) from None
@@ -78,7 +85,7 @@ def read_metadata(path: Path) -> Metadata:
         return Metadata(
             params, header["preset"], header["training_data_licence"], header["sha256"], header.get("card", "")
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{path}: its metadata does not describe a network ({error}). Write the file again with this version"
         ) from None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -19,6 +21,10 @@ from pipeline.config.table import TableConfig
 if TYPE_CHECKING:
     from pipeline.evaluation.scores import Scores
 
+T = TypeVar("T")
+TELL_S = 20.0
+"""Seconds between two lines that say how far it is, where there is no terminal."""
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -30,19 +36,37 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(config: TableConfig) -> int:
-    """Write table.csv, table.md and contact-sheet.png to the output folder and print the means. Raises UserError."""
+    """Write the tables and contact-sheet.png to the output folder and print the means. Raises UserError."""
     try:
         from pipeline.evaluation.scores import score
     except ImportError as error:
         raise UserError(
             f"{error.name} is not installed", "it is needed for evaluation", "pip install 'emsr[evaluate]'"
         ) from None
-    console = Console(stderr=True)
-    quiet = not sys.stderr.isatty()
-    scores = score(config, lambda work: track(work, description="sections", console=console, disable=quiet))
-    scores.write(config.output)
+    if config.output.exists() and not config.output.is_dir():
+        raise UserError(f"output {config.output} is a file", "a folder", "Choose another output")
+    scores = score(config, _shown)
+    try:
+        scores.write(config.output)
+    except OSError as error:
+        raise UserError(
+            f"output {config.output} cannot be written ({error.strerror})", "a folder", "Choose another output"
+        ) from None
     _print(scores, config.output)
     return 0
+
+
+def _shown(work: Sequence[T], what: str) -> Iterator[T]:
+    """`work`, with a bar on a terminal, else with a line now and then."""
+    if sys.stderr.isatty():
+        yield from track(work, description=what, console=Console(stderr=True))
+        return
+    told = time.monotonic()
+    for done, item in enumerate(work):
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            print(f"{what}: {done} of {len(work)}", file=sys.stderr, flush=True)
+        yield item
 
 
 def _print(scores: Scores, output: Path) -> None:
@@ -52,6 +76,8 @@ def _print(scores: Scores, output: Path) -> None:
         means.add_row(*line)
     console = Console()
     console.print(means)
+    for remark in scores.remarks():
+        console.print(remark, highlight=False, soft_wrap=True, markup=False)
     console.print(f"every section, the means and a picture: {output}", highlight=False, soft_wrap=True)
 
 

@@ -18,11 +18,13 @@ from distributed import Client
 from pipeline import __version__
 from pipeline.base import waits
 from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.base.errors import SourceError
 from pipeline.cluster.connect import batch_job, connect, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
-from pipeline.plan.receipt import QUARANTINED
+from pipeline.plan.receipt import QUARANTINED, WRITTEN
 from pipeline.prepare.dry_run import print_price
+from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
 from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
 from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
@@ -76,8 +78,11 @@ def run(config: Config, dry_run: bool = False) -> int:
         ledger.requeue(QUARANTINED)
         if not ledger.counts()["pending"] and not damaged_objects(prepared):
             print(f"{job.target.url} is complete: {_sum(ledger)}")
+            if not ledger.count(WRITTEN, range(job.plan.slabs)):
+                raise _nothing_written(prepared, job.plan.slabs)
             return 0
     exam = Exam(job, check_worker, config.cluster.mixed, resumed=bool(ledger.counts()["written"]))
+    mask = reach(prepared)
     with connect(config.cluster, config.work.in_flight) as client, _crew(client, exam) as crew:
         check_workers(client, crew)  # first: a mistake there leaves no trace
         lock.acquire()
@@ -86,7 +91,7 @@ def run(config: Config, dry_run: bool = False) -> int:
             sweep(prepared)
             exam.record()
             ledger.load()  # again: another run may have ended in between
-            return _execute(prepared, RunState(exam.job, ledger, lock), client, crew, exam)
+            return _execute(prepared, RunState(exam.job, ledger, lock), client, crew, mask)
         finally:
             sweep(prepared)  # what killed workers have left
             lock.release()
@@ -124,14 +129,18 @@ def _detect(config: Config, survey: Survey, source: Source, keep: bool) -> dict[
     return bad
 
 
-def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, exam: Exam) -> int:
+def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask: Reach | None) -> int:
     plan, ledger, lock = run.job.plan, run.ledger, run.lock
+    exam = crew.exam
     assert lock is not None
+    assert exam is not None
     again = ledger.requeue(QUARANTINED)
     before = ledger.counts()
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
+        if mask is not None:
+            progress.say("mask", **asdict(mask))
         progress.say("cluster", workers=crew.capacity().workers, dashboard=client.dashboard_link)
         if other := exam.other_sources:
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
@@ -150,10 +159,10 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, exam
             progress.say("bad_sections", count=len(bad), **shown)
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{prepared.store.url}/report.json", contact_sheet=sheet)
-    return _verdict(run, lost)
+    return _verdict(prepared, run, lost)
 
 
-def _verdict(run: RunState, lost: Sequence[str]) -> int:
+def _verdict(prepared: Prepared, run: RunState, lost: Sequence[str]) -> int:
     ledger, counts = run.ledger, run.ledger.counts()
     if lost:
         print(
@@ -175,8 +184,23 @@ def _verdict(run: RunState, lost: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    if not ledger.count(WRITTEN, range(run.job.plan.slabs)):
+        raise _nothing_written(prepared, run.job.plan.slabs)
     print(f"done: {_sum(ledger)}")
     return 0
+
+
+def _nothing_written(prepared: Prepared, slabs: int) -> SourceError:
+    """The error of a run all of whose slabs were skipped."""
+    mask = prepared.config.source.mask
+    if mask is not None and not prepared.config.source.skip_empty:
+        return nothing_touched(slabs, mask.url)
+    return SourceError(
+        f"0 of {slabs} slabs written: every one is constant (source.skip_empty)"
+        + (", or outside the mask" if mask is not None else ""),
+        "a source with something in it",
+        "Look at it: perhaps this is not the level, box or window that you mean",
+    )
 
 
 def _sum(ledger: Ledger) -> str:

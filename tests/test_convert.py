@@ -330,3 +330,11 @@ def test_to_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             convert(SMALL, "s3://stacks/em", (45, 4, 4))
     finally:
         server.stop()
+
+
+def test_a_files_name_is_no_damage(tmp_path: Path) -> None:
+    """tifffile's log quotes it, here with the complaint that the OME header is no XML, which sections do not need."""
+    volume = multi_page(
+        tmp_path / "incomplete, failed to corrupt.tif", SMALL, description="<OME><Im</OME>", metadata=None
+    )
+    assert np.array_equal(open_stack(volume).read(1), SMALL[1])

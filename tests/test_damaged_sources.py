@@ -116,6 +116,18 @@ class TestChunks:
             with pytest.raises(DamagedChunkError):
                 source.read(box)
 
+    @pytest.mark.parametrize(
+        "name", ["NOT_FOUND: is missing", "404 not found [os_error_code='2']", "Permission denied"]
+    )
+    def test_a_cut_chunk_below_any_name_is_no_hole(self, volume: Written, tmp_path: Path, name: str) -> None:
+        """Errors quote the path, which says nothing of what happened."""
+        file = volume.path / volume.chunk
+        file.write_bytes(file.read_bytes()[:11])
+        (tmp_path / name).mkdir()
+        source = seen_anew(volume, tmp_path / name, missing_chunks=FillConfig(fill=FILL))
+        with pytest.raises(DamagedChunkError):
+            source.read(source.info.bounds)
+
     def test_cut_anywhere(self, volume: Written, tmp_path: Path) -> None:
         """However a chunk is cut, it is an error, or (only a checksum was cut off) every voxel is as it was."""
         box = chunk_box(volume)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
@@ -63,6 +64,50 @@ def test_many_values_come_in_order_whole_batches_or_not(count: int, store: Store
     assert list(store.get_all(f"{i}" for i in range(count))) == wanted
 
 
+NAMES = [
+    "is missing",
+    "not found",
+    "404 NOT_FOUND: x",
+    "Permission denied PERMISSION_DENIED: ",
+    "UNAVAILABLE: 503",
+    "NoSuchBucket",
+    "No space left on device [os_error_code='28']",
+    "checksum crc32c DATA_LOSS: ",
+    "a\"b'c [os_error_code='28']",
+    "two\nlines\nNOT_FOUND: ",
+    "50%25 100%",
+    "sch\u00f6n \u2603",
+]
+"""Names of folders that read like reasons, or that are hard to quote."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_no_reason(name: str, tmp_path: Path) -> None:
+    """What tensorstore really says of a chunk that is absent, cut short, or a loop of links, in a folder of such a
+    name."""
+    import tensorstore as ts
+
+    where = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/{name}/"}}
+    array = ts.open(
+        where, create=True, dtype=ts.uint8, shape=[4, 8, 8], chunk_layout=ts.ChunkLayout(chunk_shape=[4, 4, 4])
+    )
+    array.result()[:, :4, :4].write(np.full((4, 4, 4), 7, np.uint8)).result()
+
+    def fault(y: int) -> EmsrError:
+        opened = ts.open({**where, "fill_missing_data_reads": False}).result()
+        with pytest.raises(ValueError, match=r"[A-Z]+: ") as caught:
+            opened[:, y : y + 4, :4].read().result()
+        return classify(caught.value, "place")
+
+    chunk = tmp_path / name / "c" / "0" / "0" / "0"
+    assert type(fault(4)) is MissingChunkError
+    chunk.write_bytes(chunk.read_bytes()[:5])
+    assert type(fault(0)) is DamagedChunkError
+    chunk.unlink()
+    chunk.symlink_to(chunk)
+    assert type(fault(0)) is not MissingChunkError
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -75,8 +120,10 @@ def test_many_values_come_in_order_whole_batches_or_not(count: int, store: Store
         (ConnectionResetError("reset"), TransientError),
         (ValueError("NOT_FOUND: no such key"), MissingChunkError),
         (ValueError("NOT_FOUND: The specified bucket does not exist"), UserError),
-        (ValueError("chunk {1, 2, 3} is missing"), MissingChunkError),
-        (ValueError("UNKNOWN: write failed: No space left on device"), UserError),
+        (ValueError("NOT_FOUND: NoSuchBucket [http_response_code='404']"), UserError),
+        (ValueError("NOT_FOUND: Not Found [http_response_body='<Error><Code>NoSuchBucket</Code></Error>']"), UserError),
+        (ValueError("RESOURCE_EXHAUSTED: Failed writing: \"/a\": No space left [os_error_code='28']"), UserError),
+        (ValueError("RESOURCE_EXHAUSTED: Failed writing: \"/a\": quota [os_error_code='122']"), UserError),
         (ValueError("PERMISSION_DENIED: 403"), UserError),
         (PermissionError("no"), UserError),
         (ValueError("DATA_LOSS: CRC mismatch"), DamagedChunkError),

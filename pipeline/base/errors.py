@@ -59,6 +59,10 @@ class TooLargeError(UserError):
     """A tile of the network needs more memory than its device has."""
 
 
+class TooLargeObjectError(UserError):
+    """A stored object has more bytes than emsr takes in."""
+
+
 class ClusterError(UserError):
     """Dask workers cannot be started or reached."""
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_v
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
-from pipeline.config.volume import Url
+from pipeline.config.volume import FillConfig, Url
 
 Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
 
@@ -22,7 +22,9 @@ class VolumeConfig(_Model):
     """An SR volume (`sr`) and its ground truth (`gt`). Where `lr` is given, its bicubic enlargement is scored too.
 
     `sections` is the half-open range of z that is scored, counted from the first section; by default all of them. With
-    `crop` the truth may be larger than SR, and what it has more is left out.
+    `crop` the truth and SR may have only a part in common, which is scored. Which part that is, their positions say, or
+    with `align: first_voxels` nothing but the voxels' numbers. Voxels where `mask` is 0 are left out. `missing_chunks`
+    is the grey value of chunks that are absent.
     """
 
     name: StrictStr
@@ -32,6 +34,9 @@ class VolumeConfig(_Model):
     intensity_window: tuple[StrictInt, StrictInt] | None = None
     sections: tuple[StrictInt, StrictInt] | None = None
     crop: StrictBool = False
+    align: Literal["positions", "first_voxels"] = "positions"
+    mask: Url | None = None
+    missing_chunks: Literal["error"] | FillConfig = "error"
 
     @model_validator(mode="after")
     def _range(self) -> VolumeConfig:
@@ -76,7 +81,7 @@ def load(path: str | Path) -> TableConfig:
 
     def absolute(volume: VolumeConfig, i: int) -> VolumeConfig:
         changed: dict[str, str] = {}
-        for key in ("sr", "gt", "lr"):
+        for key in ("sr", "gt", "lr", "mask"):
             url = getattr(volume, key)
             try:
                 changed |= {} if url is None else {key: urls.normalise(url, base)}

@@ -6,7 +6,9 @@ Every mistake becomes one line of a ConfigError: file:line, key path, the value 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.limits import MAX_PROBLEMS, MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES
 from pipeline.base.waits import waiting
 
 MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -60,8 +63,11 @@ def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
     Raises ConfigError with all problems.
     """
     try:
-        with waiting(str(path)):
-            text = path.read_text(encoding="utf-8")
+        with waiting(str(path)), path.open("rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise ConfigError([f"{path}: holds more than {MAX_YAML_BYTES >> 20} MiB. Give the path of a {kind}"])
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read ({why}). Give the path of a {kind}"]) from None
@@ -77,10 +83,17 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
     lines: dict[KeyPath, int] = {}
     problems: list[str] = []
 
+    values = itertools.count(1)
+
     def build(node: yaml.Node, path: KeyPath) -> Any:
-        lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > 12:
-            raise ConfigError([f"{name}:{node.start_mark.line + 1}: nested too deeply. A {kind} has few levels"])
+        at = node.start_mark.line + 1
+        lines.setdefault(path, at)
+        if len(path) > MAX_YAML_DEPTH:
+            raise ConfigError([f"{name}:{at}: nested too deeply. A {kind} has few levels"])
+        if next(values) > MAX_YAML_VALUES:
+            raise ConfigError(
+                [f"{name}:{at}: more than {MAX_YAML_VALUES:,} values, aliases written out. A {kind} has fewer"]
+            )
         if isinstance(node, yaml.MappingNode):
             out: dict[Any, Any] = {}
             for key_node, value_node in node.value:
@@ -107,10 +120,12 @@ def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any
         raise ConfigError(
             [f"{name}:{at}: not YAML: {error.problem or error}. Check the indentation and quotes there"]
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise ConfigError([f"{name}: nested too deeply. A {kind} has few levels"]) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError([f"{name}: not YAML: {' '.join(str(error).split())}"]) from None
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_first(problems))
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
         required = [key for key, field in model.model_fields.items() if field.is_required()]
@@ -163,6 +178,8 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
         by_place.setdefault(path, []).append((item["type"], item["msg"], item["input"]))
     out = []
     for path, faults in by_place.items():
+        if faults[0][0] == "too_short" and any(other[: len(path)] == path != other for other in by_place):
+            continue  # its entries are there, and wrong: each has its own line
         where = f"{name}:{line(lines, path)}: {_dotted(path)}"
         kind, _, value = faults[0]
         if kind == "extra_forbidden":
@@ -176,7 +193,12 @@ def _problems(error: ValidationError, name: str, lines: Mapping[KeyPath, int], m
             wanted = " or ".join(dict.fromkeys(_wanted(k, msg) for k, msg, _ in faults if k != "missing"))
             prefix = f"saw {_shown(value)}, " if not isinstance(value, (dict, BaseModel)) else ""
             out.append(f"{where}: {prefix}wanted {wanted}")
-    return out
+    return _first(out)
+
+
+def _first(problems: list[str]) -> list[str]:
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], f"... and {more:,} more"] if more > 0 else problems
 
 
 def _is_key(part: str) -> bool:
@@ -203,5 +225,5 @@ def _wanted(kind: str, message: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value) if isinstance(value, (list, tuple)) and len(value) > 20 else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

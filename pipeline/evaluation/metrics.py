@@ -1,4 +1,4 @@
-"""The metrics that table.yaml can name: (image, truth) -> score.
+"""The metrics that table.yaml can name: (image, truth, what of them is scored) -> score.
 
 A new one goes into `_metric`, and its name into config/table.py and models/evaluation/table.py.
 """
@@ -13,10 +13,14 @@ from models import WeightsError
 from models.evaluation import fidelity
 from pipeline.base.errors import NetworkError
 from pipeline.config.table import WeightsConfig
+from pipeline.evaluation.scored_voxels import Valid
 from pipeline.storage.volume import Uint8Array
 
-Metric = Callable[[Uint8Array, Uint8Array], float]
-"""The score of an image (y, x) against its truth of the same shape."""
+Metric = Callable[[Uint8Array, Uint8Array, Valid | None], float | None]
+"""The score of an image (y, x) against its truth of the same shape, where a mask of that shape is True (None: all).
+
+It is None where too little is left to score.
+"""
 
 
 def metrics(names: Sequence[str], weights: WeightsConfig) -> dict[str, Metric]:
@@ -47,7 +51,9 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
             "Name them under weights" if fetched else "Check the paths",
         ) from None
 
-    def score(image: Uint8Array, truth: Uint8Array) -> float:
+    def score(image: Uint8Array, truth: Uint8Array, valid: Valid | None) -> float | None:
+        if valid is not None and not valid.all():
+            return None  # such a network sees a section as a whole
         with torch.no_grad():
             pair = [torch.tensor(part)[None, None].float() / 255 for part in (image, truth)]
             return float(network(*pair))

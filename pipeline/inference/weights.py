@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from pipeline.base.errors import EmsrError, NetworkError
+from pipeline.base.limits import MAX_WEIGHTS_BYTES
 from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path
 from pipeline.storage.kv import SLOW_BYTES_PER_S, Store
@@ -59,7 +60,7 @@ def _cached(url: str, sha256: str | None) -> Path:
     if not path.exists():
         parent, _, name = url.rpartition("/")
         try:
-            value = Store(parent).get(name)
+            value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES)
         except EmsrError as error:
             raise NetworkError(
                 f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"

@@ -13,6 +13,7 @@ from pipeline.base.errors import DataError
 from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
+from pipeline.prepare.mask_reach import reach
 from pipeline.prepare.prepared import Prepared
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab
@@ -44,6 +45,8 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         f"read     {_size(read.requested)} for {_size(read.owned)} "
         f"(halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
     )
+    if (mask := reach(prepared)) is not None:
+        say(f"mask     {mask}")
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
     total_raw = total_stored = 0
     for k, level in enumerate([*plan.levels, *([plan.fidelity] if plan.fidelity else [])]):

@@ -8,6 +8,7 @@ import re
 from pipeline import __version__
 from pipeline.base.errors import SourceError, TargetError, TransientError
 from pipeline.base.geometry import Box
+from pipeline.base.limits import MAX_TASKS
 from pipeline.config import urls
 from pipeline.config.volume import Config
 from pipeline.inference.describe import describe
@@ -16,6 +17,7 @@ from pipeline.plan.price import output_voxels
 from pipeline.plan.requests import RequestRates
 from pipeline.plan.target_spec import TargetSpec
 from pipeline.prepare import layout
+from pipeline.prepare.mask_reach import check_overlap
 from pipeline.prepare.place import check_vacant, has_begun, lost_plan, nothing_run, recorded_spec
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import Choices, digest, specification
@@ -43,6 +45,8 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     except TransientError as error:
         raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
     region = _region(config, info)
+    if mask is not None:
+        check_overlap(mask, info, region)
     bad = bad_sections.listed(config.source.bad_sections, info)
     shapes = layout.choose(region.shape, network.scale, config.target, config.work.slab_shape)
     encoding = config.target.encoding or {"ome-zarr": "blosc-zstd", "precomputed": "raw"}[config.target.format]
@@ -59,6 +63,12 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
         leave_empty=config.source.bad_sections.output == "empty",
     )
     _within_budget(config, plan)
+    if plan.tasks > MAX_TASKS:
+        raise SourceError(
+            f"{info.url} of {region.shape} voxels makes {plan.tasks:,} tasks",
+            f"at most {MAX_TASKS:,}",
+            "Check that its metadata states its true shape, raise work.slab_shape, or cut a source.box",
+        )
     store = Store(urls.sidecar(target_url))
     wanted = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if wanted is not None:
@@ -96,6 +106,7 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         config.work.retries,
         config.work.stall_s,
         rates=RequestRates(requests.read, requests.write) if requests else RequestRates(),
+        mask=choices.mask,
     )
     return Prepared(config, job, info, spec, store)
 

@@ -14,7 +14,8 @@ from pipeline.storage.ledger import Ledger
 
 @dataclass(frozen=True)
 class Recorded:
-    """`bad_sections` has a line for each. `plan` is good for which task is which box, not for what it reads."""
+    """`bad_sections` has a line for each, `left_empty` those whose output is left empty, counted from the target's
+    first. `plan` is good for which task is which box, not for what it reads."""
 
     digest: str
     slabs: int
@@ -22,6 +23,7 @@ class Recorded:
     bad_sections: list[str]
     ledger: Ledger
     store: Store
+    left_empty: frozenset[int] = frozenset()
 
 
 def read(target_url: str, reader: str) -> Recorded | None:
@@ -34,6 +36,8 @@ def read(target_url: str, reader: str) -> Recorded | None:
     if stored is None:
         return None
     ledger = Ledger(store, stored.digest, stored.plan.tasks, reader)
-    bad = bad_sections.describe(stored.spec["source"]["bad_sections"])
+    source = stored.spec["source"]
+    bad = bad_sections.describe(source["bad_sections"])
+    empty = bad_sections.left_empty(source["bad_sections"], int(source["region"]["start"][0]))
     ledger.load()
-    return Recorded(stored.digest, stored.plan.slabs, stored.plan, bad, ledger, store)
+    return Recorded(stored.digest, stored.plan.slabs, stored.plan, bad, ledger, store, empty)

@@ -42,7 +42,7 @@ def read(store: Store) -> StoredPlan | None:
         counts = (body["slabs"], body["tasks"])
         if found.digest != digest(found.spec) or counts != (found.plan.slabs, found.plan.tasks):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LedgerError(
             f"{store.url}/{KEY} is damaged",
             "the plan of an earlier run",

@@ -67,7 +67,7 @@ class Crew:
     def __init__(
         self, client: Client, exam: Exam | None = None, tell: Callable[[str, str], None] = lambda who, why: None
     ) -> None:
-        self._client, self._exam, self.tell = client, exam, tell
+        self._client, self.exam, self.tell = client, exam, tell
         self._prefix = f"check-{uuid.uuid4().hex[:8]}"
         self._answers = Results(client, self._prefix, CHECKS) if exam is not None else None
         self._there: dict[str, _Worker] = {}
@@ -108,7 +108,7 @@ class Crew:
     @property
     def mixed(self) -> bool:
         """Whether its workers may make different bytes of one task."""
-        return self._exam is not None and self._exam.kinds > 1
+        return self.exam is not None and self.exam.kinds > 1
 
     def is_there(self, addresses: Iterable[str]) -> bool:
         """Whether any of these workers is still there."""
@@ -119,7 +119,7 @@ class Crew:
         if (process.address, process.name) in self._vouched:
             return True
         worker = self._there.get(process.address)
-        if self._exam is None:
+        if self.exam is None:
             if worker is not None:
                 worker.name = process.name
             return True
@@ -178,7 +178,7 @@ class Crew:
         for address in self._there.keys() - threads.keys():
             self._left(self._there.pop(address), now)
         if new := threads.keys() - self._there.keys():
-            nannies = self._nannies_of() if self._exam is not None else {}
+            nannies = self._nannies_of() if self.exam is not None else {}
             for address in new:
                 self._came(_Worker(address, threads[address], nannies.get(address) or address, now))
         self.look_for_paused()
@@ -209,8 +209,8 @@ class Crew:
 
     def settle(self) -> None:
         """Those that have answered by now decide what the run computes with; those that come later follow."""
-        assert self._exam is not None
-        for process, why in self._exam.settle(self._waiting).items():
+        assert self.exam is not None
+        for process, why in self.exam.settle(self._waiting).items():
             self.set_aside(process, ClusterError(why, "", "Leave it out, or set cluster.mixed: true"))
         self._settled = True
         for process in self._waiting:
@@ -264,7 +264,7 @@ class Crew:
 
     def _came(self, worker: _Worker) -> None:
         self._there[worker.address] = worker
-        worker.fit = self._exam is None
+        worker.fit = self.exam is None
         if (before := self._nannies.get(worker.nanny)) is not None:
             worker.aside = True  # the same one, in a new process
             self._nannies[worker.nanny] = before
@@ -291,7 +291,7 @@ class Crew:
             self.tell(who, str(error))
 
     def _check(self, now: float) -> None:
-        if self._exam is None or self._answers is None:
+        if self.exam is None or self._answers is None:
             return
         for worker in self._there.values():
             if worker.check is not None and worker.check.done():
@@ -299,7 +299,7 @@ class Crew:
         free = MAX_CHECKS - sum(worker.check is not None for worker in self._there.values())
         for worker in self._there.values():
             if free > 0 and not (worker.fit or worker.aside or worker.name or worker.check) and now >= worker.again:
-                packed, worker.reply = self._exam.packed()
+                packed, worker.reply = self.exam.packed()
                 worker.check = self._ask(worker, packed)
                 free -= 1
 
@@ -315,7 +315,7 @@ class Crew:
         )
 
     def _judge(self, worker: _Worker, ended: Ended | None, now: float) -> None:
-        assert self._exam is not None
+        assert self.exam is not None
         assert worker.check is not None
         future, worker.check = worker.check, None
         if ended is None:
@@ -326,10 +326,10 @@ class Crew:
         outcome = ended.outcome
         try:
             if isinstance(outcome, Fitness):
-                self._exam.refuse_unseen(worker.reply)
+                self.exam.refuse_unseen(worker.reply)
         except EmsrError as error:
             outcome = error
-            self._forgetting.append(self._ask(worker, self._exam.packed_forget(worker.reply)))
+            self._forgetting.append(self._ask(worker, self.exam.packed_forget(worker.reply)))
         if isinstance(outcome, TransientError) and now - worker.seen < NO_WORKER_S:
             worker.again = now + AGAIN_S
         elif isinstance(outcome, EmsrError):
@@ -337,7 +337,7 @@ class Crew:
         elif not self._settled:
             worker.name = ended.process.name
             self._waiting[ended.process] = outcome.runtime
-        elif why := self._exam.refuse_late(outcome.runtime):
+        elif why := self.exam.refuse_late(outcome.runtime):
             self.set_aside(ended.process, ClusterError(why, "", "Leave it out, or set cluster.mixed: true"))
         else:
             self._welcome(ended.process)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.base.errors import SourceError
+from pipeline.base.limits import MAX_BAD_SECTIONS
 from pipeline.config.volume import BadSectionsConfig
 from pipeline.plan.plan import Plan
 from pipeline.sections.survey import Survey
@@ -46,6 +47,12 @@ def check_allowed(config: BadSectionsConfig, bad: dict[int, str], info: VolumeIn
             "",
             "Repair them, or use rule: nearest",
         )
+    if len(bad) > MAX_BAD_SECTIONS:
+        raise SourceError(
+            f"{len(bad):,} sections are bad",
+            f"at most {MAX_BAD_SECTIONS:,}, all of which the plan records",
+            "Repair the volume first, or cut a source.box",
+        )
     if len(bad) == info.bounds.shape.z:
         raise SourceError(
             "every section is bad: source.bad_sections leaves none", "at least one good one", "Correct the list"
@@ -64,6 +71,11 @@ def record(plan: Plan, bad: dict[int, str], output: str) -> dict[int, dict[str, 
 def detected(recorded: dict[str, dict[str, Any]]) -> dict[int, str]:
     """The detected sections of a record, z -> reason. KeyError, TypeError or ValueError where the record is damaged."""
     return {int(z): str(one["why"]) for z, one in recorded.items() if one["why"] != LISTED}
+
+
+def left_empty(recorded: dict[str, dict[str, Any]], first: int) -> frozenset[int]:
+    """The sections of a record whose output is left empty, counted from section `first`."""
+    return frozenset(int(z) - first for z, one in recorded.items() if one["output"] == "empty")
 
 
 def describe(recorded: dict[str, dict[str, Any]]) -> list[str]:

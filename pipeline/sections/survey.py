@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.base.errors import DataError, SourceError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_SURVEYED
 from pipeline.base.retry import retrying
 from pipeline.config.volume import SourceConfig
 from pipeline.plan.plan import Plan
@@ -102,12 +103,21 @@ class Survey:
 
 
 def survey(source: SourceConfig, info: VolumeInfo, plan: Plan, retries: int) -> Survey:
-    """The survey of the sections that a plan reads, and MARGIN more. `plan.bad_sections` are the listed ones."""
+    """The survey of the sections that a plan reads, and MARGIN more. `plan.bad_sections` are the listed ones.
+
+    Raises SourceError where they are more than are looked at.
+    """
     reach = plan.lattice.z_halo + MARGIN
     low, high = (
         max(info.bounds.start.z, plan.region.start.z - reach),
         min(info.bounds.stop.z, plan.region.stop.z + reach),
     )
+    if high - low > MAX_SURVEYED:
+        raise SourceError(
+            f"source.bad_sections.detect would look at {high - low:,} sections",
+            f"at most {MAX_SURVEYED:,}",
+            "Cut a source.box, or list bad sections by source.bad_sections.list",
+        )
     return Survey(source, info, range(low, high), frozenset(plan.bad_sections), retries)
 
 

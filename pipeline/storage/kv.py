@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import tensorstore as ts
 
@@ -19,17 +20,25 @@ from pipeline.base.errors import (
     EmsrError,
     MissingChunkError,
     NoAnswerError,
+    TooLargeObjectError,
     TransientError,
     UserError,
 )
 from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path, split_format
-from pipeline.storage import files, requests, swapped_file
+from pipeline.storage import files, http_body, requests, swapped_file
 
-_CODE = re.compile(
-    r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNAVAILABLE|DEADLINE_EXCEEDED|"
-    r"RESOURCE_EXHAUSTED|ABORTED|INTERNAL|UNKNOWN|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|UNIMPLEMENTED)\b"
+_CODE = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
+"""How a text of tensorstore's begins: with its status code, which stands nowhere else."""
+_DETAIL = re.compile(r" \[(\w+)='((?:\\.|[^'\\])*)'\]\Z")
+"""What may follow it, once or more: a fact by name, such as [os_error_code='28']."""
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
+"""A path: whatever its own name says is no reason."""
+_NO_BUCKET = re.compile(
+    r'<Code>NoSuchBucket</Code>|\\?"message\\?":\s*\\?"The specified bucket does not exist|'
+    r"\A(NoSuchBucket|The specified bucket does not exist)"
 )
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}
 
 
@@ -100,26 +109,27 @@ def context() -> ts.Context:
 
 
 def classify(error: BaseException, what: str) -> EmsrError:
-    """tensorstore's error about `what` as an EmsrError, by its status code and text.
+    """tensorstore's error about `what` as an EmsrError, by its status code and the number of the system's error.
 
     MissingChunkError, DamagedChunkError, TransientError, or UserError for permissions, full disks and absent buckets.
+    Paths and keys in its text decide nothing: a folder may be called "404 is missing".
     """
     if isinstance(error, EmsrError):
         return error
     text = str(error)
-    found = _CODE.search(text)
-    code = found.group(1) if found else ""
-    if "NoSuchBucket" in text or "The specified bucket does not exist" in text:
+    code, reason, details = _parts(text)
+    number = int(details.get("os_error_code", "0")) if not isinstance(error, OSError) else error.errno
+    if _NO_BUCKET.search(reason) or _NO_BUCKET.search(details.get("http_response_body", "")):
         return UserError(
             f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first"
         )
-    if "No space left" in text or "quota exceeded" in text:
+    if number in _FULL:
         return UserError(
             f"{what}: no space left",
             "",
             "Free some space there, then run the same command again: what is written is kept",
         )
-    if code == "NOT_FOUND" or "is missing" in text:
+    if code == "NOT_FOUND":
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):
         return UserError(
@@ -130,6 +140,20 @@ def classify(error: BaseException, what: str) -> EmsrError:
     if code in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError)):
         return TransientError(f"{what}: {text}")
     return DamagedChunkError(f"{what}: {text}")
+
+
+def _parts(text: str) -> tuple[str, str, dict[str, str]]:
+    """tensorstore's status code ("" where it states none), its words without the paths that they quote, its details.
+
+    `CODE: Failed to open: "/a/path": No space left [os_error_code='28']`
+    """
+    details: dict[str, str] = {}
+    while found := _DETAIL.search(text):
+        details.setdefault(found[1], found[2])
+        text = text[: found.start()]
+    code = _CODE.match(text)
+    reason = _QUOTED.sub('""', text[code.end() :] if code else text)
+    return (code[1] if code else ""), reason, details
 
 
 def _short(text: str, limit: int = 300) -> str:
@@ -155,6 +179,30 @@ class Store:
     def get(self, key: str) -> bytes | None:
         """The bytes under `key`, or None where there are none."""
         return self.get_with_generation(key)[0]
+
+    def get_at_most(self, key: str, most: int) -> bytes | None:
+        """As `get`. Raises TooLargeObjectError where it holds more than `most` bytes, where they are local or on HTTP
+        without reading more.
+        """
+        path = local_path(f"{self.url}/{quote(key)}")
+        value = None
+        try:
+            with waiting(f"{self.url}/{key}"):
+                if path is not None and path.exists() and path.stat().st_size > most:
+                    raise http_body.TooLong
+                if self.url.startswith(("http://", "https://")):
+                    value = http_body.body(f"{self.url}/{quote(key)}", most)
+            if value is None:
+                value = self.get(key)
+            if value is not None and len(value) > most:
+                raise http_body.TooLong
+        except http_body.TooLong:
+            raise TooLargeObjectError(
+                f"{self.url}/{quote(key)} holds more than {most >> 20} MiB", f"at most {most >> 20} MiB", "Look at it"
+            ) from None
+        except OSError as error:
+            raise classify(error, f"{self.url}/{key}") from error
+        return value
 
     def put(self, key: str, value: bytes) -> None:
         """Returns when `value` is durable under `key`, whole or not at all."""

@@ -22,7 +22,8 @@ class VolumeInfo:
     `bounds` are the voxels that exist, in volume coordinates (a precomputed volume's voxel_offset is its start, 0
     elsewhere). `corner_nm` is the physical position of the lower corner of voxel (0, 0, 0) of that grid. OME-NGFF puts
     a voxel's *centre* at its translation, so there corner = translation - voxel_size / 2; the other formats put the
-    corner at 0.
+    corner at 0. `sized` and `placed` tell whether the metadata states voxel size and position: where not, they are
+    somebody's assumption.
     """
 
     url: str
@@ -34,6 +35,8 @@ class VolumeInfo:
     chunk_shape: ZYX
     fingerprint: str
     reader: str = "tensorstore"
+    sized: bool = True
+    placed: bool = True
 
 
 class Source(Protocol):

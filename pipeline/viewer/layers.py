@@ -89,7 +89,7 @@ def _native(url: str, level: int = 0, array: str | None = None) -> Native | None
     kind, _ = urls.split_format(url)
     try:
         return read_native(Store(url).get, kind, level, array)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as error:
         saw = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
         raise UserError(saw, "a whole volume", "Check that its writing ended") from None
 

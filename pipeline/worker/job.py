@@ -13,6 +13,7 @@ from pipeline.plan.price import Footprint
 from pipeline.plan.receipt import Receipt
 from pipeline.plan.requests import RequestCounts, RequestRates
 from pipeline.plan.target_spec import TargetSpec
+from pipeline.storage.volume import VolumeInfo
 
 WAITS = "emsr-waits"
 """The topic of Dask's events by which workers say what they wait for: run, who (HOST:PID), what, seconds."""
@@ -50,8 +51,9 @@ class Process:
 class Job:
     """All that a worker must know, without an open file or an array. It pickles to a few kB.
 
-    `retries` and `stall_s` are those of volume.yaml's `work`, `rates` the requests of all workers together, or a
-    worker's share of them. `emsr` is the client's version, which must be the worker's.
+    `mask` is what the mask's metadata said when the job was made. `retries` and `stall_s` are those of volume.yaml's
+    `work`, `rates` the requests of all workers together, or a worker's share of them. `emsr` is the client's version,
+    which must be the worker's.
     """
 
     digest: str
@@ -64,6 +66,7 @@ class Job:
     stall_s: float
     emsr: str = __version__
     rates: RequestRates = RequestRates()  # noqa: RUF009 - frozen
+    mask: VolumeInfo | None = None
     run: str = ""
     """The run that wants it. A worker opens everything anew for another run: what was mended since is read again."""
     sources: str = ""

@@ -46,8 +46,8 @@ def open_job(job: Job) -> OpenJob:
     target's URL nor how often to retry.
 
     Raises ClusterError where this process has another emsr or computes with something else, EmsrError where the
-    source's metadata are not those that the client read, and UserError where the source, mask or network cannot be
-    opened or the network is too large.
+    metadata of source or mask are not those that the client read, and UserError where the source, mask or network
+    cannot be opened or the network is too large.
     """
     global _open
     refuse_other_emsr(job)
@@ -68,6 +68,11 @@ def _opened(job: Job) -> OpenJob:
             "going on, or another volume lies there; stop writing to the source and run again"
         )
     mask = open_mask(job.source.mask, source.info) if job.source.mask is not None else None
+    if mask is not None and mask.info != job.mask:
+        raise EmsrError(
+            f"the metadata of the mask {mask.info.url} changed while the run was going on; "
+            "stop writing to it and run again"
+        )
     target, network = open_target(job.target), Network(job.network)
     network.refuse_too_large(job.plan)
     return OpenJob(job, source, target, mask, network, resident_bytes())

@@ -21,6 +21,7 @@ from pipeline.process.watchdog import holding
 from pipeline.storage import requests
 from pipeline.storage.targets.task_objects import checksum
 from pipeline.storage.volume import Uint8Array
+from pipeline.worker.mask import touches
 from pipeline.worker.open_job import OpenJob
 from pipeline.worker.pyramid import halve
 
@@ -41,7 +42,7 @@ def process_slab(opened: OpenJob, index: int, caches: SectionCaches | None = Non
     slab = opened.plan.slab(index)
     began = time.perf_counter()
     mask = opened.mask
-    if mask is not None and not _retrying(opened, lambda: mask.read(_mask_box(opened, slab))).any():
+    if mask is not None and not _retrying(opened, lambda: touches(mask, opened.source.info, slab.lr)):
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     lr, sections = read_with_halo(opened, slab)
     owned = owned_voxels(opened.plan, slab, lr)
@@ -126,20 +127,6 @@ def _read_halved(opened: OpenJob, block: PyramidBlock) -> Uint8Array:
     for strip in opened.plan.strips(block):
         coarser[strip.coarser(2).slices(block.write.start)] = halve(read(strip))
     return coarser
-
-
-def _mask_box(opened: OpenJob, slab: Slab) -> Box:
-    """The mask's voxels that touch the slab. Both are volumes over the same space, the mask perhaps coarser."""
-    assert opened.mask is not None
-    fine, coarse = opened.source.info, opened.mask.info
-    start, stop = [], []
-    for axis in range(3):
-        lo = fine.corner_nm[axis] + list(slab.lr.start)[axis] * fine.voxel_size_nm[axis]
-        hi = fine.corner_nm[axis] + list(slab.lr.stop)[axis] * fine.voxel_size_nm[axis]
-        size = coarse.voxel_size_nm[axis]
-        start.append(int(np.floor((lo - coarse.corner_nm[axis]) / size + 1e-6)))
-        stop.append(int(np.ceil((hi - coarse.corner_nm[axis]) / size - 1e-6)))
-    return Box.of(start, stop).intersect(coarse.bounds)
 
 
 def _written(index: int, objects: dict[str, bytes], began: float, **parts: Any) -> Receipt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import MemoryStore
 
-from pipeline.base.errors import EmsrError, TargetError
+from pipeline.base.errors import EmsrError, SourceError, TargetError
 from pipeline.base.geometry import ZYX
 from pipeline.config.urls import local_path
 from pipeline.storage import kv
@@ -56,6 +57,7 @@ def write_stack(
     readers find no OME-Zarr before it is whole. Raises TargetError where something is stored already, SourceError where
     a section cannot be read, and what kv.classify makes of the store's errors.
     """
+    _refuse_unless_fits(stack, layer_shapes(stack.shape, chunk)[0].z)
     _refuse_unless_empty(url)
     objects = _metadata(stack, voxel_size_nm, layer_shapes(stack.shape, chunk), attributes or {})
     root = objects.pop("zarr.json")
@@ -87,6 +89,19 @@ def write_stack(
     except Exception as error:
         raise kv.classify(error, f"writing {url}") from error
     store.put("zarr.json", root)
+
+
+def _refuse_unless_fits(stack: Stack, depth: int) -> None:
+    """Raises SourceError where a layer of chunks, and the sections being read, are more than this machine's memory."""
+    section = stack.shape.y * stack.shape.x * np.dtype(stack.dtype).itemsize
+    needed, memory = (depth + READERS) * section, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise SourceError(
+            f"sections of {stack.shape.y} x {stack.shape.x} {stack.dtype} take {needed / 1e9:,.0f} GB, {depth} at a "
+            f"time, and this machine has {memory / 1e9:,.0f} GB",
+            "what fits its memory",
+            "Give --chunk a smaller z, or check the files: their headers may be damaged",
+        )
 
 
 def _refuse_unless_empty(url: str) -> None:

@@ -269,7 +269,7 @@ def _open_tiff(path: Path) -> tuple[tifffile.TiffFile, list[_Page]]:
         tif = tifffile.TiffFile(path)
         tif.filehandle.set_lock(True)
         pages = [page for series in tif.series for page in _series_pages(path, tif, series)]
-    if lost := [message for message in messages if _LOST.search(message)]:
+    if lost := [message for message in messages if _LOST.search(message.replace(repr(tif), ""))]:
         raise SourceError(
             f"{path} is cut off or damaged ({lost[0][:200]})",
             "a whole, undamaged image file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError
 from pipeline.base.geometry import Box, grid_parts
 from pipeline.config.urls import local_path
 from pipeline.storage import kv
+from pipeline.storage.sources.unpacked_size import exceeds
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, item_bytes
 
+_SLACK_BYTES = 1 << 20
 SUFFIXES = (".gz", ".br", ".zstd", ".bz2", ".xz")
 
 
@@ -59,6 +62,7 @@ class _CloudVolumeArray:
         from cloudvolume import Bbox
 
         (z0, y0, x0), (z1, y1, x1) = box.start, box.stop
+        self._refuse_bombs(box)
         try:
             with (
                 kv.waiting_for_voxels(f"{self._level.place} at voxels {box}", box.size * item_bytes(self._level.dtype)),
@@ -68,6 +72,22 @@ class _CloudVolumeArray:
         except Exception as error:
             raise self._classify(error, box) from error
         return np.asarray(voxels)[..., 0].transpose(2, 1, 0)
+
+    def _refuse_bombs(self, box: Box) -> None:
+        """Raises DamagedChunkError where a chunk of `box` unpacks to much more than it should have, which cloud-volume
+        would do in memory before it looks.
+        """
+        most = 2 * math.prod(self._level.stored_chunk) * item_bytes(self._level.dtype) + _SLACK_BYTES
+        for path in self._files(box):
+            try:
+                bomb = exceeds(path, most)
+            except Exception:  # damaged: cloud-volume says how
+                continue
+            if bomb:
+                raise DamagedChunkError(
+                    f"{self._level.place} at voxels {box}: {path.name} unpacks to more than {most:,} bytes, some twice "
+                    "what a chunk has"
+                )
 
     def _classify(self, error: Exception, box: Box) -> EmsrError:
         if isinstance(error, EmsrError):

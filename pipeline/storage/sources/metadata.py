@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from pipeline.base.errors import DataError, MissingChunkError, NoAnswerError, SourceError, UserError
+from pipeline.base.errors import (
+    DataError,
+    MissingChunkError,
+    NoAnswerError,
+    SourceError,
+    TooLargeObjectError,
+    UserError,
+)
+from pipeline.base.limits import MAX_METADATA_BYTES
 from pipeline.storage import kv
 
 MAX_COORDINATE = 2**52
@@ -143,9 +151,13 @@ class Folder:
         TransientError; NoAnswerError.
         """
         try:
-            return self._store.get(key)
+            return self._store.get_at_most(key, MAX_METADATA_BYTES)
         except NoAnswerError:
             raise
+        except TooLargeObjectError as error:
+            raise SourceError(
+                error.saw, f"metadata of {error.wanted}", "Look at it: this is no volume's metadata"
+            ) from None
         except UserError as error:
             # a bucket that may be read but not listed answers 403 for what is absent
             self.refused = self.refused or SourceError(error.saw, error.wanted, error.do)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ _WANTED = {
     "n5": "an attributes.json, or folders s0, s1, ...",
 }
 _SAME = 1e-3
+_KEY = re.compile(r"(?<![\w/.])source\.(\w+)")
+"""A key of volume.yaml in a message, not in a path."""
+_MASK_KEYS = {name: f"source.mask.{name}" for name in ("url", "mip", "missing_chunks")}
 _NOT_LABELS = "Give the url of the EM image, not of its labels"
 
 
@@ -52,18 +56,27 @@ def open_source(config: SourceConfig) -> Source:
     return VolumeSource(info, level, level.opener(level), to_uint8, fill)
 
 
-def open_mask(config: MaskConfig, like: VolumeInfo) -> Source:
+def open_scored(url: str, window: tuple[int, int] | None, fill: int | None, keys: Mapping[str, str]) -> Source:
+    """A volume that is compared with another: `window` is for uint16 alone, and a voxel size is not needed.
+
+    `keys` has, by key of volume.yaml's source, what messages call it. Raises SourceError, TransientError.
+    """
+    with _named(keys):
+        level = _find(_absolute(url), 0, None)
+        to_uint8 = _image_mapping(level, window if level.dtype == "uint16" else None)
+        info = _info(level, level.voxel_size_nm or (1.0, 1.0, 1.0))
+        return VolumeSource(info, level, level.opener(level), to_uint8, fill, key=keys["missing_chunks"])
+
+
+def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _MASK_KEYS) -> Source:
     """A mask over the volume `like`. Its `read` returns 1 where the stored value (bool or integer) is not zero, else 0.
 
     A mask without a voxel size has the extent of `like`. One that states the same position of the first voxel's centre
-    as `like` begins at the same corner, as most writers of coarser levels mean it. Raises SourceError, TransientError.
+    as `like` begins at the same corner, as most writers of coarser levels mean it. `keys` is as in `open_scored`.
+    Raises SourceError, TransientError.
     """
-    try:
+    with _named(keys):
         level = _find(_absolute(config.url), config.mip, None)
-    except SourceError as error:
-        raise SourceError(
-            *(re.sub(r"source\.(url|mip)", r"source.mask.\1", part) for part in (error.saw, error.wanted, error.do))
-        ) from None
     if level.dtype != "bool" and np.dtype(level.dtype).kind not in "iu":
         raise SourceError(
             f"mask {level.place} holds {level.dtype}", "bool or whole numbers", "Store it as uint8 of 0 and 1"
@@ -73,7 +86,20 @@ def open_mask(config: MaskConfig, like: VolumeInfo) -> Source:
     if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
         info = dataclasses.replace(info, corner_nm=like.corner_nm)
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
-    return VolumeSource(info, level, level.opener(level), _non_zero, fill, key="source.mask.missing_chunks")
+    return VolumeSource(info, level, level.opener(level), _non_zero, fill, key=keys["missing_chunks"])
+
+
+@contextmanager
+def _named(keys: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, messages about keys of volume.yaml's source name those of `keys` in their place."""
+
+    def name(found: re.Match[str]) -> str:
+        return keys.get(found[1], found[0])
+
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(*(_KEY.sub(name, part) for part in (error.saw, error.wanted, error.do))) from None
 
 
 def _same_extent(level: Level, like: VolumeInfo) -> tuple[float, float, float]:
@@ -182,7 +208,7 @@ def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str
 
 
 def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
-    corner = tuple(_rounded(c * s) for c, s in zip(level.corner_voxels, size, strict=True))
+    corner = tuple(_rounded(c * s) for c, s in zip(level.corner_voxels or (0.0, 0.0, 0.0), size, strict=True))
     return VolumeInfo(
         url=level.url,
         format=level.format,
@@ -193,6 +219,8 @@ def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
         chunk_shape=level.chunk,
         fingerprint=fingerprint({"format": level.format, "zyx": level.zyx, "voxels": level.identity}),
         reader=level.reader,
+        sized=level.voxel_size_nm is not None,
+        placed=level.corner_voxels is not None,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_MINISHARD_BITS
 from pipeline.config.urls import local_path
 from pipeline.storage.sources.cloud_volume_array import SUFFIXES, chunk_names, open_by_cloud_volume
 from pipeline.storage.sources.metadata import MAX_COORDINATE, Folder, Metadata
@@ -121,6 +122,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         voxel_size_nm=(z, y, x),
         identity=volume | stored,
         metadata_key="info",
+        corner_voxels=(0.0, 0.0, 0.0),
         labels=labels,
         reader="cloud-volume" if suffixed else "tensorstore",
         opener=opener,
@@ -151,6 +153,12 @@ def _sharding(scale: Metadata) -> dict[str, Any] | None:
         raise sharding.wrong("hash", "identity or murmurhash3_x86_128")
     for name in ("preshift_bits", "minishard_bits", "shard_bits"):
         sharding.integer(name, high=64)
+    if sharding.integer("minishard_bits") > MAX_MINISHARD_BITS:
+        raise sharding.wrong(
+            "minishard_bits",
+            f"at most {MAX_MINISHARD_BITS}: a shard's index is read whole, 16 bytes for each of its minishards",
+            "Write the volume again with more shard_bits",
+        )
     for name in ("minishard_index_encoding", "data_encoding"):
         if sharding.values.get(name, "raw") not in ("raw", "gzip"):
             raise sharding.wrong(name, "raw or gzip")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.base.errors import SourceError, TransientError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_CHUNK_BYTES
 from pipeline.base.waits import waiting
 from pipeline.storage import kv
 
@@ -20,8 +21,6 @@ Voxels = NDArray[Any]
 """Stored values (z, y, x) of the volume's own data type."""
 Pending = Callable[[], Voxels]
 """A read in progress: calling it waits and returns the voxels."""
-MAX_CHUNK_BYTES = 1 << 30
-"""Volumes with larger chunks are refused, since a chunk is decoded whole in memory."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Level:
 
     `place` is what messages call it, `spec` tensorstore's JSON that opens it. `zyx` are the indices of the axes z, y, x
     in stored order; `stored_chunk` has all axes in stored order. The chunk grid starts at `bounds.start`.
-    `corner_voxels` is the position of the lower corner of voxel (0, 0, 0), in voxels. `labels` is True where the
+    `corner_voxels` is the position of the lower corner of voxel (0, 0, 0), in voxels; None where the metadata states
+    none. `labels` is True where the
     metadata says that the volume is a segmentation. `identity` is the metadata that defines the voxels, for the
     fingerprint. `metadata_key` is an object below `url` that exists as long as the volume does. `explain_hole` is
     called with the box of an absent chunk, and raises SourceError where the chunk is stored under another name.
@@ -50,7 +50,7 @@ class Level:
     voxel_size_nm: tuple[float, float, float] | None
     identity: Mapping[str, Any] = field(repr=False)
     metadata_key: str
-    corner_voxels: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    corner_voxels: tuple[float, float, float] | None = None
     labels: bool = False
     reader: str = "tensorstore"
     explain_hole: Callable[[Box], None] | None = field(default=None, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_SHARD_CHUNKS
 from pipeline.storage.sources import ome_multiscales
 from pipeline.storage.sources.axes import find_zyx
 from pipeline.storage.sources.metadata import Folder, Metadata, inner_path
@@ -160,7 +162,7 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None) -> Level:
         stored_chunk=tuple(stored.chunk),
         dtype=stored.dtype,
         voxel_size_nm=ome.size_nm(zyx) if ome is not None else None,
-        corner_voxels=ome.corner_voxels(zyx) if ome is not None else (0.0, 0.0, 0.0),
+        corner_voxels=ome.corner_voxels(zyx) if ome is not None else None,
         identity=identity,
         metadata_key=(f"{node.path}/" if node.path else "") + ("zarr.json" if node.version == 3 else ".zarray"),
     )
@@ -209,7 +211,7 @@ def _stored_v3(found: Metadata, rank: int) -> _Stored:
     if grid.text("name") != "regular":
         raise grid.wrong("name", "regular chunks", "Rechunk it, e.g. with zarr-python")
     chunk = grid.child("configuration").integers("chunk_shape", rank, low=1)
-    return _Stored(_inner_chunk(found, rank) or chunk, name)
+    return _Stored(_inner_chunk(found, chunk) or chunk, name)
 
 
 def _number_type(found: Metadata, key: str) -> str:
@@ -222,16 +224,24 @@ def _number_type(found: Metadata, key: str) -> str:
     return dtype.name
 
 
-def _inner_chunk(holder: Metadata, rank: int) -> list[int] | None:
-    """The innermost chunk where the codecs shard, else None. Raises SourceError for a codec that cannot be read."""
+def _inner_chunk(holder: Metadata, outer: list[int]) -> list[int] | None:
+    """The innermost chunk where the codecs shard the chunk `outer`, else None. Raises SourceError for a codec that
+    cannot be read, and for a shard of too many chunks.
+    """
     inner = None
     for codec in _codecs(holder, "codecs"):
         if codec.text("name") not in _CODECS_V3:
             raise codec.wrong("name", f"one of {', '.join(_CODECS_V3)}", _REENCODE)
         if codec.text("name") == "sharding_indexed":
             shard = codec.child("configuration")
-            own = shard.integers("chunk_shape", rank, low=1)
-            inner = _inner_chunk(shard, rank) or own
+            own = shard.integers("chunk_shape", len(outer), low=1)
+            if math.prod(-(-n // m) for n, m in zip(outer, own, strict=True)) > MAX_SHARD_CHUNKS:
+                raise shard.wrong(
+                    "chunk_shape",
+                    f"at most {MAX_SHARD_CHUNKS:,} chunks in a shard of {outer}, whose index is read whole",
+                    "Write it again with larger chunks or smaller shards",
+                )
+            inner = _inner_chunk(shard, own) or own
     return inner
 
 
