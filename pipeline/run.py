@@ -73,7 +73,7 @@ def run(config: Config, dry_run: bool = False) -> int:
             print(f"{job.target.url} is complete: {_sum(ledger)}")
             return 0
     with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace
-        check_workers(client, job, check_job)
+        check_workers(client, job, check_job, config.cluster.tunes())
         lock.acquire()
         try:
             claim(prepared)
@@ -112,7 +112,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
-        progress.say("cluster", workers=len(client.nthreads()), dashboard=client.dashboard_link)
+        progress.say("cluster", workers=len(client.nthreads()), scheduler=client.scheduler.address)
 
         def show(totals: RunTotals) -> None:
             progress.update(totals)
