@@ -50,7 +50,10 @@ def made() -> tuple[str, str]:
 
 
 def in_memory() -> Security:
-    """TLS for processes that this one starts. Dask hands it to them through pipes: it stands in no file or argument."""
+    """TLS for processes that this one starts. Dask hands it to them through pipes.
+
+    Only for the moment in which OpenSSL loads it, it stands in a file, in a folder that no other user can enter.
+    """
     certificate, key = made()
     return security(certificate, certificate, key)
 
