@@ -1,8 +1,10 @@
 """How processes of emsr begin: with emsr's own `pipeline` and `models`, and without modules from the current folder.
 
-Only modules that Python has loaded by itself are imported here: any other could come from the current folder.
+Only modules that Python has loaded by itself are imported here: any other could come from the current folder, until
+`command` has put that aside.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,7 +31,7 @@ def command() -> None:
         sys.path[:] = [path for path in sys.path if not _is_same(path, os.curdir)]
     os.environ["PYTHONPATH"] = os.pathsep.join(found)
     try:
-        import distributed  # noqa: F401
+        importlib.import_module("distributed")  # by commands alone: what imports this module needs no Dask
     except ImportError:
         raise
     except Exception as error:
