@@ -60,7 +60,7 @@ def test_a_file_that_forbids_the_cluster(path: Path, tmp_path: Path, text: str, 
 
 
 def test_what_a_site_may_ask_for_ends_well(path: Path) -> None:
-    """Encryption is what the cluster has; a scheduler that ends when idle, or another way to start processes, is not."""
+    """The cluster has encryption. It does without what would end it."""
     main_job(
         path,
         "run",

@@ -20,7 +20,7 @@ NO_WORKER_S = 300.0
 SAY_S = 20.0
 
 
-def check_workers(client: Client, job: Job, check: Callable[[Job], int], tune: bool) -> None:
+def check_workers(client: Client, job: Job, check: Callable[[Job], int], tune: bool = False) -> None:
     """Let one worker `check` the job, so that mistakes come before anything is written.
 
     They are paths that workers do not see, weights that do not fit, a cell larger than their memory. With `tune`
