@@ -16,7 +16,7 @@ from types import FrameType
 from distributed import Client
 
 from pipeline.base.command import INTERRUPTED, guarded
-from pipeline.cluster.connect import batch_job, connect, worker_count
+from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
@@ -73,7 +73,9 @@ def run(config: Config, dry_run: bool = False) -> int:
             print(f"{job.target.url} is complete: {_sum(ledger)}")
             return 0
     with connect(config.cluster, config.work.in_flight) as client:  # first: a mistake there leaves no trace
-        check_workers(client, job, check_job, config.cluster.tunes())
+        check_workers(client, job, check_job)
+        if config.cluster.tunes():
+            tune(client)
         lock.acquire()
         try:
             claim(prepared)

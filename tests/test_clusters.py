@@ -234,7 +234,6 @@ def test_no_clock_that_is_set_holds_messages_up() -> None:
     tests/faults.py sets real clocks back.
     """
     with cluster.connect(ClusterConfig(workers=1), 2) as client:
-        steady_clock.install()
         steady_clock.install_everywhere(client)
         client.cluster.scale(2)
         client.wait_for_workers(2)

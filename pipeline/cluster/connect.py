@@ -24,7 +24,7 @@ from distributed import Client, LocalCluster, Scheduler, Worker, WorkerPlugin
 
 from pipeline import __version__
 from pipeline.base.errors import ClusterError, EmsrError
-from pipeline.cluster import certificates, kubernetes, slurm
+from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import ClusterConfig
 
@@ -83,6 +83,7 @@ def visible_gpus() -> list[str]:
 def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     """A client whose workers run `in_flight` slabs each. Raises ClusterError where none can be had."""
     _quiet()
+    steady_clock.install()
     refuse_values_for_mappings()
     if config.security is not None:
         certificates.refuse_unreadable(config.security)
@@ -133,6 +134,13 @@ def refuse_other_versions(client: Client) -> None:
                 "the same version in every process",
                 "Install it there",
             )
+
+
+def tune(client: Client) -> None:
+    """Change scheduler and workers for long runs, for as long as they live: docs/clusters.md says what for."""
+    shorten_logs(client)
+    stop_profiling(client)
+    steady_clock.install_everywhere(client)
 
 
 def stop_profiling(client: Client) -> None:

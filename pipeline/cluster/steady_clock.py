@@ -30,9 +30,10 @@ def install() -> None:
 
 
 def install_everywhere(client: Client) -> None:
-    """Call `install` in all workers, later ones too, and in the scheduler where it has emsr (its own messages wait
-    otherwise).
+    """Call `install` in this process, in all workers, later ones too, and in the scheduler where it has emsr (its own
+    messages wait otherwise).
     """
+    install()
     with contextlib.suppress(Exception):
         client.run_on_scheduler(install)
     client.register_plugin(_Steady())

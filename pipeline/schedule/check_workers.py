@@ -11,8 +11,7 @@ from collections.abc import Callable
 from distributed import Client, KilledWorker
 
 from pipeline.base.errors import ClusterError
-from pipeline.cluster import steady_clock
-from pipeline.cluster.connect import may_come, refuse_other_versions, shorten_logs, stop_profiling
+from pipeline.cluster.connect import may_come, refuse_other_versions
 from pipeline.worker.job import Job
 
 NO_WORKER_S = 300.0
@@ -20,20 +19,14 @@ NO_WORKER_S = 300.0
 SAY_S = 20.0
 
 
-def check_workers(client: Client, job: Job, check: Callable[[Job], int], tune: bool = False) -> None:
+def check_workers(client: Client, job: Job, check: Callable[[Job], int]) -> None:
     """Let one worker `check` the job, so that mistakes come before anything is written.
 
-    They are paths that workers do not see, weights that do not fit, a cell larger than their memory. With `tune`
-    scheduler and workers are changed for long runs, for as long as they live: see docs/clusters.md. Raises
+    They are paths that workers do not see, weights that do not fit, a cell larger than their memory. Raises
     ClusterError where no worker answers or workers have another emsr, and whatever `check` raises.
     """
     _wait_for_worker(client)
     refuse_other_versions(client)
-    steady_clock.install()
-    if tune:
-        shorten_logs(client)
-        stop_profiling(client)
-        steady_clock.install_everywhere(client)
     # The key is this run's own: another client's check of the same plan, perhaps of another target, is not this one.
     try:
         client.submit(check, job, key=f"check-{job.digest[:8]}-{uuid.uuid4().hex[:8]}", pure=False).result(
