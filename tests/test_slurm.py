@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dask
 import psutil
 import pytest
 import second_user
@@ -245,6 +246,25 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ClusterError, match="`sbatch` does not answer"), cluster.connect(ClusterConfig(**CLUSTER), 2):
         pass
+
+
+def test_a_site_that_forbids_the_scheduler(conf: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is not cluster.host that is named."""
+    monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__PRELOAD", "['no_such_module']")
+    monkeypatch.chdir(tmp_path)
+    with (
+        dask.config.set({"distributed.scheduler.preload": ["no_such_module"]}),
+        pytest.raises(ClusterError, match=r"no_such_module.*DASK_DISTRIBUTED__SCHEDULER__PRELOAD"),
+        cluster.connect(ClusterConfig(**CLUSTER), 1),
+    ):
+        pass
+    with (
+        pytest.raises(ClusterError, match=r"no scheduler can listen at cluster\.host 192\.0\.2\.1"),
+        cluster.connect(ClusterConfig(**CLUSTER | {"host": "192.0.2.1"}), 1),
+    ):
+        pass
+    assert not list(tmp_path.iterdir()), "certificates are left"
 
 
 def test_the_job_script() -> None:

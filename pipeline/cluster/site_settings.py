@@ -51,6 +51,11 @@ def start_failed(what: str, error: BaseException) -> ClusterError:
     )
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error of Dask's came from; the error itself where it came from nothing."""
+    return list(_chain(error))[-1]
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it came from, the first cause last."""
     seen: set[int] = set()

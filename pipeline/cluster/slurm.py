@@ -22,6 +22,7 @@ from distributed import Client, Security
 
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import certificates
+from pipeline.cluster.site_settings import first_cause
 from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
 
 JOB_NAME = "emsr"
@@ -137,8 +138,11 @@ def jobs(config: ClusterConfig, in_flight: int, security: Security) -> Iterator[
                 silence_logs=logging.CRITICAL,
             )
         except (OSError, ValueError, RuntimeError) as error:
+            cause = first_cause(error)
+            if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError | ValueError):
+                raise  # nothing is wrong with the address
             raise ClusterError(
-                f"no scheduler can listen at cluster.host {config.host} ({error})",
+                f"no scheduler can listen at cluster.host {config.host} ({cause})",
                 "an address or network interface of this machine",
                 "See `ip address`",
             ) from None
