@@ -1,13 +1,15 @@
 """Measures the control plane: no-op slabs through a real local cluster, ledger included.
 
-    python benchmarks/noop_slabs.py [slabs=100000] [workers=2]
+    python benchmarks/noop_slabs.py [slabs=100000] [workers=2] [tls]
 
 Printed are CPU per slab of scheduler and client, their resident memory at the start and after 10^4, 10^5, ... slabs,
-and how many names Dask keeps.
+and how many names Dask keeps. With `tls` the same cluster is measured three times without certificates and three times
+with them, in turn, and the ratios of the medians are printed.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
@@ -97,6 +99,13 @@ def names_that_stay(dask_scheduler: Scheduler) -> dict[str, int]:
 if __name__ == "__main__":
     import noop_slabs  # workers import it by this name, not as __main__
 
-    slabs, workers = (int(a) for a in sys.argv[1:] + ["100000", "2"][len(sys.argv) - 1 :])
-    with apart(workers) as client:
-        print(noop_slabs.measure(client, slabs))
+    arguments = [a for a in sys.argv[1:] if a != "tls"]
+    slabs, workers = (int(a) for a in arguments + ["100000", "2"][len(arguments) :])
+    runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for secured in (False, True) * 3 if "tls" in sys.argv else (False,):
+        with apart(workers, secured=secured) as client:
+            runs[secured].append(noop_slabs.measure(client, slabs))
+        print("tls" if secured else "tcp", runs[secured][-1], flush=True)
+    for key in ("wall_s", "scheduler_cpu_ms_per_slab", "client_cpu_ms_per_slab") if runs[True] else ():
+        plain, secret = (statistics.median(run[key] for run in runs[secured]) for secured in (False, True))
+        print(f"{key}: {plain} without TLS, {secret} with it, ratio {secret / plain:.2f}")

@@ -1,8 +1,10 @@
 """How processes of emsr begin: with emsr's own `pipeline` and `models`, and without modules from the current folder.
 
-Only modules that Python has loaded by itself are imported here: any other could come from the current folder.
+Only modules that Python has loaded by itself are imported here: any other could come from the current folder, until
+`command` has put that aside.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -13,7 +15,8 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def command() -> None:
-    """Begin a command, before anything else is imported. Where another package is in emsr's place, it ends with code 2.
+    """Begin a command, before anything else is imported. Where another package is in emsr's place, or Dask cannot read
+    its configuration (it does so while it is imported), it ends with code 2.
 
     From here on neither this process nor those that it starts import from the current folder, unless emsr lies there.
     """
@@ -27,6 +30,18 @@ def command() -> None:
     else:
         sys.path[:] = [path for path in sys.path if not _is_same(path, os.curdir)]
     os.environ["PYTHONPATH"] = os.pathsep.join(found)
+    try:
+        importlib.import_module("distributed")  # by commands alone: what imports this module needs no Dask
+    except ImportError:
+        raise
+    except Exception as error:
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("DASK_"))) or "none is set"
+        print(
+            f"emsr: Dask cannot read its configuration ({type(error).__name__}: {' '.join(str(error).split())}). "
+            f"Correct the file, or the variables that begin with DASK_ ({variables}).",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def check() -> None:

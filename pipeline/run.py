@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.base import waits
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import SourceError
-from pipeline.cluster.connect import batch_job, connect, worker_count
+from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED, WRITTEN
@@ -85,6 +85,8 @@ def run(config: Config, dry_run: bool = False) -> int:
     mask = reach(prepared)
     with connect(config.cluster, config.work.in_flight) as client, _crew(client, exam) as crew:
         check_workers(client, crew)  # first: a mistake there leaves no trace
+        if config.cluster.tunes():
+            tune(client)
         lock.acquire()
         try:
             claim(prepared)
@@ -141,7 +143,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
         if mask is not None:
             progress.say("mask", **asdict(mask))
-        progress.say("cluster", workers=crew.capacity().workers, dashboard=client.dashboard_link)
+        progress.say("cluster", workers=crew.capacity().workers, scheduler=client.scheduler.address)
         if other := exam.other_sources:
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
         crew.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)

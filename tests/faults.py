@@ -140,7 +140,7 @@ def _cluster(scene: Scene) -> Iterator[tuple[subprocess.Popen[bytes], list[subpr
         )  # type: ignore[call-overload]
         started += [subprocess.Popen(worker, **quiet) for _ in range(2)]  # type: ignore[call-overload]
         scene.wait(lambda: place.exists() and place.read_text().endswith("}"), "the scheduler does not start")
-        scene.write(cluster={"kind": "address", "address": json.loads(place.read_text())["address"]})
+        scene.write(cluster={"kind": "address", "address": json.loads(place.read_text())["address"], "tune": True})
         yield started[0], started[1:]
     finally:
         for process in started:

@@ -18,7 +18,7 @@ from certificates import write_certificates
 from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 from dask import config as dask_config
 from dask.utils import key_split
-from distributed import Client, LocalCluster, Scheduler
+from distributed import Client, LocalCluster, Scheduler, Worker
 from sleepy import job_of, nothing
 
 from pipeline.base.errors import ClusterError
@@ -182,6 +182,35 @@ def test_a_scheduler_that_was_there_keeps_few_of_its_messages() -> None:
         there.scale(2)
         client.wait_for_workers(2)
         assert client.run_on_scheduler(kept) == {2}
+
+
+@pytest.mark.parametrize("tune", [None, True])
+def test_a_cluster_of_others_is_changed_where_the_file_says_so(source: Path, tmp_path: Path, tune: bool | None) -> None:
+    """Profiler, clock and logs of scheduler and worker, after a whole run."""
+    there: dict[str, Any] = {"kind": "address"} | ({} if tune is None else {"tune": tune})
+
+    def state(dask_scheduler: Scheduler) -> tuple[set[int | None], str]:
+        return {sent.recent_message_log.maxlen for sent in dask_scheduler.stream_comms.values()}, clock()
+
+    def clock() -> str:
+        return str(sys.modules["tornado.ioloop"].IOLoop.time.__module__)
+
+    def worker_state(dask_worker: Worker) -> tuple[bool, str, set[str]]:
+        profiled = any("profile" in name for name in dask_worker.periodic_callbacks)
+        return profiled, clock(), {name for name in dask_worker.plugins if name.startswith("emsr")}
+
+    with scheduler(tmp_path) as (address, join), dask(*join), Client(address, set_as_default=False) as watch:
+        watch.wait_for_workers(1)
+        before = watch.run_on_scheduler(state), *watch.run(worker_state).values()
+        path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=there | {"address": address}, **SMALL)
+        main_job(path, "run")
+        after = watch.run_on_scheduler(state), *watch.run(worker_state).values()
+    assert (after != before) is bool(tune)
+    if tune:
+        (logs, scheduler_clock), (profiled, worker_clock, _) = after
+        assert logs == {2}
+        assert scheduler_clock == worker_clock == "pipeline.cluster.steady_clock"
+        assert not profiled
 
 
 def test_what_a_killed_run_left_running_is_no_answer() -> None:

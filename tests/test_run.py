@@ -44,7 +44,7 @@ def test_the_main_job(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
     said = main_job(path, "run")
     events = {json.loads(line)["event"]: json.loads(line) for line in said.stderr.splitlines() if line.startswith("{")}
-    assert events["cluster"]["dashboard"].startswith("http://127.0.0.1:")
+    assert events["cluster"]["scheduler"].startswith("tls://127.0.0.1:")
     assert events["ledger"]["written"] == events["ledger"]["planned"] > 12
     assert np.abs(sr(tmp_path).astype(int) - whole_bicubic(texture(SHAPE), 8)).max() <= 1
     for level in range(1, 4):

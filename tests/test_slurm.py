@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import dask
+import psutil
 import pytest
+import second_user
 import slurm_here
 from certificates import write_certificates
 from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 
 from pipeline.base.errors import ClusterError
+from pipeline.cluster import certificates, slurm
 from pipeline.cluster import connect as cluster
-from pipeline.cluster import slurm
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.schedule import check_workers
@@ -163,6 +168,67 @@ def test_a_whole_run_inside_one_allocation(conf: str, tmp_path: Path) -> None:
     assert "0 quarantined" in log.read_text()
 
 
+ODD = """-a "folder" it's $HOME `id` \\ & ;#"""
+"""The name of a folder with what shells read in their own way."""
+
+
+def test_a_run_in_an_odd_folder_lets_no_second_user_in(conf: str, tmp_path: Path) -> None:
+    """Nobody wrote certificates for it. All ports of client and job are tried, and the folder that holds the key.
+
+    Python, the current folder and the certificates lie under a name that a shell would read in its own way.
+    """
+    if reason := second_user.why_not():
+        pytest.skip(reason)
+    odd = tmp_path / ODD
+    odd.mkdir()
+    (odd / "python").symlink_to(sys.executable)
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
+    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER, network__name="nearest")
+    hold = tmp_path / "hold"
+    hold.touch()
+    tmp_path.chmod(0o755)
+    environ = {
+        **os.environ,
+        "SLURM_CONF": conf,
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}:{sysconfig.get_path('purelib')}",
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(TESTS / "run_standin.py"),
+        "STANDIN_HOLD": str(hold),
+    }
+    with subprocess.Popen(
+        [str(odd / "python"), str(TESTS / "run_standin.py"), str(path)],
+        env=environ,
+        cwd=odd,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as client:
+        wait_for((tmp_path / "sr.emsr" / "plan.json").exists, client)
+        (private,) = odd.glob(".emsr-tls-*")
+        job = [p for p in psutil.process_iter(["cmdline"]) if f"{private}/key.pem" in (p.info["cmdline"] or ())]
+        processes = [psutil.Process(client.pid), *job, *(child for p in job for child in p.children(recursive=True))]
+        ports = second_user.listening(processes)
+        got = second_user.got_in(ports, [private, *private.iterdir()])
+        hold.unlink()
+        _, said = client.communicate(timeout=GUARD_S)
+    assert client.returncode == 0, said
+    assert '"quarantined": 0' in said
+    assert job
+    assert len(ports) >= 3, "scheduler, nanny, worker"
+    assert got == []
+    assert not private.exists(), "the key outlives the run"
+
+
+def test_paths_in_the_job_script_are_one_word_each() -> None:
+    """Also with a line's end in them."""
+    path = f"/home/{ODD}\n/key.pem"
+    script = slurm.script(ClusterConfig(**CLUSTER), 1, certificates.security(path, path, path))
+    worker = shlex.split(script[script.index(shlex.quote(sys.executable)) :])
+    assert [worker[worker.index(flag) + 1] for flag in ("--tls-ca-file", "--tls-cert", "--tls-key")] == [path] * 3
+    settings = JOB | {"partition": "a b", "account": "c'd"}
+    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": settings}), 1, None)
+    assert "#SBATCH -p 'a b'\n" in script
+    assert shlex.split(script[script.index("-A ") :].splitlines()[0]) == ["-A", "c'd"]
+
+
 def test_what_slurm_would_refuse_is_one_message(conf: str, tmp_path: Path) -> None:
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     path = volume_yaml(
@@ -181,6 +247,25 @@ def test_no_slurm_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ClusterError, match="`sbatch` does not answer"), cluster.connect(ClusterConfig(**CLUSTER), 2):
         pass
+
+
+def test_a_site_that_forbids_the_scheduler(conf: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is not cluster.host that is named."""
+    monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__PRELOAD", "['no_such_module']")
+    monkeypatch.chdir(tmp_path)
+    with (
+        dask.config.set({"distributed.scheduler.preload": ["no_such_module"]}),
+        pytest.raises(ClusterError, match=r"no_such_module.*DASK_DISTRIBUTED__SCHEDULER__PRELOAD"),
+        cluster.connect(ClusterConfig(**CLUSTER), 1),
+    ):
+        pass
+    with (
+        pytest.raises(ClusterError, match=r"no scheduler can listen at cluster\.host 192\.0\.2\.1"),
+        cluster.connect(ClusterConfig(**CLUSTER | {"host": "192.0.2.1"}), 1),
+    ):
+        pass
+    assert not list(tmp_path.iterdir()), "certificates are left"
 
 
 def test_the_job_script() -> None:
@@ -218,7 +303,7 @@ def test_the_file_in_deploy_makes_a_script() -> None:
     assert script is not None
     assert "#SBATCH --gres=gpu:1\n" in script
     assert "tls://SCHEDULER:PORT" in script
-    assert f"--tls-ca-file {REPOSITORY}/deploy/slurm/ca.pem" in script
+    assert "--tls-ca-file FOLDER/cert.pem" in script, "certificates are the run's own"
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
 from distributed import Client
 
+from pipeline.cluster import certificates
 from pipeline.cluster.connect import LOGS, connect
 from pipeline.config.volume import ClusterConfig
 
@@ -39,13 +40,22 @@ def scheduler_address(place: Path) -> str:
 
 
 @contextmanager
-def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]:
-    """Yields the pipeline's own client of such a cluster. `preload` is a module that every worker imports first."""
+def apart(workers: int, threads: int = 2, preload: str = "", secured: bool = False) -> Iterator[Client]:
+    """Yields the pipeline's own client of such a cluster. `preload` is a module that every worker imports first.
+
+    With `secured` they talk by TLS, with certificates as a run makes them.
+    """
     environ = environment()
     dask = [sys.executable, "-m", "dask"]
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        certificates.in_files(Path(folder)) if secured else nullcontext() as files,
+    ):
         place = Path(folder) / "scheduler.json"
         common = ["--scheduler-file", str(place), "--no-dashboard"]
+        if files is not None:
+            names = {"ca-file": files.ca_file, "cert": files.cert_file, "key": files.key_file}
+            common += ["--protocol", "tls", *(f"--tls-{name}={path}" for name, path in names.items())]
         commands = [[*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", *common]]
         preloads = ["--preload", preload] if preload else []
         commands += [
@@ -56,9 +66,10 @@ def apart(workers: int, threads: int = 2, preload: str = "") -> Iterator[Client]
         ]
         try:
             address = scheduler_address(place)
-            with Client(address, timeout=HANGING_S) as first:
+            security = None if files is None else certificates.of_files(files)
+            with Client(address, timeout=HANGING_S, security=security) as first:
                 first.wait_for_workers(workers, timeout=HANGING_S)
-            with connect(ClusterConfig(kind="address", address=address), threads) as client:
+            with connect(ClusterConfig(kind="address", address=address, security=files), threads) as client:
                 yield client
         finally:
             for process in processes[::-1]:

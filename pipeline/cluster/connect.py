@@ -6,22 +6,27 @@ keys in config/cluster.py.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import signal
+import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Scheduler, Security, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Scheduler, Worker, WorkerPlugin
 
-from pipeline.base.errors import ClusterError
+from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.base.waits import closing, waiting
-from pipeline.cluster import kubernetes, slurm
+from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
 from pipeline.cluster.patient_client import PatientClient
+from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import ClusterConfig
 
 CONNECT_S = 30
@@ -32,7 +37,7 @@ LOGS = {
     "distributed.admin.log-length": 100,
     "distributed.admin.low-level-log-length": 2,
 }
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     **LOGS,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
@@ -51,6 +56,10 @@ _SETTINGS = {
     "distributed.scheduler.worker-ttl": "5 minutes",
     # Encoded shards are fresh 100 MB blocks: huge pages make their page faults four times cheaper.
     "distributed.nanny.pre-spawn-environ.GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Certificates guard the ports of Dask's own protocol, not its web pages: there are none, nor a dashboard.
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+    "distributed.worker.multiprocessing-method": "spawn",
 }
 
 
@@ -78,20 +87,30 @@ def visible_gpus() -> list[str]:
 def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     """A client whose workers run `in_flight` slabs each. Raises ClusterError where none can be had."""
     _quiet()
-    for key, path in config.security.model_dump().items() if config.security is not None else ():
-        if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            raise ClusterError(f"cluster.security.{key} {path} cannot be read", "a PEM file", "See docs/clusters.md")
-    with dask.config.set(_SETTINGS):
-        if config.kind == "address":
-            clients = _address_client(config)
-        elif config.kind == "slurm":
-            clients = slurm.jobs(config, in_flight, _security(config))
-        elif config.kind == "kubernetes":
-            clients = kubernetes.pods(config, in_flight)
-        else:
-            clients = _local_client(config, in_flight)
-        with clients as client:
-            yield client
+    steady_clock.install()
+    refuse_values_for_mappings()
+    if config.security is not None:
+        certificates.refuse_unreadable(config.security)
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set(_SETTINGS))
+        try:
+            client = stack.enter_context(_clients(config, in_flight, stack))
+        except EmsrError:
+            raise
+        except Exception as error:  # what Dask raises where it cannot start has no common ancestor
+            raise start_failed(f"Dask does not start workers of cluster.kind {config.kind}", error) from None
+        yield client
+
+
+def _clients(config: ClusterConfig, in_flight: int, stack: ExitStack) -> AbstractContextManager[Client]:
+    if config.kind == "address":
+        return _address_client(config)
+    if config.kind == "slurm":
+        files = config.security or stack.enter_context(certificates.in_files(slurm.shared_folder()))
+        return slurm.jobs(config, in_flight, certificates.of_files(files))
+    if config.kind == "kubernetes":
+        return kubernetes.pods(config, in_flight)
+    return _local_client(config, in_flight)
 
 
 @contextmanager
@@ -109,8 +128,9 @@ def connect_to_read(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             n_workers=1,
             threads_per_worker=threads,
             processes=False,
+            protocol="inproc://",
             dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
@@ -121,7 +141,8 @@ def connect_to_read(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
     """What a batch system is given for each worker: a job script or a manifest. None for other kinds."""
     if config.kind == "slurm":
-        return slurm.script(config, in_flight, _security(config))
+        files = config.security
+        return slurm.script(config, in_flight, certificates.of_files(files) if files else None)
     return kubernetes.manifest(config, in_flight) if config.kind == "kubernetes" else None
 
 
@@ -142,6 +163,13 @@ def why_none(client: Client) -> str:
     if kind == "KubeCluster":
         return kubernetes.why_none(client.cluster)
     return slurm.why_none(client.cluster) if kind == "SLURMCluster" else ""
+
+
+def tune(client: Client) -> None:
+    """Change scheduler and workers for long runs, for as long as they live: docs/clusters.md says what for."""
+    shorten_logs(client)
+    stop_profiling(client)
+    steady_clock.install_everywhere(client)
 
 
 def stop_profiling(client: Client) -> None:
@@ -169,9 +197,12 @@ def _shorten_logs(dask_scheduler: Scheduler) -> None:
 @contextmanager
 def _address_client(config: ClusterConfig) -> Iterator[Client]:
     assert config.address is not None
+    _warn_of_strangers(config.address)
+    # Without files in volume.yaml Dask's own configuration has them.
+    security = None if config.security is None else certificates.of_files(config.security)
     try:
         with waiting(f"the Dask scheduler at {config.address}"):
-            client = PatientClient(config.address, timeout=CONNECT_S, set_as_default=False, security=_security(config))
+            client = PatientClient(config.address, timeout=CONNECT_S, set_as_default=False, security=security)
     except (OSError, TimeoutError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
@@ -185,6 +216,23 @@ def _address_client(config: ClusterConfig) -> Iterator[Client]:
         client.close(timeout=10)
 
 
+def _warn_of_strangers(address: str) -> None:
+    """One line where whoever reaches this scheduler can run code as its user: without TLS, and beyond this machine."""
+    scheme, _, place = address.rpartition("://")
+    if (scheme or dask.config.get("distributed.comm.default-scheme")) in ("tls", "wss"):
+        return
+    host = place.rpartition(":")[0]
+    with suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        print(
+            f"emsr: the scheduler at {address} is reached without TLS: whoever reaches it or its workers can run code "
+            "as their user. docs/clusters.md says how to give it certificates.",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     workers, gpus = worker_count(config), visible_gpus()
@@ -194,34 +242,28 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             "a GPU for each",
             "Lower cluster.workers or gpus_per_worker",
         )
-    with waiting(f"{workers} workers to start on this machine"):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=in_flight,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )
-    with closing(cluster, "the workers of this machine to end"), PatientClient(cluster, set_as_default=False) as client:
+    # A folder that no other user can enter, or could have made before: Dask's own has one name for all users of /tmp.
+    scratch = tempfile.TemporaryDirectory(
+        prefix="emsr-", dir=dask.config.get("temporary-directory", None), ignore_cleanup_errors=True
+    )
+    with scratch as folder, dask.config.set({"temporary-directory": folder}), ExitStack() as stack:
+        with waiting(f"{workers} workers to start on this machine"):
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=in_flight,
+                processes=True,
+                host="127.0.0.1",
+                protocol="tls://",
+                security=certificates.in_memory(),
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
+                silence_logs=logging.CRITICAL,
+            )
+        stack.enter_context(closing(cluster, "the workers of this machine to end"))
+        client = stack.enter_context(PatientClient(cluster, set_as_default=False))
         client.register_plugin(_IgnoreInterrupts())
         client.register_plugin(_OneDevice(None if config.gpus_per_worker == 0 else gpus))
         yield client
-
-
-def _security(config: ClusterConfig) -> Security | None:
-    """TLS with one certificate for whichever part this process plays; None where the file says nothing, for Dask's own
-    configuration.
-    """
-    files = config.security
-    if files is None:
-        return None
-    parts = {
-        f"tls_{part}_{what}": path
-        for part in ("client", "scheduler", "worker")
-        for what, path in (("cert", files.cert_file), ("key", files.key_file))
-    }
-    return Security(require_encryption=True, tls_ca_file=files.ca_file, **parts)
 
 
 def _quiet() -> None:

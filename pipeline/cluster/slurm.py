@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
+import shlex
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,7 +22,9 @@ from distributed import Client, Security
 
 from pipeline.base.errors import ClusterError
 from pipeline.base.waits import closing, waiting
+from pipeline.cluster import certificates
 from pipeline.cluster.patient_client import PatientClient
+from pipeline.cluster.site_settings import first_cause
 from pipeline.config.cluster import WORKER_ENVIRON, ClusterConfig, walltime_s
 
 JOB_NAME = "emsr"
@@ -36,6 +42,12 @@ MAX_IN_VAIN = 3
 SHOWN = 3
 """So many jobs are named of those that wait."""
 
+PRIVATE_FOLDER = (
+    'export DASK_TEMPORARY_DIRECTORY="$(mktemp -d -t emsr.XXXXXX)"',
+    """trap 'rm -rf "$DASK_TEMPORARY_DIRECTORY"' EXIT""",
+)
+"""Lines of the job script: they make a folder for the worker's files that no other user of the node can enter."""
+
 _SETTINGS = {
     # Which job has ended is Slurm's to say: a worker that is gone may be restarting, and a job that never had one ends
     # unseen.
@@ -44,13 +56,26 @@ _SETTINGS = {
 
 
 def script(config: ClusterConfig, in_flight: int, security: Security | None) -> str:
-    """The job script that `run` would submit, with a place holder for the scheduler's address."""
-    protocol = None if security is None else "tls://"
-    scheduler = f"{protocol or 'tcp://'}SCHEDULER:PORT"
-    made = _dask_jobqueue().slurm.SLURMJob(
-        scheduler, name="WORKER", protocol=protocol, security=security, **options(config, in_flight)
+    """The job script that `run` would submit, with place holders: the scheduler's address, and, without `security`, the
+    folder of the run's own certificates.
+    """
+    security = security or certificates.security("FOLDER/cert.pem", "FOLDER/cert.pem", "FOLDER/key.pem")
+    made = _cluster_class().job_cls(
+        "tls://SCHEDULER:PORT",
+        name="WORKER",
+        protocol="tls://",
+        security=_quoted(security),
+        **options(config, in_flight),
     )
     return str(made.job_script())
+
+
+def shared_folder() -> Path:
+    """Where files lie that jobs must see: what dask-jobqueue's configuration names, or the current folder, where jobs
+    begin.
+    """
+    named = dask.config.get("jobqueue.slurm.shared-temp-directory", None)
+    return Path(os.path.expanduser(os.path.expandvars(named))) if named else Path.cwd()
 
 
 def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
@@ -61,8 +86,9 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
     gpus = config.gpus_per_worker
     return {
         "job_name": JOB_NAME,
-        "queue": settings.partition,
-        "account": settings.account,
+        "python": shlex.quote(sys.executable),
+        "queue": settings.partition and shlex.quote(settings.partition),
+        "account": settings.account and shlex.quote(settings.account),
         "walltime": settings.walltime,
         "memory": settings.memory,
         "job_cpu": settings.cores or in_flight,
@@ -79,7 +105,8 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
         ],
         "job_extra_directives": [*(["--gres=gpu:1"] if gpus else []), *settings.extra_directives],
         "job_script_prologue": [
-            *(f"export {name}={value}" for name, value in WORKER_ENVIRON.items()),
+            *(f"export {name}={shlex.quote(value)}" for name, value in WORKER_ENVIRON.items()),
+            *PRIVATE_FOLDER,
             *(["export CUDA_VISIBLE_DEVICES="] if gpus == 0 else []),
             *settings.prologue,
         ],
@@ -97,23 +124,29 @@ def lifetime_s(walltime: int) -> tuple[int, int]:
 
 
 @contextmanager
-def jobs(config: ClusterConfig, in_flight: int, security: Security | None) -> Iterator[Client]:
-    """A client whose scheduler runs here, at `cluster.host`, and whose workers are jobs; ended ones are replaced."""
-    jobqueue = _dask_jobqueue()
+def jobs(config: ClusterConfig, in_flight: int, security: Security) -> Iterator[Client]:
+    """A client whose scheduler runs here, at `cluster.host`, and whose workers are jobs; ended ones are replaced.
+
+    `security` names files, which jobs must see.
+    """
+    cluster_class = _cluster_class()
     assert config.host is not None
     _try_submission(script(config, in_flight, security))
     at = {"interface": config.host} if config.host in psutil.net_if_addrs() else {"host": config.host}
     with dask.config.set(_SETTINGS):
         try:
-            cluster = jobqueue.SLURMCluster(
+            cluster = cluster_class(
                 **options(config, in_flight),
-                scheduler_options={**at, "dashboard_address": "127.0.0.1:0"},
+                scheduler_options={**at, "dashboard": False, "dashboard_address": "127.0.0.1:0"},
                 security=security,
                 silence_logs=logging.CRITICAL,
             )
         except (OSError, ValueError, RuntimeError) as error:
+            cause = first_cause(error)
+            if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError | ValueError):
+                raise  # nothing is wrong with the address
             raise ClusterError(
-                f"no scheduler can listen at cluster.host {config.host} ({error})",
+                f"no scheduler can listen at cluster.host {config.host} ({cause})",
                 "an address or network interface of this machine",
                 "See `ip address`",
             ) from None
@@ -249,9 +282,36 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         ) from None
 
 
-def _dask_jobqueue() -> Any:
+def _cluster_class() -> Any:
+    """dask-jobqueue's cluster, whose job scripts hold paths as the shell reads them, and lie where nobody else writes.
+
+    Its own lie under a name in /tmp that is free for a moment.
+    """
     try:
         import dask_jobqueue
     except ImportError:
         raise ClusterError("the dask-jobqueue package is not installed", "", "pip install 'emsr[slurm]'") from None
-    return dask_jobqueue
+
+    class Job(dask_jobqueue.slurm.SLURMJob):  # type: ignore[misc]
+        @contextmanager
+        def job_file(self) -> Iterator[str]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "job.sh"
+                path.write_text(self.job_script(), encoding="utf-8")
+                yield str(path)
+
+    class SLURMCluster(dask_jobqueue.SLURMCluster):  # type: ignore[misc]
+        job_cls = Job
+
+        def _get_worker_security(self, security: Security) -> Security:
+            return _quoted(security)
+
+    return SLURMCluster
+
+
+def _quoted(security: Security) -> Security:
+    """The same with paths for a shell: dask-jobqueue writes them into the script as they are."""
+    quoted = copy.copy(security)
+    for name in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"):
+        setattr(quoted, name, shlex.quote(getattr(security, name)))
+    return quoted

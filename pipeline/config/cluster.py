@@ -24,6 +24,7 @@ from pipeline.config.yaml_file import Bytes
 WORKER_ENVIRON = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "300s",
+    "DASK_DISTRIBUTED__WORKER__HTTP__ROUTES": "[]",
     "PYTHONSAFEPATH": "1",
 }
 """What workers that are not children of the client need of its settings (see cluster/connect.py and emsr/start.py)."""
@@ -120,6 +121,7 @@ class ClusterConfig(_Model):
     address: StrictStr | None = None
     host: Line | None = None
     security: SecurityConfig | None = None
+    tune: StrictBool | None = None
     gpus_per_worker: Annotated[StrictInt, Field(ge=0, le=1)] | None = None
     mixed: StrictBool = False
     slurm: SlurmConfig | None = None
@@ -156,6 +158,12 @@ class ClusterConfig(_Model):
             raise ValueError("either cluster.workers or cluster.adapt, not both")
         return self
 
+    def tunes(self) -> bool:
+        """Whether scheduler and workers get a steady clock, short logs and no profiler: where they are this run's own,
+        or the file says so.
+        """
+        return self.kind != "address" or self.tune is True
+
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest number of workers to start by Slurm or Kubernetes."""
         if self.adapt is not None:
@@ -175,6 +183,7 @@ _KINDS = {
     "adapt": ("slurm", "kubernetes"),
     "host": ("slurm",),
     "security": ("address", "slurm"),
+    "tune": ("address",),
     "gpus_per_worker": ("local", "slurm", "kubernetes"),
     "slurm": ("slurm",),
     "kubernetes": ("kubernetes",),

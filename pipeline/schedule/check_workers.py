@@ -8,8 +8,7 @@ from contextlib import suppress
 
 from distributed import Client
 
-from pipeline.cluster import steady_clock
-from pipeline.cluster.connect import may_come, shorten_logs, stop_profiling, why_none
+from pipeline.cluster.connect import may_come, why_none
 from pipeline.schedule.crew import NO_WORKER_S, SAY_S, Crew
 
 LOOK_S = 5.0
@@ -46,17 +45,10 @@ def check_workers(client: Client, crew: Crew) -> None:
 
 
 def wait_for_worker(client: Client, crew: Crew) -> None:
-    """Wait for one, as long as it takes while a batch system has it in its queue, then set scheduler and workers up.
+    """Wait for one, as long as it takes while a batch system has it in its queue. One that is paused is none.
 
-    One that is paused is none. Raises ClusterError where none comes.
+    Raises ClusterError where none comes.
     """
-    _wait(client, crew)
-    shorten_logs(client)
-    stop_profiling(client)
-    steady_clock.install_everywhere(client)
-
-
-def _wait(client: Client, crew: Crew) -> None:
     began = possible = time.monotonic()
     say_s = SAY_S
     while True:
