@@ -15,7 +15,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 STAGES = {"flow": 256, "vqgan": 512, "indexer": 1024, "network": 256}
 """Side of a crop in HR voxels (network.md, section 4). The paper does not train the flow."""
@@ -58,7 +57,7 @@ def measure(stage_name: str, preset_name: str, scale: int, steps: int, crop: int
         stage = IndexerStage(params, VQGAN(params.prior))
     else:
         stage = FlowStage(params) if stage_name == "flow" else VQGANStage(params, adversarial_from=0)
-    loop = Loop(Fabric(accelerator="cpu"), stage, Recipe(steps=steps + 1, batch=1), Path("."), "")
+    loop = Loop(Fabric(accelerator="cpu"), stage, Recipe(steps=steps + 1, batch=1))
     lr, hr = (
         torch.rand(1, stage.sections, 1, crop // scale, crop // scale),
         torch.rand(1, stage.sections, 1, crop, crop),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,9 +162,9 @@ def test_cosine_with_restarts() -> None:
     assert learning_rate(50, Recipe(100, 1, 1.0)) == pytest.approx(0.5)
 
 
-def trained(stage: VQGANStage, recipe: Recipe, crops: Crops, folder: Path) -> list[tuple[float, float]]:
+def trained(stage: VQGANStage, recipe: Recipe, crops: Crops) -> list[tuple[float, float]]:
     """The learning rates of network and critic after every step; the critic's is NaN as long as it has not begun."""
-    loop, rates = Loop(Fabric(accelerator="cpu", devices=1), stage, recipe, folder, ""), []
+    loop, rates = Loop(Fabric(accelerator="cpu", devices=1), stage, recipe), []
 
     def note(progress: Progress) -> None:
         critic = math.nan if loop.critic_started is None else loop.critic_adam.param_groups[0]["lr"]
@@ -176,13 +175,13 @@ def trained(stage: VQGANStage, recipe: Recipe, crops: Crops, folder: Path) -> li
 
 
 @pytest.mark.parametrize("periods", [(), (4,)])
-def test_the_critics_cosine_begins_with_the_critic(tmp_path: Path, periods: tuple[int, ...]) -> None:
+def test_the_critics_cosine_begins_with_the_critic(periods: tuple[int, ...]) -> None:
     """network.md, section 4: the discriminator's schedule steps only while the GAN is on, so its cosine runs as many
     steps late as the GAN begins late: full rate then, where the network's is already lower.
     """
     stage = VQGANStage(X8_SMALL, adversarial_from=3, critic_width=2)
     recipe = Recipe(6, 1, 1e-3, periods)
-    network, critic = zip(*trained(stage, recipe, Crops([volume((3, 96, 96))[0]], 1, 96, 8), tmp_path), strict=True)
+    network, critic = zip(*trained(stage, recipe, Crops([volume((3, 96, 96))[0]], 1, 96, 8)), strict=True)
 
     def cosine(step: int, period: int) -> float:
         return MIN_RATE + (1e-3 - MIN_RATE) * (1 + math.cos(math.pi * step / period)) / 2
@@ -313,7 +312,7 @@ def test_code_usage() -> None:
     book = Codebook(preset(8, "small").prior)
     book.weight.data = torch.zeros(4, 2)
     latent = torch.arange(1.0, 9.0).view(1, 2, 2, 2)
-    assert usage.revive(book, latent, np.random.default_rng(0)) == 2
+    assert usage.revive(book, latent, np.random.default_rng(0)).tolist() == [2, 3]
     rows = {tuple(row) for row in latent[0].flatten(1).T.tolist()}
     assert book.weight[:2].eq(0).all()
     assert all(tuple(row) in rows for row in book.weight[2:].tolist())

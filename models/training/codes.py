@@ -6,32 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.training.ranks import ALONE, Ranks
 from models.vqgan import Codebook
 
 
 class CodeUsage:
-    """Counts how often each code was the nearest one since unused rows were last revived."""
+    """Counts how often each code was the nearest one, in all ranks, since unused rows were last revived."""
 
     def __init__(self, codes: int) -> None:
         self.counts = torch.zeros(codes, dtype=torch.int64)
 
-    def count(self, indices: Tensor) -> None:
+    def count(self, indices: Tensor, ranks: Ranks = ALONE) -> None:
         """Add codes of any shape to the counts."""
-        self.counts += torch.bincount(indices.flatten().cpu(), minlength=len(self.counts))
+        self.counts += ranks.sum(torch.bincount(indices.flatten().cpu(), minlength=len(self.counts)))
 
-    def revive(self, codebook: Codebook, latent: Tensor, rng: np.random.Generator) -> int:
-        """Set every row with a count of 0 to one of the encoder's outputs `latent` (B, d, h, w), drawn at random, and
-        all counts to 0. Returns the number of rows.
+    def revive(self, codebook: Codebook, latent: Tensor, rng: np.random.Generator, ranks: Ranks = ALONE) -> Tensor:
+        """Set every row with a count of 0 to one of the encoder's outputs `latent` (B, d, h, w), drawn at random from
+        those of all ranks, and all counts to 0. Every rank draws the same. Returns the rows' indices.
         """
         unused = torch.nonzero(self.counts == 0)[:, 0]
         self.counts.zero_()
-        if not len(unused):
-            return 0
-        rows = latent.permute(0, 2, 3, 1).flatten(0, 2)
-        drawn = torch.from_numpy(rng.integers(len(rows), size=len(unused)))
-        with torch.no_grad():
-            codebook.weight[unused.to(codebook.weight.device)] = rows[drawn.to(rows.device)].to(codebook.weight.dtype)
-        return len(unused)
+        if len(unused):
+            rows = ranks.gather(latent.permute(0, 2, 3, 1).flatten(0, 2))
+            drawn = torch.from_numpy(rng.integers(len(rows), size=len(unused)))
+            with torch.no_grad():
+                codebook.weight[unused.to(codebook.weight.device)] = rows[drawn.to(rows.device)].to(
+                    codebook.weight.dtype
+                )
+        return unused
 
     @staticmethod
     def health(indices: Tensor, codes: int) -> dict[str, float]:

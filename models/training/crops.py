@@ -65,8 +65,12 @@ class Crops:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """`count` samples of one step and device `rank`: LR (B, N, 1, h, w) and HR (B, N, 1, H, W) in 0..1."""
-        pairs = [self.sample(np.random.default_rng([seed, step, rank, i])) for i in range(count)]
+        """`count` samples of one step: LR (B, N, 1, h, w) and HR (B, N, 1, H, W) in 0..1.
+
+        The ranks share the samples of a step: rank r has those from number r * `count` on.
+        """
+        first = rank * count
+        pairs = [self.sample(np.random.default_rng([seed, step, 0, i])) for i in range(first, first + count)]
         lr, hr = (torch.from_numpy(np.stack(part)).float().div_(255)[:, :, None] for part in zip(*pairs, strict=True))
         return lr, hr
 

@@ -1,15 +1,12 @@
-"""The training loop of every stage: Adam, cosine schedule, averaged weights, validation, checkpoints that a run
-resumes."""
+"""The training loop of every stage: Adam, cosine schedule, averaged weights, validation, and the state from which a
+run goes on."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from models.training.crops import Crops
-from models.training.stages import Batch, Stage
+from models.training.ranks import ALONE, Ranks
+from models.training.stages import Batch, Losses, Stage
 
 MIN_RATE = 1e-7
 """The learning rate at the end of each cycle of the cosine."""
@@ -60,6 +58,18 @@ class Progress:
     best: list[str] = field(default_factory=list)
 
 
+class NotFiniteError(ArithmeticError):
+    """A loss or a gradient of step `step` is infinite or no number. `parts` are the step's losses by name; where all
+    of them are finite, a gradient is not.
+    """
+
+    def __init__(self, step: int, parts: Mapping[str, float]) -> None:
+        self.step, self.parts = step, dict(parts)
+        super().__init__(f"step {step}: not finite: {self.parts}")
+
+
+State = dict[str, Any]
+"""All that a run needs to go on: tensors, numbers, and dictionaries of them."""
 Save = Callable[[str, nn.Module, dict[str, Any]], None]
 """Writes weights. Its arguments are the name (`last`, `best-psnr`, ...), the network, and facts for the weights'
 card.
@@ -87,59 +97,38 @@ def decay(step: int, recipe: Recipe) -> float:
 
 
 class Loop:
-    """One run of one stage: networks, optimisers, averaged weights and the step, which checkpoints hold. `digest`
-    stands for the run's configuration; a checkpoint with another one is refused.
+    """One run of one stage: networks, optimisers, averaged weights and the step. With several ranks each has a loop of
+    its own; together they are one with all of their samples.
+
+    `failed` is the step whose loss or gradient was not finite, once that has ended the run; `skipped` counts the steps
+    that were left out for that reason.
     """
 
-    def __init__(self, fabric: Fabric, stage: Stage, recipe: Recipe, folder: Path, digest: str) -> None:
-        self.fabric, self.stage, self.recipe, self.folder, self.digest = fabric, stage, recipe, folder, digest
-        self.step = 0
+    def __init__(self, fabric: Fabric, stage: Stage, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        self.fabric, self.stage, self.recipe, self.ranks = fabric, stage, recipe, ranks
+        self.step, self.skipped = 0, 0
+        self.failed: int | None = None
         self.best: dict[str, float] = {}
         self.critic: Any = None
+        self.network = fabric.setup_module(stage.network)
         trained = [p for p in stage.network.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas)
-        self.network, self.adam = fabric.setup(stage.network, adam)
+        self.adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas)
         if stage.critic is not None:
-            self.critic, self.critic_adam = fabric.setup(
-                stage.critic, torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas)
-            )
+            self.critic = fabric.setup_module(stage.critic)
+            self.critic_adam = torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas)
             self.critic_started: int | None = None
+        self.scaler: torch.amp.GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
         self.averaged = (
             {n: p.detach().clone() for n, p in stage.network.named_parameters() if p.requires_grad}
             if recipe.average
             else {}
         )
+        stage.ranks = ranks
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
-
-    def resume(self) -> bool:
-        """Load the folder's checkpoint and return True; False where there is none. Raises ValueError where the
-        checkpoint was written by another configuration.
-        """
-        if not self.checkpoint.exists():
-            return False
-        state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
-        if state["digest"] != self.digest:
-            raise ValueError(f"{self.checkpoint} was written by another configuration")
-        self.step, self.best = state["step"], state["best"]
-        self.stage.network.load_state_dict(state["network"])
-        self.adam.load_state_dict(state["adam"])
-        if self.critic is not None:
-            assert self.stage.critic is not None
-            self.stage.critic.load_state_dict(state["critic"])
-            self.critic_adam.load_state_dict(state["critic_adam"])
-            self.critic_started = state["critic_started"]
-        for name, value in state["averaged"].items():
-            self.averaged[name].copy_(value)
-        if "usage" in state:
-            self.stage.usage.counts.copy_(state["usage"])  # type: ignore[attr-defined]
-        return True
-
-    def keep(self) -> None:
-        """Write the checkpoint. If the process is killed meanwhile, the one before stays as it is."""
-        state: dict[str, Any] = {"digest": self.digest, "step": self.step, "best": self.best, "averaged": self.averaged}
+    def state(self) -> State:
+        """What `go_on` takes."""
+        state: State = {"step": self.step, "best": self.best, "averaged": self.averaged}
+        state |= {"failed": self.failed, "skipped": self.skipped}
         state |= {"network": self.stage.network.state_dict(), "adam": self.adam.state_dict()}
         if self.critic is not None:
             assert self.stage.critic is not None
@@ -150,11 +139,40 @@ class Loop:
             }
         if (usage := getattr(self.stage, "usage", None)) is not None:
             state["usage"] = usage.counts
-        if self.fabric.is_global_zero:
-            unfinished = self.checkpoint.with_suffix(".unfinished")
-            torch.save(state, unfinished)
-            os.replace(unfinished, self.checkpoint)
-        self.fabric.barrier()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def go_on(self, state: State, try_again: bool = False) -> None:
+        """Take the state of an earlier run of the same configuration. Where that run ended because a step was not
+        finite, the step is left out, or tried again with `try_again`.
+        """
+        self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
+        self.stage.network.load_state_dict(state["network"])
+        self.adam.load_state_dict(state["adam"])
+        if self.critic is not None and "critic" in state:
+            assert self.stage.critic is not None
+            self.stage.critic.load_state_dict(state["critic"])
+            self.critic_adam.load_state_dict(state["critic_adam"])
+            self.critic_started = state["critic_started"]
+        for name, value in state["averaged"].items():
+            self.averaged[name].copy_(value)
+        if "usage" in state:
+            self.stage.usage.counts.copy_(state["usage"])  # type: ignore[attr-defined]
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+        if state["failed"] is not None and not try_again:
+            self.step, self.skipped = self.step + 1, self.skipped + 1
+
+    def checkpoint_bytes(self) -> int:
+        """About how large `state` is, also before the first step: with two numbers of Adam for each trained one."""
+        trained = sum(_bytes(p) for p in self.stage.network.parameters() if p.requires_grad)
+        critic = 0 if self.stage.critic is None else 3 * _bytes(*self.stage.critic.parameters())
+        return self.weights_bytes(1) + 2 * trained + _bytes(*self.averaged.values()) + critic
+
+    def weights_bytes(self, files: int | None = None) -> int:
+        """How large the weights of a run are: the last ones, and the best by each score."""
+        return (files or 1 + len(self.stage.better)) * _bytes(*self.stage.network.state_dict().values())
 
     def run(
         self,
@@ -162,56 +180,98 @@ class Loop:
         windows: list[Batch],
         save: Save,
         tell: Callable[[Progress], None],
+        keep: Callable[[State], None] = lambda _: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Train to the last step and return True, or False where `stopped()` was true before. `windows` are those of
-        the validation, `tell` is called after every step. Checkpoint and weights are written in both cases.
+        """Train to the last step and return True, or False where `stopped()` was true in any rank before. `windows` are
+        those of the validation, `tell` is called after every step, `keep` with every checkpoint. Checkpoint and weights
+        are written in both cases.
 
-        Raises FloatingPointError where a loss is not finite.
+        Raises NotFiniteError where a loss or a gradient is not finite, once `keep` has the state before that step.
         """
+        self.ranks.copy_from_first(
+            [*self.stage.network.state_dict().values(), *self.averaged.values()]
+            + ([] if self.stage.critic is None else list(self.stage.critic.state_dict().values()))
+        )
         recent: list[dict[str, float]] = []
         began, first = time.monotonic(), self.step
-        while self.step < self.recipe.steps and not stopped():
+        while self.step < self.recipe.steps and not self.ranks.any(stopped()):
             rate = learning_rate(self.step, self.recipe)
-            batch = crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.fabric.global_rank)
-            recent = [*recent[1 - REPORTED_STEPS :], self._one_step(batch, rate)]
+            batch = crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.ranks.rank)
+            try:
+                recent = [*recent[1 - REPORTED_STEPS :], self._one_step(batch, rate)]
+            except NotFiniteError:
+                self.failed = self.step
+                keep(self.state())
+                raise
             self.step += 1
-            speed = (self.step - first) / (time.monotonic() - began)
+            speed = (self.step - first) / max(time.monotonic() - began, 1e-9)
             progress = Progress(self.step, self.recipe.steps, _means(recent), rate, speed)
-            if not all(math.isfinite(value) for value in recent[-1].values()):
-                raise FloatingPointError(f"step {self.step}: the loss is not finite ({recent[-1]})")
             if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
                 self._validate(windows, save, progress)
             tell(progress)
-            if self.step % self.recipe.checkpoint_every == 0:
-                self.keep()
-        self.keep()
+            if self.step % self.recipe.checkpoint_every == 0 and self.step < self.recipe.steps:
+                keep(self.state())
+        keep(self.state())
         with _Averaged(self):
-            save("last", self.stage.network, {"steps": self.step})
+            save("last", self.stage.network, self._facts())
         return self.step >= self.recipe.steps
 
     def _one_step(self, batch: Batch, rate: float) -> dict[str, float]:
+        """Update all weights and return the losses, means over the ranks. Raises NotFiniteError before anything but
+        gradients is changed.
+        """
         moved: Batch = self.fabric.to_device(batch)
         self.network.train()
-        found = self.stage.losses(self.network, self.critic, moved, self.step)
-        self._update(self.adam, found["loss"], rate)
+        losses = self.stage.losses(self.network, self.critic, moved, self.step)
+        found = self._gradients(self.adam, losses, "loss", rate)
+        updated = [self.adam]
         if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
             self.critic_started = self.step if self.critic_started is None else self.critic_started
             critic_rate = learning_rate(self.step, self.recipe, self.critic_started)
-            self._update(self.critic_adam, of_critic["critic_loss"], critic_rate)
-            found |= of_critic
+            found |= self._gradients(self.critic_adam, of_critic, "critic_loss", critic_rate)
+            updated.append(self.critic_adam)
+        self._update(updated)
+        anew = self.stage.after_step(self.step)
         with torch.no_grad():
             for name, parameter in self.stage.network.named_parameters():
                 if name in self.averaged:
                     self.averaged[name].lerp_(parameter, 1 - decay(self.step, self.recipe))
-        return {name: float(value.detach()) for name, value in found.items()}
+                    if name in anew:  # a row's average is of values that it no longer has
+                        rows = anew[name].to(parameter.device)
+                        self.averaged[name][rows] = parameter[rows]
+        return found
 
-    def _update(self, adam: Any, loss: Tensor, rate: float) -> None:
+    def _gradients(self, adam: torch.optim.Adam, losses: Losses, name: str, rate: float) -> dict[str, float]:
+        """Set the learning rate, and the gradients of `losses[name]`, averaged over the ranks. Returns the losses."""
+        found = self.ranks.mean({part: float(value.detach()) for part, value in losses.items()})
+        if not all(math.isfinite(value) for value in found.values()):
+            raise NotFiniteError(self.step, found)
         for group in adam.param_groups:
             group["lr"] = rate
         adam.zero_grad()
-        self.fabric.backward(loss)
-        adam.step()
+        self.fabric.backward(losses[name])
+        parameters = [p for group in adam.param_groups for p in group["params"]]
+        self.ranks.average_gradients(parameters)
+        if self.scaler is None:
+            squares = torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None])
+            if not bool(torch.isfinite(squares.sum())):  # Adam keeps the squares
+                raise NotFiniteError(self.step, found)
+        return found
+
+    def _update(self, optimisers: list[torch.optim.Adam]) -> None:
+        if self.scaler is None:
+            for adam in optimisers:
+                adam.step()
+            return
+        before = self.scaler.get_scale()
+        for adam in optimisers:
+            self.scaler.step(adam)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < before  # a gradient was not finite in float16: smaller next time
+
+    def _facts(self) -> dict[str, Any]:
+        return {"steps": self.step} | ({"skipped_updates": self.skipped} if self.skipped else {})
 
     def _validate(self, windows: list[Batch], save: Save, progress: Progress) -> None:
         self.network.eval()
@@ -227,7 +287,7 @@ class Loop:
                     save(
                         f"best-{name.replace('_', '-')}",
                         self.stage.network,
-                        {"steps": self.step, "scores": progress.scores},
+                        self._facts() | {"scores": progress.scores},
                     )
 
 
@@ -251,20 +311,22 @@ class _Averaged:
                 parameter.copy_(self._trained[name])
 
 
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _means(recent: list[dict[str, float]]) -> dict[str, float]:
     return {
         name: sum(values) / len(values) for name in recent[-1] if (values := [r[name] for r in recent if name in r])
     }
 
 
-def to_json(progress: Progress) -> str:
-    """One line of metrics.jsonl, without the newline."""
-    return json.dumps(
-        {
-            "step": progress.step,
-            "rate": progress.rate,
-            "steps_per_s": progress.steps_per_s,
-            **progress.losses,
-            **progress.scores,
-        }
-    )
+def to_json(progress: Progress) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    return {
+        "step": progress.step,
+        "rate": progress.rate,
+        "steps_per_s": progress.steps_per_s,
+        **progress.losses,
+        **progress.scores,
+    }

@@ -18,6 +18,7 @@ from models.indexer import Indexer
 from models.network import SuperResolver
 from models.training.codes import CodeUsage
 from models.training.losses import codebook_loss, critic_loss, generator_loss, index_loss, r1_penalty, reference_loss
+from models.training.ranks import ALONE, Ranks
 from models.training.warps import endpoint_error, warped_pair
 from models.vqgan import VQGAN
 
@@ -34,7 +35,7 @@ class Stage(Protocol):
 
     `network` is trained, and so is `critic`, the discriminator, where there is one. A sample has `sections` consecutive
     sections, a validation window `validated` ones. `better` names the scores whose best weights are kept: 1 where a
-    larger score is better, -1 where a smaller one is.
+    larger score is better, -1 where a smaller one is. `ranks` are the processes that train it together.
     """
 
     network: nn.Module
@@ -42,6 +43,7 @@ class Stage(Protocol):
     sections: int
     validated: int
     better: dict[str, int]
+    ranks: Ranks
 
     def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
         """The network's losses for a batch of LR (B, N, 1, h, w) and HR (B, N, 1, H, W)."""
@@ -49,6 +51,12 @@ class Stage(Protocol):
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
         """The critic's `critic_loss` and its parts for the last batch of `losses`; None before it is trained."""
+        ...
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        """Called once the weights have been updated. Returns the rows that the stage itself has set anew, by the name
+        of their parameter.
+        """
         ...
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
@@ -72,16 +80,21 @@ class FlowStage:
     validated: int = 2
     critic: nn.Module | None = None
     better: dict[str, int] = field(default_factory=lambda: {"endpoint_error": -1})
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.network: nn.Module = SPyNet(self.params.flow_widths, self.params.flow_levels)
 
     def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
-        first, second, flow = self._pair(batch, np.random.default_rng([self.seed, step, 1]))
+        own = [self.ranks.rank] if self.ranks.rank else []
+        first, second, flow = self._pair(batch, np.random.default_rng([self.seed, step, 1, *own]))
         return {"loss": endpoint_error(network(first, second), flow)}
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
         return None
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        return {}
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         found, still = [], []
@@ -123,12 +136,14 @@ class VQGANStage:
     sections: int = 1
     validated: int = 1
     better: dict[str, int] = field(default_factory=lambda: {"psnr": 1, "lpips": -1})
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.network: nn.Module = VQGAN(self.params.prior)
         self.critic: nn.Module | None = Discriminator(self.critic_width) if self.adversarial else None
         self.usage = CodeUsage(self.params.prior.codes)
         self._real_and_fake: tuple[Tensor, Tensor] | None = None
+        self._latent: Tensor | None = None
 
     def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
         real = batch[1].flatten(0, 1)
@@ -149,16 +164,19 @@ class VQGANStage:
             critic.requires_grad_(True)
             loss = loss + self.adversarial * parts["generator"]
             self._real_and_fake = real, image.detach()
-        self._count_and_revive(network, latent.detach(), step)
+        self._latent = latent.detach()
         return {"loss": loss, **parts}
 
     def _tokens(self, real: Tensor, share: float, step: int) -> Tensor | None:
-        """Which tokens are quantised, (B, 1, h, w): a share of them, drawn anew in each step; None for all."""
+        """Which tokens are quantised, (B, 1, h, w): a share of them, drawn anew in each step; None for all. All ranks
+        draw those of all samples of the step, and each takes its own.
+        """
         if share >= 1:
             return None
         b, _, h, w = real.shape
-        patch = self.params.prior.patch
-        drawn = np.random.default_rng([self.seed, step, 4]).random((b, 1, h // patch, w // patch)) < share
+        patch, first = self.params.prior.patch, self.ranks.rank * b
+        size = (self.ranks.count * b, 1, h // patch, w // patch)
+        drawn = np.random.default_rng([self.seed, step, 4]).random(size)[first : first + b] < share
         return torch.from_numpy(drawn).to(real.device)
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
@@ -172,14 +190,17 @@ class VQGANStage:
             loss = loss + parts["r1"]
         return {"critic_loss": loss, **parts}
 
-    def _count_and_revive(self, network: nn.Module, latent: Tensor, step: int) -> None:
-        """Count the codes of Z_e (B, d, h, w); in the steps for it, set unused rows to columns of Z_e."""
-        vqgan = cast(VQGAN, getattr(network, "module", network))
-        self.usage.count(vqgan.codebook.nearest(latent))
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        """Count the codes of the step's Z_e (B, d, h, w); in the steps for it, set unused rows to columns of Z_e."""
+        assert self._latent is not None
+        latent, codebook = self._latent, cast(VQGAN, self.network).codebook
+        self.usage.count(codebook.nearest(latent), self.ranks)
         if step == self.quantise_from - 1:
             self.usage.counts.zero_()  # so that all rows count as unused, and move
         if step == self.quantise_from - 1 or (self.revive_every and (step + 1) % self.revive_every == 0):
-            self.usage.revive(vqgan.codebook, latent, np.random.default_rng([self.seed, step, 3]))
+            rng = np.random.default_rng([self.seed, step, 3])
+            return {"codebook.weight": self.usage.revive(codebook, latent, rng, self.ranks)}
+        return {}
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         images, scores, seen = [], [], []
@@ -205,6 +226,7 @@ class IndexerStage:
     validated: int = 1
     critic: nn.Module | None = None
     better: dict[str, int] = field(default_factory=lambda: {"cross_entropy": -1, "psnr": 1})
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.network: nn.Module = Indexer(self.params.prior, self.params.scale)
@@ -218,6 +240,9 @@ class IndexerStage:
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
         return None
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        return {}
 
     def _indices(self, hr: Tensor) -> Tensor:
         with torch.no_grad():
@@ -256,6 +281,7 @@ class NetworkStage:
     perceptual: Perceptual | None = None
     critic: nn.Module | None = None
     better: dict[str, int] = field(default_factory=lambda: {"psnr": 1, "lpips": -1})
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.network: nn.Module = SuperResolver(self.params)
@@ -280,6 +306,9 @@ class NetworkStage:
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
         return None
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        return {}
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         images, scores, half = [], [], self.params.window // 2

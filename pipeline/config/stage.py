@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,18 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_v
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
 from pipeline.config.volume import Url
+
+CHANGEABLE = {"steps", "rate", "periods", "precision"} | {
+    f"losses.{name}" for name in ("codebook", "adversarial", "reference", "perceptual")
+}
+"""Keys of StageConfig.settings that may differ when a run goes on: what is left of it then follows the new ones."""
+_APART: Any = {
+    **dict.fromkeys(
+        ("output", "checkpoint_every", "validate_every", "devices", "accelerator", "threads", "card", "half"), True
+    ),
+    "data": {"licence"},
+}
+"""Keys that decide no weight."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -60,7 +72,8 @@ class NetworkConfig(_Model):
     """The network that is trained, and the files it starts from.
 
     `vqgan`, `indexer` and `flow` are files that earlier stages wrote; `flow` may also be SPyNet's published file.
-    `start` holds weights of the whole network to continue with. `mpf`, `pod` and `three_da` switch these modules off
+    `start` holds weights of the whole network to continue with. `untrained` names those of `flow` and `vgg19` that
+    stay as they were drawn at random. `mpf`, `pod` and `three_da` switch these modules off
     where they are false; `alone` fills every window with its centre section. `vgg19` holds the weights of the mask's
     network.
     """
@@ -74,6 +87,7 @@ class NetworkConfig(_Model):
     indexer: Path | None = None
     flow: Path | None = None
     vgg19: Path | None = None
+    untrained: tuple[Literal["flow", "vgg19"], ...] = ()
     alone: StrictBool = False
     start: Path | None = None
 
@@ -130,21 +144,45 @@ class StageConfig(_Model):
 
     @model_validator(mode="after")
     def _needs(self) -> StageConfig:
-        needed = {"indexer": ["vqgan"], "network": ["vqgan", "indexer"] if self.network.mpf else []}.get(self.stage, [])
-        for key in needed:
+        for key in self._earlier():
             if getattr(self.network, key) is None:
-                raise ValueError(f"network.{key}, the file of an earlier stage, for stage {self.stage}")
+                also = f", or network.untrained: [{key}]" if key in ("flow", "vgg19") else ""
+                raise ValueError(f"network.{key}, the file of an earlier stage{also}, for stage {self.stage}")
         if self.data.crop % (4 * self.network.scale):
             raise ValueError(f"data.crop as a multiple of {4 * self.network.scale} HR voxels (four LR voxels)")
         return self
 
-    def digest(self) -> str:
-        """sha256 of everything that decides the weights: a checkpoint is resumed only under the same digest.
+    def _earlier(self) -> list[str]:
+        """The keys of `network` that this stage needs: frozen parts, which would be random without their files."""
+        n = self.network
+        if self.stage == "indexer":
+            return ["vqgan"]
+        if self.stage != "network":
+            return []
+        needed = ["vqgan", "indexer"] if n.mpf else []
+        needed += ["vgg19"] if n.mpf and n.preset == "paper" and "vgg19" not in n.untrained else []
+        return needed + (["flow"] if n.pod and "flow" not in n.untrained else [])
 
-        The output folder, the device, the card's text and the intervals of validation and checkpoints do not count.
+    def settings(self, contents: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that decides the weights, by dotted key: a checkpoint is resumed only under the same.
+
+        `contents` says by the same keys what lies at a path or url, which themselves do not count.
         """
-        apart = {"output", "checkpoint_every", "validate_every", "devices", "accelerator", "threads", "card", "half"}
-        return hashlib.sha256(self.model_dump_json(exclude=apart).encode()).hexdigest()
+        flat: dict[str, Any] = {}
+
+        def add(value: Any, place: str) -> None:
+            if isinstance(value, dict):
+                for key, child in value.items():
+                    add(child, f"{place}.{key}" if place else key)
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                for i, child in enumerate(value):
+                    add(child, f"{place}[{i}]")
+            else:
+                flat[place] = value
+
+        add(self.model_dump(mode="json", exclude=_APART), "")
+        flat["batch times devices"] = flat.pop("batch") * self.devices
+        return flat | dict(contents)
 
 
 def load(path: str | Path) -> StageConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,7 +30,33 @@ Read = Callable[[slice, slice, slice], Uint8Array]
 """Voxels (z, y, x) of a volume, counted from its first used section."""
 
 
-def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budget: int = IN_MEMORY) -> Volume:
+@dataclass(frozen=True)
+class OpenVolume:
+    """A volume, and by the z of every usable section the SHA-256 of its voxels: the whole section of a volume in
+    memory, otherwise its middle. `lr` is that of given LR, empty without.
+    """
+
+    config: VolumeConfig
+    volume: Volume
+    sections: dict[int, str]
+    lr: str
+
+    def digest(self) -> str:
+        """SHA-256 over all usable sections, in their order."""
+        return hashlib.sha256("".join(self.sections.values()).encode()).hexdigest()
+
+
+def shared_sections(train: list[OpenVolume], validate_on: list[OpenVolume]) -> int:
+    """How many sections of `validate_on` are also trained on: at the same place, or with the same voxels elsewhere."""
+
+    def names(opened: OpenVolume, z: int, voxels: str) -> set[object]:
+        return {voxels, (opened.config.url, opened.config.array, opened.config.mip, z)}
+
+    seen = {name for opened in train for z, voxels in opened.sections.items() for name in names(opened, z, voxels)}
+    return sum(bool(names(o, z, voxels) & seen) for o in validate_on for z, voxels in o.sections.items())
+
+
+def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budget: int = IN_MEMORY) -> OpenVolume:
     """The sections of one entry of data.train or data.validate_on. Raises UserError where they cannot serve.
 
     `sections` and `crop` are what one sample takes, in HR voxels. Volumes of up to `budget` bytes are held in memory.
@@ -53,10 +81,10 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
             f"at least data.crop, {crop}",
             "Use a smaller crop or larger sections",
         )
-    hr = _reader(source, first)
-    if np.prod(shape) <= budget:
+    hr, held = _reader(source, first), bool(np.prod(shape) <= budget)
+    if held:
         hr = _in_memory(hr, shape, config.url)
-    good = _usable(hr, shape, {z - first for z in config.bad_sections}, config.url)
+    good, digests = _usable(hr, shape, {z - first for z in config.bad_sections}, config.url, held)
     if lr is not None:
         z, (y, x) = int(np.flatnonzero(good)[good.sum() // 2]), shape[1:]
         wanted = degrade(hr(slice(z, z + 1), slice(0, y), slice(0, x))[0], scale)
@@ -69,7 +97,8 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
             f"{sections} consecutive ones",
             "Give more sections, or fewer bad_sections",
         )
-    return volume
+    usable = {first + int(z): digests[z] for z in np.flatnonzero(good)}
+    return OpenVolume(config, volume, usable, _digest_of(lr, [z - first for z in usable], shape, scale) if lr else "")
 
 
 def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
@@ -107,14 +136,35 @@ def _in_memory(read: Read, shape: tuple[int, int, int], url: str) -> Read:
     return lambda z, y, x: whole[z, y, x]
 
 
-def _usable(read: Read, shape: tuple[int, int, int], bad: set[int], url: str) -> np.ndarray:
-    """Per section, whether it is neither among the `bad` nor flat. Reads the middle of each."""
+def _middle(shape: tuple[int, int, int]) -> list[slice]:
+    """The rows and columns of each section that are checked."""
     starts = [max(0, (n - SAMPLE) // 2) for n in shape[1:]]
-    middle = [slice(start, min(n, start + SAMPLE)) for start, n in zip(starts, shape[1:], strict=True)]
+    return [slice(start, min(n, start + SAMPLE)) for start, n in zip(starts, shape[1:], strict=True)]
+
+
+def _digest_of(lr: Read, sections: list[int], shape: tuple[int, int, int], scale: int) -> str:
+    """SHA-256 of the middle of the given LR sections; `shape` is that of HR."""
+    middle = _middle((shape[0], shape[1] // scale, shape[2] // scale))
+    total = hashlib.sha256()
+    for z in sections:
+        total.update(lr(slice(z, z + 1), *middle).tobytes())
+    return total.hexdigest()
+
+
+def _usable(
+    read: Read, shape: tuple[int, int, int], bad: set[int], url: str, held: bool
+) -> tuple[np.ndarray, list[str]]:
+    """Per section, whether it is neither among the `bad` nor flat, and the SHA-256 of its voxels: all where the volume
+    is `held` in memory, otherwise the middle, which is what is read.
+    """
+    middle = _middle(shape)
     good = np.zeros(shape[0], bool)
+    digests = []
     highest = 0
     for z in range(shape[0]):
         sample = read(slice(z, z + 1), *middle)
+        whole = read(slice(z, z + 1), slice(0, shape[1]), slice(0, shape[2])) if held else sample
+        digests.append(hashlib.sha256(whole.tobytes()).hexdigest())
         good[z] = z not in bad and sample.std() >= FLAT
         highest = max(highest, int(sample.max()))
     if 0 < highest <= 1:
@@ -129,7 +179,7 @@ def _usable(read: Read, shape: tuple[int, int, int], bad: set[int], url: str) ->
             "EM images",
             "Check the url, mip and intensity_window",
         )
-    return good
+    return good, digests
 
 
 def _check_correlation(config: VolumeConfig, wanted: np.ndarray, given: np.ndarray, z: int) -> None:

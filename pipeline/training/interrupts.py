@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a training run."""
+"""Ctrl-C, SIGTERM and SIGHUP during a training run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import threading
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM end the run after the step in progress; a second one ends it at once.
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) end the run after the step in progress; a second one ends it at
+    once. Where SIGHUP is ignored, as under nohup, it stays so.
 
     Within the `with` block, the event is set by the first signal; the second raises KeyboardInterrupt.
     """
 
     def __enter__(self) -> threading.Event:
         self._received = threading.Event()
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self._received
 
     def _handle(self, number: int, frame: object) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -18,19 +21,51 @@ LINE_S = 10.0
 class Log:
     """Writes every step to TensorBoard, and every validation to metrics.jsonl and samples/, in `folder`.
 
-    `resumed_at` is the step from which the run goes on: what TensorBoard holds of later steps is taken back.
+    `resumed_at` is the step from which the run goes on: what is there of later steps is taken back. `notes` are added
+    to every line of metrics.jsonl. Its methods raise OSError where the folder takes no more.
     """
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, resumed_at: int, notes: dict[str, Any] | None = None) -> None:
+        self._folder, self._notes = folder, notes or {}
+        self._metrics = folder / "metrics.jsonl"
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_thread
+        self._take_back(resumed_at)
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
         self._last_line = 0.0
 
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._writer.close()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self._hook
+
+    def _of_thread(self, args: threading.ExceptHookArgs) -> None:
+        """A failed write of TensorBoard's thread is raised by its next call, and needs no traceback before."""
+        if not isinstance(args.exc_value, OSError):
+            self._hook(args)
+
+    def _take_back(self, step: int) -> None:
+        if not self._metrics.exists():
+            return
+        kept = [line for line in self._metrics.read_text().splitlines(keepends=True) if _step(line) <= step]
+        unfinished = self._metrics.with_suffix(".unfinished")
+        try:
+            unfinished.write_text("".join(kept))
+            unfinished.replace(self._metrics)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def note(self, step: int, what: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl that is no validation."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **what}) + "\n")
 
     def report(self, progress: Progress) -> None:
         """Called after every step."""
@@ -39,8 +74,8 @@ class Log:
         for name, value in progress.scores.items():
             self._writer.add_scalar(f"validation/{name}", value, progress.step)
         if progress.scores:
-            with (self._folder / "metrics.jsonl").open("a") as file:
-                file.write(to_json(progress) + "\n")
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(to_json(progress) | self._notes) + "\n")
             self._save_sample(progress)
         now = time.monotonic()
         if progress.scores or now - self._last_line >= LINE_S or progress.step == progress.steps:
@@ -54,6 +89,14 @@ class Log:
             self._writer.add_image(f"sample/{i}", image.cpu(), progress.step)
             pixels = (image[0] * 255).round().byte().cpu().numpy()
             Image.fromarray(pixels).save(folder / f"step-{progress.step:07d}-{i}.png")
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def line(progress: Progress) -> str:

@@ -2,49 +2,165 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 
 from models import WeightsError
 from models.training.crops import Augmentation, Crops, centre_windows
-from models.training.loop import Loop, Recipe
+from models.training.loop import Loop, NotFiniteError, Recipe
+from models.training.ranks import Ranks
 from models.training.stages import Batch, Stage
 from pipeline.base.errors import NetworkError, UserError
-from pipeline.config.stage import StageConfig
-from pipeline.training.data import open_volume
+from pipeline.config.stage import CHANGEABLE, StageConfig
+from pipeline.training import checkpoint, processes
+from pipeline.training.data import OpenVolume, open_volume, shared_sections
 from pipeline.training.interrupts import Interrupts
 from pipeline.training.log import Log
-from pipeline.training.stage import prepare, save
+from pipeline.training.output import check_space, held, writing
+from pipeline.training.stage import contents, prepare, save
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run is made of, once all of it has been read and checked. `settings` are those of the checkpoint."""
+
+    config: StageConfig
+    stage: Stage
+    crops: Crops
+    windows: list[Batch]
+    settings: dict[str, Any]
+    notes: dict[str, Any]
 
 
 def run(config: StageConfig) -> int:
     """Train, or go on from the checkpoint in config.output, to the last step or an interrupt.
 
-    Returns the number of steps done, fewer than config.steps after an interrupt. Raises UserError before the first.
+    Returns the number of steps done, fewer than config.steps after an interrupt. Raises UserError, most of them before
+    the first step.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    cuda = _on_gpus(config)
+    prepared = _prepare(config)
+    for name, count in prepared.notes.items():
+        print(f"emsr: {count} {name.replace('_', ' ')}: scores on them say little of other data", file=sys.stderr)
+    with held(config.output):
+        found, complaints = checkpoint.read(config.output, torch.device("cpu"))
+        for line in complaints:
+            print(f"emsr: {line}; the checkpoint before it is used", file=sys.stderr)
+        changed = {} if found is None else _changes(prepared, found)
+        with processes.others(config, cuda):
+            loop = _loop(prepared, Ranks(0, config.devices), cuda)
+            if found is not None:
+                _go_on(loop, found, changed)
+            check_space(config.output, loop.checkpoint_bytes(), loop.weights_bytes())
+            return _train(prepared, loop, changed)
+
+
+def run_rank(config: StageConfig, ranks: Ranks, folder: Path) -> None:
+    """The part of a device after the first: the same steps, on samples of its own, nothing written."""
+    cuda = _on_gpus(config)
+    prepared = _prepare(config)
+    processes.join(folder, ranks, cuda)
+    loop = _loop(prepared, ranks, cuda)
+    found, _ = checkpoint.read(config.output, torch.device("cpu"))
+    if found is not None:
+        loop.go_on(found, try_again=bool(_changes(prepared, found)))
+    loop.run(prepared.crops, prepared.windows, lambda *_: None, lambda _: None)
+
+
+def _on_gpus(config: StageConfig) -> bool:
+    """Whether the run is on GPUs. Raises UserError where there are too few."""
+    found = torch.cuda.device_count() if config.accelerator != "cpu" else 0
+    if config.accelerator == "auto" and not found:
+        return False
+    if config.accelerator != "cpu" and found < config.devices:
+        raise UserError(
+            f"this machine has {found} GPUs that can be used",
+            f"devices: {config.devices}",
+            "Use fewer devices, or accelerator: cpu",
+        )
+    return config.accelerator != "cpu"
+
+
+def _prepare(config: StageConfig) -> Prepared:
+    if config.threads or config.devices > 1:
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices))
     torch.manual_seed(config.seed)
     stage = _checked(lambda: prepare(config))
-    crops = _crops(config, stage)
-    windows = _windows(config, stage)
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
-    fabric.launch()
-    config.output.mkdir(parents=True, exist_ok=True)
-    loop = Loop(fabric, stage, _recipe(config), config.output, config.digest())
-    _resume(loop, config)
-    with Interrupts() as interrupted, Log(config.output, resumed_at=loop.step) as log:
-        loop.run(
-            crops,
-            windows,
-            lambda name, network, facts: save(config, name, network, facts),
-            log.report,
-            interrupted.is_set,
-        )
+    data, scale = config.data, config.network.scale
+    train = [open_volume(volume, scale, stage.sections, 2 * data.drift + data.crop) for volume in data.train]
+    validate_on = [open_volume(volume, scale, stage.validated, 4 * scale) for volume in data.validate_on]
+    crops = Crops(
+        [opened.volume for opened in train],
+        stage.sections,
+        data.crop,
+        scale,
+        Augmentation(data.flips, data.drift, data.noise),
+    )
+    shared = shared_sections(train, validate_on)
+    notes = {"sections_validated_on_that_are_also_trained_on": shared} if shared else {}
+    settings = config.settings(contents(config) | _voxels("train", train) | _voxels("validate_on", validate_on))
+    return Prepared(config, stage, crops, _windows(config, stage, validate_on), settings, notes)
+
+
+def _voxels(key: str, volumes: list[OpenVolume]) -> dict[str, str]:
+    """What lies at the urls of data.train or data.validate_on, by their dotted keys."""
+    found = {f"data.{key}[{i}].url": f"voxels {opened.digest()[:16]}" for i, opened in enumerate(volumes)}
+    return found | {f"data.{key}[{i}].lr": f"voxels {o.lr[:16]}" for i, o in enumerate(volumes) if o.lr}
+
+
+def _loop(prepared: Prepared, ranks: Ranks, cuda: bool) -> Loop:
+    config = prepared.config
+    fabric = Fabric(
+        accelerator="cuda" if cuda else "cpu",
+        devices=[ranks.rank] if cuda else 1,
+        precision=config.precision,
+        plugins=[LightningEnvironment()],  # otherwise it looks for Slurm, and warns where `srun` is not used
+    )
+    return Loop(fabric, prepared.stage, _recipe(config), ranks)
+
+
+def _train(prepared: Prepared, loop: Loop, changed: dict[str, list[Any]]) -> int:
+    config, folder = prepared.config, prepared.config.output
+    with (
+        writing(folder, loop.checkpoint_bytes()),
+        Interrupts() as interrupted,
+        Log(folder, loop.step, prepared.notes) as log,
+    ):
+        if changed:
+            log.note(loop.step, {"changed": changed})
+        try:
+            loop.run(
+                prepared.crops,
+                prepared.windows,
+                lambda name, network, facts: save(config, name, network, facts | prepared.notes),
+                log.report,
+                lambda state: checkpoint.write(folder, state | {"settings": prepared.settings}),
+                interrupted.is_set,
+            )
+        except NotFiniteError as error:
+            raise _advice(error, config) from None
     return loop.step
+
+
+def _advice(error: NotFiniteError, config: StageConfig) -> UserError:
+    parts = [name for name, value in error.parts.items() if not abs(value) < float("inf")]
+    what = " and ".join(parts) or "a gradient"
+    of = ", ".join(f"{name} {value:.3g}" for name, value in error.parts.items())
+    precision = "" if config.precision == "32-true" else ", give precision 32-true"
+    return UserError(
+        f"step {error.step + 1}: {what} is not finite ({of})",
+        "finite numbers",
+        f"Lower rate ({config.rate:g}) or the weight of that loss{precision}: the same command then goes on from the "
+        f"step before, and without a change it leaves this step out. To go back further, remove {checkpoint.NAME}",
+    )
 
 
 def _checked(build: Callable[[], Stage]) -> Stage:
@@ -59,23 +175,14 @@ def _checked(build: Callable[[], Stage]) -> Stage:
         ) from None
 
 
-def _crops(config: StageConfig, stage: Stage) -> Crops:
-    """What is trained on."""
-    data, scale = config.data, config.network.scale
-    reach = 2 * data.drift + data.crop
-    volumes = [open_volume(volume, scale, stage.sections, reach) for volume in data.train]
-    return Crops(volumes, stage.sections, data.crop, scale, Augmentation(data.flips, data.drift, data.noise))
-
-
-def _windows(config: StageConfig, stage: Stage) -> list[Batch]:
+def _windows(config: StageConfig, stage: Stage, volumes: list[OpenVolume]) -> list[Batch]:
     """What is validated on: windows from the middle of each volume, shared out evenly among the volumes."""
-    data, scale = config.data, config.network.scale
-    volumes = [open_volume(volume, scale, stage.validated, 4 * scale) for volume in data.validate_on]
+    data = config.data
     share = max(1, data.validation_windows // max(1, len(volumes)))
     return [
         window
-        for volume in volumes
-        for window in centre_windows(volume, stage.validated, data.validation_crop, scale, share)
+        for opened in volumes
+        for window in centre_windows(opened.volume, stage.validated, data.validation_crop, config.network.scale, share)
     ]
 
 
@@ -92,11 +199,50 @@ def _recipe(config: StageConfig) -> Recipe:
     )
 
 
-def _resume(loop: Loop, config: StageConfig) -> None:
-    try:
-        if loop.resume():
-            print(f"emsr: going on from step {loop.step}", file=sys.stderr)
-    except ValueError as error:
+def _changes(prepared: Prepared, found: dict[str, Any]) -> dict[str, list[Any]]:
+    """The settings that are not those of the checkpoint `found`, each before and now, where a run may go on with them.
+
+    Raises UserError where it may not.
+    """
+    folder, now = prepared.config.output, prepared.settings
+    if "settings" not in found:
         raise UserError(
-            f"{error}", "the stage.yaml it was begun with", f"Put it back, or empty {config.output}"
-        ) from None
+            f"{folder / checkpoint.NAME} is of an earlier emsr, or of something else",
+            "a checkpoint of this emsr",
+            f"Empty {folder} to begin anew; network.start takes weights of stage network",
+        )
+    before = found["settings"]
+    differing = {
+        key: [before.get(key), now.get(key)]
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+    if refused := {key: values for key, values in differing.items() if key not in CHANGEABLE}:
+        raise UserError(
+            f"the checkpoint in {folder} has other settings: {_shown(refused)}",
+            f"the same; only {', '.join(sorted(CHANGEABLE))} may change",
+            "Put them back, or give another output",
+        )
+    if prepared.config.steps < found["step"]:
+        raise UserError(
+            f"steps is {prepared.config.steps}, but the checkpoint in {folder} is of step {found['step']}",
+            "at least as many steps",
+            "Give more steps, or another output",
+        )
+    return differing
+
+
+def _go_on(loop: Loop, found: dict[str, Any], changed: dict[str, list[Any]]) -> None:
+    loop.go_on(found, try_again=bool(changed))
+    print(f"emsr: going on from step {loop.step}", file=sys.stderr)
+    if changed:
+        print(f"emsr: from here on with other settings: {_shown(changed)}", file=sys.stderr)
+    if loop.step > found["step"]:
+        print(
+            f"emsr: the update of step {found['step'] + 1}, which was not finite, is left out ({loop.skipped} so far)",
+            file=sys.stderr,
+        )
+
+
+def _shown(differing: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{key} was {before}, is {now}" for key, (before, now) in differing.items())

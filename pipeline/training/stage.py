@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from models import weights
 from models.config import Params, preset
+from models.metadata import WeightsError
 from models.network import SuperResolver
 from models.training import parts
 from models.training.losses import Features
@@ -74,8 +77,8 @@ def _network_stage(config: StageConfig, perceptual: Perceptual | None) -> Networ
     )
     network = stage.network
     assert isinstance(network, SuperResolver)
-    if files.start is not None:
-        parts.start_from(network, weights.read_state(files.start))
+    if files.start is not None and not parts.start_from(network, weights.read_state(files.start)):
+        raise WeightsError(f"{files.start} has no tensor that fits this network. Name weights of stage network")
     if files.vgg19 is not None:
         weights.load_vgg19(network, weights.read_state(files.vgg19))
     paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(files, kind)) is not None}
@@ -97,13 +100,38 @@ def save(config: StageConfig, name: str, network: nn.Module, facts: dict[str, An
     """
     unfinished = config.output / f"{name}.unfinished"
     card = facts | {"recipe": recipe(config)}
-    if isinstance(network, SuperResolver):
-        text = config.card + ("\n\n" if config.card else "") + json.dumps(card, sort_keys=True)
-        weights.save(unfinished, network, config.data.licence, text, half=config.half)
+    try:
+        if isinstance(network, SuperResolver):
+            text = config.card + ("\n\n" if config.card else "") + json.dumps(card, sort_keys=True)
+            weights.save(unfinished, network, config.data.licence, text, half=config.half)
+        else:
+            part = Part(config.stage, params(config), config.data.licence, network.state_dict(), card)
+            parts.save_part(unfinished, part)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(config.output / f"{name}.safetensors")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def contents(config: StageConfig) -> dict[str, str]:
+    """What lies in the files that the stage starts from and measures with, by their dotted keys of stage.yaml."""
+    files = {f"network.{key}": getattr(config.network, key) for key in ("vqgan", "indexer", "flow", "vgg19", "start")}
+    files |= {f"losses.{key}": getattr(config.losses, key) for key in ("vgg", "lpips_alex")}
+    return {key: f"file {_sha256(path)[:16]}" for key, path in files.items() if path is not None and path.exists()}
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file; of all files of a folder, and of all levels where one of SPyNet's is named."""
+    if path.is_dir():
+        files = sorted(child for child in path.iterdir() if child.is_file())
     else:
-        part = Part(config.stage, params(config), config.data.licence, network.state_dict(), card)
-        parts.save_part(unfinished, part)
-    unfinished.replace(config.output / f"{name}.safetensors")
+        files = sorted(path.parent.glob("*.t7")) if path.suffix == ".t7" else [path]
+    total = hashlib.sha256()
+    for part in files:
+        with part.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def recipe(config: StageConfig) -> dict[str, Any]:

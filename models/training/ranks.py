@@ -1,0 +1,74 @@
+"""The processes that train one network together, one per device: what they add up, average and decide in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is number `rank` of `count`. With more than one, torch.distributed's default group connects them,
+    and all of them call each method in the same order. A lone process needs no group.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' tensors of one shape, on the device of this one's."""
+        if self.count == 1:
+            return value
+        total = value.detach().clone().to(_device())
+        distributed.all_reduce(total)
+        return total.to(value.device)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """All ranks' tensors of one shape, one after the other along the first dimension."""
+        if self.count == 1:
+            return value
+        own = value.detach().contiguous().to(_device())
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        distributed.all_gather(parts, own)
+        return torch.cat(parts).to(value.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any rank."""
+        return flag if self.count == 1 else bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of each value over the ranks. All have the same names; it is not finite where one of them is not."""
+        if self.count == 1:
+            return values
+        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64)) / self.count
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def average_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Replace the gradient of each parameter that has one by its mean over the ranks."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.count == 1 or not gradients:
+            return
+        mean = self.sum(torch.cat([g.flatten() for g in gradients])) / self.count
+        for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view(gradient.shape))
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give each tensor the values that it has in rank 0."""
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.detach().contiguous().to(_device())
+            distributed.broadcast(sent, 0)
+            tensor.detach().copy_(sent)
+
+
+ALONE = Ranks()
+
+
+def _device() -> str:
+    """Where the group's tensors must be."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"

@@ -1,0 +1,96 @@
+"""The folder that a training run writes to: one run at a time, with space enough, and messages where it cannot."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pipeline.base.errors import UserError
+from pipeline.training import checkpoint
+
+LOCK = "lock"
+KEPT = 3
+"""Checkpoints that exist while one is written: itself, the one that it follows, and the one before that."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it. The lock ends with the process, however that ends.
+
+    Raises UserError where the folder cannot be written, or another run holds it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another training ({file.read().strip() or 'it does not say which'})",
+                "one training per folder",
+                "Wait for it or end it, or give another output",
+            ) from None
+        except OSError as error:
+            print(
+                f"emsr: {folder} cannot be locked ({error.strerror}): see that no other training writes there",
+                file=sys.stderr,
+            )
+        with writing(folder):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            for left in folder.glob("*.unfinished"):  # by a run that was killed
+                left.unlink()
+        yield
+
+
+def check_space(folder: Path, checkpoint_bytes: int, weights_bytes: int) -> None:
+    """Raise UserError where the folder has no space for the checkpoints and weights of a whole run.
+
+    What is there of them is written again, and counts as free.
+    """
+    there = [checkpoint.NAME, checkpoint.BEFORE, *(path.name for path in folder.glob("*.safetensors"))]
+    free = shutil.disk_usage(folder).free
+    usable = free + sum((folder / name).stat().st_size for name in there if (folder / name).exists())
+    needed = KEPT * checkpoint_bytes + weights_bytes
+    if usable < needed:
+        raise UserError(
+            f"{folder}: no space for this training ({_size(free)} are free)",
+            f"{_size(needed)}: {KEPT} checkpoints of {_size(checkpoint_bytes)} and {_size(weights_bytes)} of weights",
+            "Free some space there, or give another output",
+        )
+
+
+@contextmanager
+def writing(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Within the block, a failure to write becomes a UserError that names the folder, and how much is `needed`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = str(error)
+        if getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in text for number in _FULL):
+            wanted = f"about {_size(needed)} for what was being written" if needed else ""
+            raise UserError(
+                f"{folder}: no space left ({_size(shutil.disk_usage(folder).free)} are free; {text})",
+                wanted,
+                "Free some space there, and the same command goes on from the last checkpoint",
+            ) from None
+        raise UserError(
+            f"{folder}: cannot be written ({text})", "a folder for what is trained", "Correct output or its permissions"
+        ) from None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
