@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from types import FrameType
 
 from distributed import Client
 
-from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.base.command import INTERRUPTED, guarded, handling
 from pipeline.cluster.connect import batch_job, connect, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
@@ -119,7 +118,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
             lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
 
         execute(client, run, process_lease, show)
-        sheet = report.write(prepared, run)
+        sheet = report.write(prepared, run, progress.dropped)
         if bad := prepared.spec["source"]["bad_sections"]:
             shown = {z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
             progress.say("bad_sections", count=len(bad), **shown)
@@ -155,24 +154,21 @@ def _sum(ledger: Ledger) -> str:
 
 @contextmanager
 def _interruptible(run: RunState, progress: RunProgress) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) drains, the second ends at once; the target can be resumed after either."""
+    """The first signal drains, a second Ctrl-C or SIGTERM ends at once; the target can be resumed after either.
+
+    SIGHUP and SIGXCPU come several times by themselves: their number says nothing.
+    """
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if run.stop.is_set():
+        if not run.stop.is_set():
+            run.stop.set()
+            name = signal.Signals(number).name
+            progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
+        elif number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        run.stop.set()
-        name = signal.Signals(number).name
-        progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(handler):
         yield
-        return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     FAULT_KIND    fail: raises; hang: never returns, holding the device; exhaust: allocates until it is killed
     FAULT_FLUSH_S seconds between the ledger's segments, instead of 5
 
-COMMAND `here` is the main job in this process alone. Workers are spawned and import this file again, so what is
+COMMAND `here` is the main job in this process alone. Local workers load this file before they begin, so what is
 installed below reaches them too.
 """
 
@@ -89,4 +89,5 @@ if __name__ == "__main__":
 
         run_here(Path(arguments[0]))
         sys.exit(0)
+    standin.reach_workers(__file__)
     sys.exit(importlib.import_module(f"pipeline.{command}").main(arguments))

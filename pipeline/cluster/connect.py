@@ -22,6 +22,7 @@ from pipeline import __version__
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import kubernetes, slurm
 from pipeline.config.cluster import ClusterConfig
+from pipeline.process.children import starting_processes
 
 CONNECT_S = 30
 
@@ -163,6 +164,7 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             "Lower cluster.workers or gpus_per_worker",
         )
     with (
+        starting_processes(),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=in_flight,
@@ -240,10 +242,11 @@ class _NoProfile(WorkerPlugin):  # type: ignore[misc]
 
 
 class _IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]
-    """Ctrl-C reaches every process of the terminal; only the client may act on it, so that workers drain."""
+    """Ctrl-C and the end of a terminal reach all its processes; only the client may act on them: workers drain."""
 
     name = "emsr-interrupts"
 
     def setup(self, worker: Worker) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)

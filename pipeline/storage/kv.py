@@ -11,9 +11,10 @@ from urllib.parse import unquote, urlsplit
 
 import tensorstore as ts
 
-from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.base.errors import DamagedChunkError, DataError, EmsrError, MissingChunkError, TransientError, UserError
 from pipeline.config.urls import split_format
 from pipeline.storage import requests
+from pipeline.storage.write_errors import folder_refuses
 
 _CODE = re.compile(
     r"\b(NOT_FOUND|DATA_LOSS|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNAVAILABLE|DEADLINE_EXCEEDED|"
@@ -116,6 +117,14 @@ def classify(error: BaseException, what: str) -> EmsrError:
     return DamagedChunkError(f"{what}: {text}")
 
 
+def classify_write(error: BaseException, what: str) -> EmsrError:
+    """The error of a write about `what`: DiskError or TransientError where it may pass, UserError where it will not."""
+    fault = folder_refuses(error, what) or classify(error, what)
+    if isinstance(fault, DataError):
+        return UserError(f"{what}: {_short(str(error))}", "a place that takes objects", "See its log or its owner")
+    return fault
+
+
 def _short(text: str, limit: int = 300) -> str:
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
@@ -152,7 +161,7 @@ class Store:
             try:
                 future.result()
             except Exception as error:
-                failed = failed or classify(error, f"writing {self.url}/{key}")
+                failed = failed or classify_write(error, f"writing {self.url}/{key}")
         if failed:
             raise failed
 
@@ -164,7 +173,7 @@ class Store:
         try:
             stamp = self._kv.write(key, value, if_equal=generation).result()
         except Exception as error:
-            raise classify(error, f"writing {self.url}/{key}") from error
+            raise classify_write(error, f"writing {self.url}/{key}") from error
         return bool(stamp.generation != b"")
 
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
@@ -181,7 +190,7 @@ class Store:
         try:
             self._kv.write(key, None).result()
         except Exception as error:
-            raise classify(error, f"deleting {self.url}/{key}") from error
+            raise classify_write(error, f"deleting {self.url}/{key}") from error
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted, without the lock files that tensorstore leaves in folders."""
