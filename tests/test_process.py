@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, volume_yaml, wait_until, write_lr
+from conftest import GUARD_S, REPOSITORY, TESTS, main_job, run_here, texture, volume_yaml, wait_until, write_lr
 
 from pipeline.base.command import guarded
 from pipeline.base.errors import DiskError, EmsrError, TransientError, UserError
@@ -53,6 +53,14 @@ def test_a_run_needs_nobody_who_listens(streams: str, volume: Path, tmp_path: Pa
     told = report(tmp_path)
     assert told["ledger"]["planned"] == told["ledger"]["written"]
     assert told["this_run"]["dropped_lines"] > 0
+
+
+def test_a_state_that_is_not_written_is_no_success(volume: Path, tmp_path: Path) -> None:
+    """Where what is printed is the product, its loss is told."""
+    run_here(volume)
+    said = shell("$EMSR view --state v.yaml >/dev/full", tmp_path)
+    assert said.returncode == 2
+    assert "could not be written" in said.stderr
 
 
 @pytest.mark.parametrize("how", ["script.py", "- < script.py"])
