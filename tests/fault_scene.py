@@ -150,6 +150,8 @@ class Scene:
 
     def interrupted(self) -> None:
         """The main job begins and is asked to end under way; a part of the target is there (or all of it)."""
+        if not self.yaml.exists():
+            self.write()
         with self.command("run", str(self.yaml), STANDIN_DELAY_S="0.1") as process:
             if self.under_way(process):
                 process.send_signal(signal.SIGTERM)
