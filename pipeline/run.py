@@ -115,10 +115,11 @@ def _execute(prepared: Prepared, run: RunState, client: Client) -> int:
 
         def show(totals: RunTotals) -> None:
             progress.update(totals)
+            totals.dropped_lines = progress.dropped
             lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
 
         execute(client, run, process_lease, show)
-        sheet = report.write(prepared, run, progress.dropped)
+        sheet = report.write(prepared, run)
         if bad := prepared.spec["source"]["bad_sections"]:
             shown = {z: one["why"] for z, one in list(bad.items())[: bad_sections.MAX_SHOWN]}
             progress.say("bad_sections", count=len(bad), **shown)

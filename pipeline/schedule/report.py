@@ -26,11 +26,8 @@ MAX_FAILURES = 100
 _LIBRARIES = ("torch", "dask", "distributed", "tensorstore", "zarr", "numcodecs", "cloud-volume", "numpy")
 
 
-def write(prepared: Prepared, run: RunState, dropped_lines: int = 0) -> str:
-    """Write both; returns the contact sheet's URL, or why there is none.
-
-    `dropped_lines` is how many lines of progress could not be written.
-    """
+def write(prepared: Prepared, run: RunState) -> str:
+    """Write both; returns the contact sheet's URL, or why there is none."""
     plan, totals, ledger, work = prepared.job.plan, run.totals, run.ledger, prepared.config.work
     wall = time.time() - run.began
     failures = [i for _, i in zip(range(MAX_FAILURES), ledger.indices(QUARANTINED), strict=False)]
@@ -53,7 +50,7 @@ def write(prepared: Prepared, run: RunState, dropped_lines: int = 0) -> str:
             "skipped": totals.skipped,
             "quarantined": totals.quarantined,
             "interrupted": run.interrupted,
-            "dropped_lines": dropped_lines,
+            "dropped_lines": totals.dropped_lines,
         },
         "started_again": totals.started_again,
         "requests": {"refused": totals.requests.refused, "retried": totals.requests.retried},

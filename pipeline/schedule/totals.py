@@ -28,7 +28,7 @@ class RunTotals:
     `started_again` counts late leases that a second worker was given. `requests` are those that failed for the moment.
     `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
     LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
-    `workers` are named HOST:PID.
+    `workers` are named HOST:PID. `dropped_lines` is how many lines of progress could not be written.
     """
 
     written: int = 0
@@ -43,6 +43,7 @@ class RunTotals:
     voxels: int = 0
     bytes: int = 0
     workers: dict[str, WorkerTotals] = field(default_factory=dict)
+    dropped_lines: int = 0
 
     @property
     def closed(self) -> int:
