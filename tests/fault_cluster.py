@@ -53,7 +53,8 @@ def cluster(
         "FAULT_FLUSH_S": str(FLUSH_S),
         **scene.environ,
     }
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    # In a folder without modules: Python would import those before PYTHONPATH's.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True, "cwd": scene.folder}
     dask = [sys.executable, "-m", "dask"]
     scheduler = [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     worker = [*dask, "worker", "--scheduler-file", str(place), "--nthreads", "2", "--no-dashboard"]
