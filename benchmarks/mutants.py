@@ -363,9 +363,10 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("absent = 0 if opened.mask is not None or opened.job.source.skip_empty else None", "absent = 0"),
         ("_retrying(opened, lambda: opened.target.put(objects))", "opened.target.put(objects)"),
         (
-            "        raise TargetError(error.saw, error.wanted, error.do) from None\n\n\ndef _retrying",
-            "        raise\n\n\ndef _retrying",
+            "        raise TargetError(error.saw, error.wanted, error.do) from None\n    except DiskError",
+            "        raise\n    except DiskError",
         ),
+        ("    except DiskError as error:", "    except ZeroDivisionError as error:"),
     ],
     ("pipeline/worker/lease.py", WORKER): [
         ("    requests.limit(job.rates)\n", ""),

@@ -20,6 +20,7 @@ def command() -> None:
 
     From here on neither this process nor those that it starts import from the current folder, unless emsr lies there.
     """
+    open_standard_files()
     if foreign := _foreign():
         print(f"emsr: {foreign}", file=sys.stderr)
         sys.exit(2)
@@ -42,6 +43,18 @@ def command() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def open_standard_files() -> None:
+    """Open /dev/null as whichever of standard input, output and error is closed, as for jobs of cron and daemons.
+
+    Otherwise the next file that is opened takes its number, and libraries that print would write into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def check() -> None:

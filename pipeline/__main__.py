@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from pipeline.base.output import protected
+
 COMMANDS = {
     "run": "super-resolve a volume, or resume",
     "status": "what the ledger says",
@@ -21,10 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     if not args or args[0] not in COMMANDS:
         lines = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
         wanted_help = not args or args[0] in ("-h", "--help")
-        print(
-            ("" if wanted_help else f"emsr: no command {args[0]!r}\n") + f"usage: emsr COMMAND ...\n{lines}",
-            file=sys.stdout if wanted_help else sys.stderr,
-        )
+        with protected():
+            print(
+                ("" if wanted_help else f"emsr: no command {args[0]!r}\n") + f"usage: emsr COMMAND ...\n{lines}",
+                file=sys.stdout if wanted_help else sys.stderr,
+            )
         return 0 if wanted_help else 2
     return int(importlib.import_module(f"pipeline.{args[0]}").main(args[1:]))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from distributed import Client
 
 from pipeline import __version__
 from pipeline.base import waits
-from pipeline.base.command import INTERRUPTED, guarded
+from pipeline.base.command import INTERRUPTED, guarded, handling
 from pipeline.base.errors import SourceError
 from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
@@ -150,6 +149,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
 
         def show(totals: RunTotals) -> None:
             progress.update(totals)
+            totals.dropped_lines = progress.dropped
             lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
             lock.aside = totals.aside
 
@@ -213,25 +213,22 @@ def _sum(ledger: Ledger) -> str:
 
 @contextmanager
 def _interruptible(run: RunState, progress: RunProgress) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) drains, the second ends at once; the target can be resumed after either."""
+    """The first signal drains, a second Ctrl-C or SIGTERM ends at once; the target can be resumed after either.
+
+    SIGHUP and SIGXCPU come several times by themselves: their number says nothing.
+    """
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if run.stop.is_set():
+        if not run.stop.is_set():
+            run.stop.set()
+            name = signal.Signals(number).name
+            progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
+        elif number in (signal.SIGINT, signal.SIGTERM):
             waits.end_soon(INTERRUPTED)
             raise KeyboardInterrupt
-        run.stop.set()
-        name = signal.Signals(number).name
-        progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(handler):
         yield
-        return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def _view(volume: str, state: bool, port: int) -> int:
 
 
 def _print_state(scene: Scene) -> None:
-    print(json.dumps(scene.state(), indent=2))
+    print(json.dumps(scene.state(), indent=2), flush=True)
+    if getattr(sys.stdout, "dropped", 0):
+        raise UserError("the state could not be written to standard output", "a place that takes it", "Try another one")
     local = [layer.name for layer in scene.layers if urls.local_path(layer.url)]
     if local:
         names = ", ".join(local)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import logging
@@ -12,7 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
@@ -183,6 +185,74 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class Web(ThreadingHTTPServer):
+    """A web server of a folder. While `share` is above 0 that share of its answers fails, each by one of `kinds`.
+
+    `dead` cuts every request off, as where nothing answers any more; `silence` keeps it waiting for `silence_s`.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, folder: str, seed: int) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(_WebHandler, directory=folder))
+        self.share, self.silence_s, self.kinds = 0.0, 4.0, ("500", "503", "429", "cut", "silence", "dribble")
+        self._random = random.Random(seed)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fault(self) -> str:
+        return self._random.choice(self.kinds) if self._random.random() < self.share else ""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that hang up are what this server is for."""
+
+
+class _WebHandler(SimpleHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Web
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        kind = self.server.fault()
+        if kind.isdigit():
+            self.send_error(int(kind))
+        elif kind in ("cut", "dead", "silence"):
+            if kind == "silence":
+                time.sleep(self.server.silence_s)
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self._slowly = kind == "dribble"
+            super().do_GET()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        if not self._slowly:
+            super().copyfile(source, outputfile)
+            return
+        while piece := source.read(256):
+            outputfile.write(piece)
+            outputfile.flush()
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def web(folder: str, seed: int = 0) -> Iterator[Web]:
+    """This yields a web server of the folder, and stops it at the end."""
+    server = Web(folder, seed)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextlib.contextmanager

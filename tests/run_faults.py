@@ -1,11 +1,12 @@
 """`run_faults.py COMMAND volume.yaml ...` runs a command with the stand-in network and logs every slab; one may be bad.
 
-    FAULT_LOG     a file: lines `begin|end TASK PID TIME`, appended by every worker
+    FAULT_LOG     a file: lines `begin|end TASK PID TIME RUN`, appended by every worker
     FAULT_TASK    the slab concerned
     FAULT_KIND    fail: raises; hang: never returns, holding the device; exhaust: allocates until it is killed
     FAULT_FLUSH_S seconds between the ledger's segments, instead of 5
+    FAULT_SNAPSHOT_EVERY  segments between the ledger's snapshots, instead of 64
 
-COMMAND `here` is the main job in this process alone. Workers are spawned and import this file again, so what is
+COMMAND `here` is the main job in this process alone. Local workers load this file before they begin, so what is
 installed below reaches them too.
 """
 
@@ -30,21 +31,22 @@ from pipeline.worker import slab as one_slab
 
 standin.install()
 ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
+ledger.SNAPSHOT_EVERY = int(os.environ.get("FAULT_SNAPSHOT_EVERY", ledger.SNAPSHOT_EVERY))
 # Dask's preloading imports a file again that is already there.
 _process_slab = getattr(lease.process_slab, "undisturbed", lease.process_slab)
 _super_resolve = getattr(one_slab.super_resolve, "undisturbed", one_slab.super_resolve)
 
 
-def _log(event: str, index: int) -> None:
+def _log(event: str, index: int, run: str) -> None:
     if path := os.environ.get("FAULT_LOG"):
         with open(path, "a") as log:
-            log.write(f"{event} {index} {os.getpid()} {time.monotonic():.3f}\n")
+            log.write(f"{event} {index} {os.getpid()} {time.monotonic():.3f} {run}\n")
 
 
-def process_slab(job: Any, index: int, caches: Any = None) -> Any:
-    _log("begin", index)
-    receipt = _process_slab(job, index, caches)
-    _log("end", index)
+def process_slab(opened: Any, index: int, caches: Any = None) -> Any:
+    _log("begin", index, opened.job.run or "none")
+    receipt = _process_slab(opened, index, caches)
+    _log("end", index, opened.job.run or "none")
     return receipt
 
 
@@ -89,4 +91,5 @@ if __name__ == "__main__":
 
         run_here(Path(arguments[0]))
         sys.exit(0)
+    standin.reach_workers(__file__)
     sys.exit(importlib.import_module(f"pipeline.{command}").main(arguments))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+import standin
+
 import models
 from models.baselines.interpolation import Nearest
 
@@ -21,4 +23,5 @@ models.build = lambda name, scale, preset=None: Poison(scale)
 if __name__ == "__main__":
     from pipeline.run import main
 
+    standin.reach_workers(__file__)
     sys.exit(main())

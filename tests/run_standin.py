@@ -1,6 +1,6 @@
 """`python tests/run_standin.py volume.yaml` is the main job with the stand-in network in the client and its workers.
 
-Workers are spawned and import this file again, so the installation below reaches them too.
+Local workers load this file before they begin, so the installation below reaches them too.
 """
 
 from __future__ import annotations
@@ -14,4 +14,5 @@ standin.install()
 if __name__ == "__main__":
     from pipeline.run import main
 
+    standin.reach_workers(__file__)
     sys.exit(main())

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import time
 
+import dask
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,3 +50,8 @@ def install() -> None:
         models.NETWORKS["nearest"], window=5, padding="mirror", cell=16, halo={8: 8, 16: 8}
     )
     models.build = lambda name, scale, preset=None: StandIn(scale)
+
+
+def reach_workers(script: str) -> None:
+    """Local workers run this script too, by another name than `__main__`. Of themselves they run nothing of it."""
+    dask.config.set({"distributed.worker.preload": [script]})

@@ -16,7 +16,7 @@ import pytest
 import zarr
 from conftest import run_here, texture, volume_yaml, write_lr
 
-from pipeline.base.errors import ClusterError, EmsrError, TargetError, TransientError, UserError
+from pipeline.base.errors import ClusterError, DiskError, EmsrError, TargetError, TransientError, UserError
 from pipeline.config import volume as config
 from pipeline.config.volume import SourceConfig
 from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
@@ -183,6 +183,14 @@ def test_a_full_disk_is_no_slabs_fault(fails: Any) -> None:
     job, _ = fails("target", "put", 1, UserError("no space left", "", "Free some space"))
     with pytest.raises(TargetError, match="no space left"):
         process_lease(job, 0, 3)
+
+
+def test_a_disk_that_fails_is_tried_again_and_then_no_slabs_fault(fails: Any) -> None:
+    job, failing = fails("target", "put", 2, DiskError("Input/output error"))
+    assert only(job, 0).state == WRITTEN
+    failing.calls, failing.times = 0, 3
+    with pytest.raises(TargetError, match="Input/output error"):
+        process_lease(job, 0, 1)
 
 
 @pytest.mark.parametrize(("times", "state", "calls"), [(2, WRITTEN, 3), (3, QUARANTINED, 3), (9, QUARANTINED, 3)])

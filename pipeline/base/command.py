@@ -2,42 +2,121 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from pipeline.base.errors import ConfigError, EmsrError
-from pipeline.base.waits import watched_command
+from pipeline.base import output
+from pipeline.base.errors import ConfigError, EmsrError, UserError
+from pipeline.base.waits import end_soon, watched_command
 
 INTERRUPTED = 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
+
+_EXHAUSTED = {
+    errno.EMFILE: "this process may open no more files. Raise `ulimit -n`",
+    errno.ENFILE: "this machine may open no more files. End other programs, or raise fs.file-max",
+    errno.EAGAIN: "no more processes or threads may be started. Raise `ulimit -u`, or lower cluster.workers",
+    errno.ENOMEM: "there is no memory left. Raise `ulimit -v`, or give this job more memory",
+    errno.ENOSPC: "there is no space left. Free some, or set TMPDIR to a folder with space",
+    errno.EDQUOT: "the disk quota is used up. Free some space, or set TMPDIR elsewhere",
+    errno.EFBIG: "a file would be larger than this process may write. Raise `ulimit -f`",
+    errno.EROFS: "the file system is read-only. Write elsewhere, or set TMPDIR to a folder that takes files",
+}
+"""What a process can run out of, wherever it is noticed: no fault of emsr's."""
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """The exit code of `work`; 2 for a user's mistake, 1 for another fault, each with a message; 130 for Ctrl-C.
+    """The exit code of `work`; 2 for a user's mistake, 1 for another fault, each with a message; 130 when a signal
+    ends it.
 
-    What `work` waits for is said, and does not last for ever: see `waits`.
+    What is printed meanwhile and cannot be written is dropped: the exit code never tells of that. What `work` waits for
+    is said, and does not last for ever: see `waits`.
     """
+    with output.protected():
+        try:
+            with _signals_interrupt(), watched_command():
+                _refuse_deleted_folder()
+                return work()
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        except EmsrError as error:
+            print(f"emsr: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            by = f" by {error}" if str(error) else ""
+            print(f"emsr: interrupted{by}", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            if os.environ.get("EMSR_DEBUG"):
+                traceback.print_exc()
+            if lacks := _exhausted(error):
+                print(f"emsr: {lacks}.", file=sys.stderr)
+                return 2
+            print(
+                f"emsr: a fault inside emsr: {type(error).__name__}: {error}. "
+                "Set EMSR_DEBUG=1 for the traceback and report it.",
+                file=sys.stderr,
+            )
+            return 1
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block `handler` is called for each signal that asks a program to end.
+
+    They are Ctrl-C, SIGTERM, SIGHUP (the terminal is gone) unless it is ignored as under nohup, and SIGXCPU (`ulimit
+    -t`). Outside the main thread, where Python sets none, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    chosen = [s for s in _ENDING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in chosen}
     try:
-        with watched_command():
-            return work()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except EmsrError as error:
-        print(f"emsr: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("emsr: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        if os.environ.get("EMSR_DEBUG"):
-            traceback.print_exc()
-        print(
-            f"emsr: a fault inside emsr: {type(error).__name__}: {error}. "
-            "Set EMSR_DEBUG=1 for the traceback and report it.",
-            file=sys.stderr,
-        )
-        return 1
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Every such signal ends the work as Ctrl-C does: by KeyboardInterrupt, so that what is open is closed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        end_soon(INTERRUPTED)
+        raise KeyboardInterrupt("" if number == signal.SIGINT else signal.Signals(number).name)
+
+    with handling(interrupt):
+        yield
+
+
+def _refuse_deleted_folder() -> None:
+    """Everything that starts a process or reads a relative path asks for the current folder."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder was deleted", "a folder that is there", "Change to another one") from None
+
+
+def _exhausted(error: BaseException | None) -> str:
+    """What the process ran out of, if that is why this error or one that led to it was raised."""
+    while error is not None:
+        unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
+        if unmapped or isinstance(error, MemoryError):
+            return _EXHAUSTED[errno.ENOMEM]
+        if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+            where = f"{error.filename}: " if error.filename else ""
+            return where + _EXHAUSTED[error.errno]
+        if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+            return _EXHAUSTED[errno.EAGAIN]
+        error = error.__cause__ or error.__context__
+    return ""

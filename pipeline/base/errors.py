@@ -85,3 +85,7 @@ class DamagedChunkError(DataError):
 
 class TransientError(EmsrError):
     """A fault that may pass (time-out, status 429 or 5xx, lost connection): it is retried."""
+
+
+class DiskError(TransientError):
+    """A disk or network file system did not take a file, for the moment perhaps. It is retried."""

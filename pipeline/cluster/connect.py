@@ -28,6 +28,7 @@ from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
 from pipeline.cluster.patient_client import PatientClient
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import ClusterConfig
+from pipeline.process.children import starting_processes
 
 CONNECT_S = 30
 
@@ -247,6 +248,7 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
         prefix="emsr-", dir=dask.config.get("temporary-directory", None), ignore_cleanup_errors=True
     )
     with scratch as folder, dask.config.set({"temporary-directory": folder}), ExitStack() as stack:
+        stack.enter_context(starting_processes())
         with waiting(f"{workers} workers to start on this machine"):
             cluster = LocalCluster(
                 n_workers=workers,
@@ -313,10 +315,11 @@ class _NoProfile(WorkerPlugin):  # type: ignore[misc]
 
 
 class _IgnoreInterrupts(WorkerPlugin):  # type: ignore[misc]
-    """Ctrl-C reaches every process of the terminal; only the client may act on it, so that workers drain."""
+    """Ctrl-C and the end of a terminal reach all its processes; only the client may act on them: workers drain."""
 
     name = "emsr-interrupts"
 
     def setup(self, worker: Worker) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -15,13 +15,14 @@ from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.mask_reach import reach
 from pipeline.prepare.prepared import Prepared
+from pipeline.process.children import starting_processes
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab
 
 
 def measured_cost(job: Job) -> SlabCost:
     """What the slab in the volume's middle costs. It is tried in a fresh process like a worker's."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with starting_processes(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure_slab, job).result()
 
 

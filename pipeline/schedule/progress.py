@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from pipeline.base.output import Output
 from pipeline.schedule.totals import RunTotals
 
 LINE_S = 5.0
+WAIT_S = 1.0
+"""A line that nobody has taken for so many seconds is dropped: work goes before words."""
 
 
 class RunProgress:
     """A context manager. `update` may be called often: off a terminal it prints a line every LINE_S seconds."""
 
     def __init__(self, total: int, done: int, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = Output(stream or sys.stderr, WAIT_S)
         self._total, self._done = total, done
         self._began = self._said = time.monotonic()
         self._live = self._stream.isatty()
@@ -31,7 +34,7 @@ class RunProgress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("[red]{task.fields[trouble]}"),
-            console=Console(file=self._stream),
+            console=Console(file=cast(TextIO, self._stream)),
             disable=not self._live,
         )
         self._task = self._bar.add_task("slabs", total=total, completed=done, rate="", trouble="")
@@ -42,6 +45,11 @@ class RunProgress:
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
+
+    @property
+    def dropped(self) -> int:
+        """Lines that nobody has taken."""
+        return self._stream.dropped
 
     def update(self, totals: RunTotals) -> None:
         """Show what the run has done so far, and what it waits for."""
@@ -88,7 +96,7 @@ class SurveyProgress:
     """The same for the pass that looks for bad sections. `update` is given how many sections are measured."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = Output(stream or sys.stderr, WAIT_S)
         self._total, self._said = total, time.monotonic()
         self._live = self._stream.isatty()
         self._bar = Progress(
@@ -96,7 +104,7 @@ class SurveyProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(file=self._stream),
+            console=Console(file=cast(TextIO, self._stream)),
             disable=not self._live,
         )
         self._task = self._bar.add_task("sections", total=total)
@@ -116,5 +124,5 @@ class SurveyProgress:
             _line(self._stream, "survey", {"sections": done, "of": self._total})
 
 
-def _line(stream: TextIO, event: str, fields: dict[str, Any]) -> None:
+def _line(stream: Output, event: str, fields: dict[str, Any]) -> None:
     print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=stream, flush=True)

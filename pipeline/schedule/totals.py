@@ -25,7 +25,8 @@ class WorkerTotals:
 class RunTotals:
     """What one run did.
 
-    `started_again` counts late leases that a second worker was given. `requests` are those that failed for the moment.
+    `started_again` counts late leases that a second worker was given, `dropped_lines` lines of progress that could not
+    be written. `requests` are those that failed for the moment.
     `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
     LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
     `workers` are named HOST:PID; `aside` says why workers were set aside. `last_written` is each worker's last receipt
@@ -36,6 +37,7 @@ class RunTotals:
     skipped: int = 0
     quarantined: int = 0
     started_again: int = 0
+    dropped_lines: int = 0
     requests: RequestCounts = field(default_factory=RequestCounts)
     peak_bytes: int = 0
     base_bytes: int = 0

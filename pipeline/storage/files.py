@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.base.errors import EmsrError, TargetError, TransientError, UserError
+from pipeline.base.errors import EmsrError
 from pipeline.storage import process_identity
+from pipeline.storage.write_errors import folder_refuses
 
 PART = ".emsr-part-"
 VERSION = ".emsr-version-"
@@ -28,9 +29,6 @@ ABANDONED_S = 3600.0
 """A temporary file of another machine that was not written to for so long belongs to nobody."""
 THREADS = 16
 _UNKNOWN_MACHINE = "0" * 16
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _count = itertools.count()
 
 
@@ -44,7 +42,7 @@ def is_own(key: str) -> bool:
 def put_all(root: Path, items: Mapping[str, bytes]) -> None:
     """Returns when every value is durable under its key. All are tried; the first failure is raised.
 
-    Raises what `as_emsr_error` makes of the system's errors.
+    Raises what `folder_refuses` makes of the system's errors.
     """
     paths = [root / key for key in items]
     failed = list((_threads().map if len(paths) > 1 else map)(_put, itertools.repeat(root), paths, items.values()))
@@ -94,33 +92,11 @@ def sweep(root: Path) -> None:
 
 @contextmanager
 def faults(what: str) -> Iterator[None]:
-    """The system's errors about `what` become what `as_emsr_error` makes of them."""
+    """The system's errors about `what` become what `folder_refuses` makes of them."""
     try:
         yield
     except OSError as error:
-        raise as_emsr_error(error, what) from error
-
-
-def as_emsr_error(error: OSError, what: str) -> EmsrError:
-    """The system's error about `what` as an EmsrError: UserError where the user must mend it, else TransientError."""
-    why = error.strerror or str(error)
-    if error.errno in _FULL:
-        return UserError(
-            f"{what}: no space left ({why})",
-            "",
-            "Free some space there, then run the same command again: what is written is kept",
-        )
-    if error.errno == errno.EFBIG:
-        return UserError(
-            f"{what}: file too large ({why})",
-            "a limit of file sizes (ulimit -f) or a file system that takes such files",
-            "Raise the limit, then run the same command again: what is written is kept",
-        )
-    if error.errno in _FORBIDDEN:
-        return UserError(f"{what}: permission denied ({why})", "", "Check the path's rights")
-    if error.errno in _IN_THE_WAY:
-        return TargetError(f"{what}: {why}", "a folder that takes such files", "Look at what lies there")
-    return TransientError(f"{what}: {why}")
+        raise folder_refuses(error.errno or 0, what) from error
 
 
 def synchronise(folder: Path) -> None:
@@ -153,7 +129,7 @@ def _put(root: Path, path: Path, value: bytes) -> EmsrError | None:
                 raise
             _put_by_way_of(path.parent, path, value)  # a folder of the target lies on another disk
     except OSError as error:
-        return as_emsr_error(error, f"writing {path}")
+        return folder_refuses(error.errno or 0, f"writing {path}")
     return None
 
 

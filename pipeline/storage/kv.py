@@ -17,6 +17,7 @@ import tensorstore as ts
 
 from pipeline.base.errors import (
     DamagedChunkError,
+    DataError,
     EmsrError,
     MissingChunkError,
     NoAnswerError,
@@ -27,6 +28,7 @@ from pipeline.base.errors import (
 from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path, split_format
 from pipeline.storage import files, http_body, requests, swapped_file
+from pipeline.storage.write_errors import folder_refuses
 
 _CODE = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
 """How a text of tensorstore's begins: with its status code, which stands nowhere else."""
@@ -142,6 +144,15 @@ def classify(error: BaseException, what: str) -> EmsrError:
     return DamagedChunkError(f"{what}: {text}")
 
 
+def classify_write(error: BaseException, what: str) -> EmsrError:
+    """The error of a write about `what`: DiskError or TransientError where it may pass, UserError where it will not."""
+    number = error.errno if isinstance(error, OSError) else int(_parts(str(error))[2].get("os_error_code", "0"))
+    fault = folder_refuses(number, what) if number else classify(error, what)
+    if isinstance(fault, DataError):
+        return UserError(f"{what}: {_short(str(error))}", "a place that takes objects", "See its log or its owner")
+    return fault
+
+
 def _parts(text: str) -> tuple[str, str, dict[str, str]]:
     """tensorstore's status code ("" where it states none), its words without the paths that they quote, its details.
 
@@ -162,8 +173,8 @@ def _short(text: str, limit: int = 300) -> str:
 
 
 class Store:
-    """The objects below a URL. Every method raises what `classify` or `files.as_emsr_error` makes of an error, and
-    nothing else.
+    """The objects below a URL. Every method raises what `classify`, `classify_write` or `folder_refuses` make of an
+    error, and nothing else.
 
     In folders tensorstore only reads; `files` and `swapped_file` write.
     """
@@ -224,7 +235,7 @@ class Store:
             except NoAnswerError:
                 raise
             except Exception as error:
-                failed = failed or classify(error, f"writing {self.url}/{key}")
+                failed = failed or classify_write(error, f"writing {self.url}/{key}")
         if failed:
             raise failed
 
@@ -242,7 +253,7 @@ class Store:
             with waiting(f"writing {self.url}/{key}"):
                 stamp = self._kv.write(key, value, if_equal=generation).result()
         except Exception as error:
-            raise classify(error, what) from error
+            raise classify_write(error, what) from error
         return bytes(stamp.generation) or None
 
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
@@ -265,7 +276,7 @@ class Store:
             with waiting(f"deleting {self.url}/{key}"):
                 self._kv.write(key, None).result()
         except Exception as error:
-            raise classify(error, what) from error
+            raise classify_write(error, what) from error
 
     def sweep(self) -> None:
         """Remove what killed processes have left half written. Only folders have such things."""

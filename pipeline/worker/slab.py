@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.base.errors import TargetError, UserError
+from pipeline.base.errors import DiskError, TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
 from pipeline.base.waits import heartbeat
@@ -139,6 +139,8 @@ def _put(opened: OpenJob, objects: dict[str, bytes]) -> None:
         _retrying(opened, lambda: opened.target.put(objects))
     except UserError as error:
         raise TargetError(error.saw, error.wanted, error.do) from None
+    except DiskError as error:
+        raise TargetError(str(error), "a disk that takes files", "Mend it, then run the same command again") from None
 
 
 def _retrying(opened: OpenJob, call: Callable[[], T]) -> T:

@@ -55,7 +55,7 @@ def write_stack(
     The volume's lower corner lies at 0 nm. `attributes` are added to the group's.
     `on_sections` is called with the number of sections stored so far. The group's metadata are written last, so that
     readers find no OME-Zarr before it is whole. Raises TargetError where something is stored already, SourceError where
-    a section cannot be read, and what kv.classify makes of the store's errors.
+    a section cannot be read, and what kv.classify_write makes of the store's errors.
     """
     _refuse_unless_fits(stack, layer_shapes(stack.shape, chunk)[0].z)
     _refuse_unless_empty(url)
@@ -87,7 +87,7 @@ def write_stack(
     except EmsrError:
         raise
     except Exception as error:
-        raise kv.classify(error, f"writing {url}") from error
+        raise kv.classify_write(error, f"writing {url}") from error
     store.put("zarr.json", root)
 
 

@@ -1,0 +1,57 @@
+"""Processes that Python's multiprocessing starts: they run nothing of the program that called emsr."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+from distributed.deploy.spec import close_clusters
+
+from pipeline.base.errors import ClusterError
+
+
+@contextmanager
+def starting_processes() -> Iterator[None]:
+    """Within the block processes may be started.
+
+    Each would import the caller's `__main__` again: a script without `if __name__ == "__main__"` would begin its work
+    once more in every worker, and what came from standard input cannot be read twice. Neither is needed, so `__main__`
+    has no file for that long.
+
+    Raises ClusterError in a process that may start none: a daemonic one, as of multiprocessing.Pool.
+    """
+    if multiprocessing.current_process().daemon:
+        raise ClusterError(
+            "this process is daemonic, and Python lets such a process start no other",
+            "a process that may start workers",
+            "Use concurrent.futures.ProcessPoolExecutor instead of multiprocessing.Pool, or cluster.kind: address",
+        )
+    _start_tracker()
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Dask would close a cluster that was interrupted while it began, at exit, and print why it cannot.
+        atexit.unregister(close_clusters)
+        raise
+    finally:
+        main.update({"__spec__": None} | hidden)
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's own helper so that it outlives the terminal: of itself it minds SIGHUP alone."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
