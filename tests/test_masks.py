@@ -19,7 +19,8 @@ from pipeline.prepare.prepare import prepare
 from pipeline.prepare.prepared import Prepared
 from pipeline.run import main
 from pipeline.worker.job import Job
-from pipeline.worker.lease import check_job, process_lease
+from pipeline.worker.lease import process_lease
+from pipeline.worker.open_job import open_job
 
 SHAPE = (4, 64, 64)
 COARSE = (45.0, 128.0, 128.0)
@@ -111,7 +112,7 @@ def test_a_run_that_wrote_nothing_says_so(tmp_path: Path) -> None:
 def test_a_mask_that_changes_under_a_run(tmp_path: Path) -> None:
     """Its shape, or where it lies: no worker opens the job with another mask than the plan's."""
     job = prepared(tmp_path, some(4)).job
-    check_job(job)
+    open_job(job)
     for changed, nm in ((some(4)[:, :8], COARSE), (some(4), (45.0, 64.0, 64.0))):
         write_lr(tmp_path / "mask.zarr", changed, nm)
         with pytest.raises(EmsrError, match="metadata of the mask"):
