@@ -119,6 +119,14 @@ def test_a_limit_on_the_size_of_files_ends_the_run_at_once(volume: Path, tmp_pat
     assert shell("$EMSR run v.yaml && $EMSR verify v.yaml", tmp_path).returncode == 0
 
 
+def test_a_limit_on_open_files_is_raised_as_far_as_it_may_be_or_named(volume: Path, tmp_path: Path) -> None:
+    """With too few of them Dask waits for ever."""
+    said = shell("ulimit -n 20; $EMSR run v.yaml", tmp_path)
+    assert said.returncode == 2
+    assert "may open 20 files" in said.stderr
+    assert shell("ulimit -S -n 20; $EMSR run v.yaml", tmp_path).returncode == 0
+
+
 def test_a_folder_that_was_deleted_is_no_place_to_begin(volume: Path, tmp_path: Path) -> None:
     said = shell("mkdir gone; cd gone; rmdir ../gone; $EMSR status ../v.yaml", tmp_path)
     assert said.returncode == 2

@@ -248,7 +248,7 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
         prefix="emsr-", dir=dask.config.get("temporary-directory", None), ignore_cleanup_errors=True
     )
     with scratch as folder, dask.config.set({"temporary-directory": folder}), ExitStack() as stack:
-        stack.enter_context(starting_processes())
+        stack.enter_context(starting_processes(workers))
         with waiting(f"{workers} workers to start on this machine"):
             cluster = LocalCluster(
                 n_workers=workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import resource
 import signal
 import sys
 import threading
@@ -15,16 +16,20 @@ from distributed.deploy.spec import close_clusters
 
 from pipeline.base.errors import ClusterError
 
+FILES, FILES_PER_WORKER = 64, 16
+"""A process has so many files open, and so many more for each worker that it starts."""
+
 
 @contextmanager
-def starting_processes() -> Iterator[None]:
-    """Within the block processes may be started.
+def starting_processes(workers: int = 1) -> Iterator[None]:
+    """Within the block so many processes may be started.
 
     Each would import the caller's `__main__` again: a script without `if __name__ == "__main__"` would begin its work
     once more in every worker, and what came from standard input cannot be read twice. Neither is needed, so `__main__`
     has no file for that long.
 
-    Raises ClusterError in a process that may start none: a daemonic one, as of multiprocessing.Pool.
+    Raises ClusterError in a process that may start none: a daemonic one, as of multiprocessing.Pool, or one that may
+    open too few files, with which Dask waits for ever.
     """
     if multiprocessing.current_process().daemon:
         raise ClusterError(
@@ -32,6 +37,7 @@ def starting_processes() -> Iterator[None]:
             "a process that may start workers",
             "Use concurrent.futures.ProcessPoolExecutor instead of multiprocessing.Pool, or cluster.kind: address",
         )
+    _may_open(FILES + FILES_PER_WORKER * workers)
     _start_tracker()
     main = vars(sys.modules["__main__"])
     hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
@@ -44,6 +50,20 @@ def starting_processes() -> Iterator[None]:
         raise
     finally:
         main.update({"__spec__": None} | hidden)
+
+
+def _may_open(files: int) -> None:
+    """Raise the limit of open files to so many, as far as that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= files or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < files:
+        raise ClusterError(
+            f"this process may open {hard} files",
+            f"{files} for so many workers",
+            "Raise `ulimit -n`, or lower cluster.workers",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
 def _start_tracker() -> None:
