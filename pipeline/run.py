@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from types import FrameType
 
@@ -17,7 +17,7 @@ from distributed import Client
 from pipeline import __version__
 from pipeline.base import waits
 from pipeline.base.command import INTERRUPTED, guarded, handling
-from pipeline.base.errors import SourceError
+from pipeline.base.errors import EmsrError, SourceError
 from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
@@ -94,7 +94,8 @@ def run(config: Config, dry_run: bool = False) -> int:
             ledger.load()  # again: another run may have ended in between
             return _execute(prepared, RunState(exam.job, ledger, lock), client, crew, mask)
         finally:
-            sweep(prepared)  # what killed workers have left
+            with suppress(EmsrError):  # a disk that is gone is why the run ends
+                sweep(prepared)  # what killed workers have left
             lock.release()
 
 
