@@ -30,6 +30,7 @@ def _disk(scene: Scene, size: int) -> Iterator[Callable[[str], None]]:
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
         scene.disk = None
+        scene.write()
         shutil.copytree(scene.undisturbed / "sr", scene.folder / "sr", dirs_exist_ok=True)
         shutil.copytree(scene.undisturbed / "sr.emsr", scene.folder / "sr.emsr", dirs_exist_ok=True)
 
