@@ -1,7 +1,7 @@
 """`python tests/run_impatient.py COMMAND ...` is that command of emsr, which says a wait after 1 s.
 
-It ends a wait after `WAIT_S` seconds (4), and a run after `NO_WORKER_S` (60) without a worker. Workers are spawned and
-import this file again, so the constants below reach them too. With STANDIN_HOLD the network is the stand-in.
+It ends a wait after `WAIT_S` seconds (4), and a run after `NO_WORKER_S` (60) without a worker. Workers import this
+file too, so that the constants below reach them. With STANDIN_HOLD the network is the stand-in.
 """
 
 from __future__ import annotations
@@ -23,4 +23,5 @@ if "STANDIN_HOLD" in os.environ:
     standin.install()
 
 if __name__ == "__main__":
+    standin.reach_workers(__file__)
     sys.exit(importlib.import_module(f"pipeline.{sys.argv[1]}").main(sys.argv[2:]))
