@@ -229,7 +229,7 @@ def test_a_write_cut_off_in_the_middle_is_told_and_leaves_what_was_there(store: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"k: file too large .*ulimit -f"):
+        with pytest.raises(UserError, match=r"k: the file would be too large .*ulimit -f"):
             store.put("k", b"n" * 8000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -240,7 +240,7 @@ def test_a_write_cut_off_in_the_middle_is_told_and_leaves_what_was_there(store: 
 def test_a_name_may_be_as_long_as_names_may_be(store: Store) -> None:
     store.put("x" * 255, b"1")
     assert store.keys() == ["x" * 255]
-    with pytest.raises(UserError, match="name too long"):
+    with pytest.raises(UserError, match="path is too long"):
         store.put("x" * 256, b"1")
 
 

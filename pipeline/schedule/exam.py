@@ -151,7 +151,7 @@ def read_crew(store: Store) -> list[dict[str, str]]:
             {key: str(entry[key]) for key in ("emsr", "sources", "libraries", "device")}
             for entry in json.loads(store.get(CREW) or b"[]")
         ]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return []
 
 

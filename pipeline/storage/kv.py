@@ -189,7 +189,8 @@ class Store:
 
     def get(self, key: str) -> bytes | None:
         """The bytes under `key`, or None where there are none."""
-        return self.get_with_generation(key)[0]
+        result = self._answer(key, self._begin_read(key))
+        return bytes(result.value) if result.state == "value" else None
 
     def get_at_most(self, key: str, most: int) -> bytes | None:
         """As `get`. Raises TooLargeObjectError where it holds more than `most` bytes, where they are local or on HTTP
@@ -259,6 +260,7 @@ class Store:
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
         """The value (None where it is absent), and its generation: the store's name of this version of it."""
         if self._folder is not None:
+            refuse_special(self._folder / key)
             with waiting(f"{self.url}/{key}"), files.faults(f"{self.url}/{key}"):
                 return swapped_file.look(self._folder / key)
         result = self._answer(key, self._begin_read(key))
@@ -338,8 +340,8 @@ class Store:
 
     def _begin_read(self, key: str) -> ts.Future[ts.KvStore.ReadResult]:
         """A read of `key`. Raises NoAnswerError where no file lies there."""
-        if (folder := local_path(self.url)) is not None:
-            refuse_special(folder / key)
+        if self._folder is not None:
+            refuse_special(self._folder / key)
         return self._kv.read(key)
 
     def _answer(self, key: str, future: ts.Future[ts.KvStore.ReadResult]) -> ts.KvStore.ReadResult:

@@ -234,7 +234,7 @@ class Ledger(TaskRecord):
         try:
             kept = json.loads(value or b"{}")
             return Quarantine(str(kept.get("error", "")), str(kept.get("worker", "")), float(kept.get("time", 0.0)))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, RecursionError, TypeError, AttributeError):
             return Quarantine()
 
     def _pack_snapshot(self) -> bytes:

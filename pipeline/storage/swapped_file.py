@@ -148,7 +148,7 @@ def _read(path: Path) -> bytes | None:
 def _members(value: bytes | None) -> dict[str, Any]:
     try:
         found = json.loads(value or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -233,7 +233,7 @@ def last_workers(store: Store) -> dict[str, dict[str, float]]:
             str(name): {k: float(totals[k]) for k in ("tasks", "quarantined", "seconds", "last")}
             for name, totals in workers.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -242,7 +242,7 @@ def last_aside(store: Store) -> dict[str, str]:
     try:
         aside = json.loads(store.get(KEY) or b"{}").get("set_aside", {})
         return {str(name): str(why) for name, why in aside.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return {}
 
 
@@ -254,7 +254,7 @@ def _parse(value: bytes | None, key: str) -> dict[str, Any] | None:
         lock = json.loads(value)
         int(lock["pid"]), float(lock["renewed"]), lock["run"], lock["host"], "machine" in lock and int(lock["ticks"])
         known = isinstance(lock["released"], bool) and lock.get("format", 1) in (1, FORMAT)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{key} is no lock of emsr's: {value[:40]!r}, {len(value)} bytes") from None
     if not known:
         raise ValueError(f"{key} was written by another version of emsr")
