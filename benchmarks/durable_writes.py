@@ -22,11 +22,15 @@ from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
 
 DEPTH = 8
-TARGETS: dict[str, dict[str, Any]] = {
-    "ome-zarr": {"chunk_shape": [8, 128, 128], "shard_shape": [8, 512, 512]},
-    "precomputed": {"format": "precomputed", "encoding": "raw", "chunk_shape": [8, 128, 128]},
-}
 _FSYNC = os.fsync
+
+
+def targets(side: int) -> dict[str, dict[str, Any]]:
+    """What a slab of `side` x `side` LR voxels is written to: one shard, and a file for each chunk."""
+    return {
+        "ome-zarr": {"chunk_shape": [DEPTH, 128, 128], "shard_shape": [DEPTH, 8 * side, 8 * side]},
+        "precomputed": {"format": "precomputed", "encoding": "raw", "chunk_shape": [DEPTH, 128, 128]},
+    }
 
 
 def turn(on: bool) -> None:
@@ -39,7 +43,7 @@ def measure(slabs: int, side: int, rounds: int) -> None:
         folder = Path(name)
         source = write_source(folder / "lr", (slabs * DEPTH, side, side), (DEPTH, side, side))
         for network in ("nearest", "bicubic"):
-            for label, target in TARGETS.items():
+            for label, target in targets(side).items():
                 found: dict[bool, list[float]] = {True: [], False: []}
                 with connect(ClusterConfig(workers=1), 2) as client:
                     for number in range(-1, rounds):  # the first round warms up
