@@ -146,7 +146,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
         progress.say("cluster", workers=crew.capacity().workers, scheduler=client.scheduler.address)
         if other := exam.other_sources:
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
-        crew.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)
+        crew.aside.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)
 
         def show(totals: RunTotals) -> None:
             progress.update(totals)

@@ -13,11 +13,11 @@ import sys
 import standin
 
 from pipeline.base import waits
-from pipeline.schedule import check_workers, crew, execute, paused
+from pipeline.schedule import absence, check_workers, crew, execute, paused
 
 waits.SAY_S, waits.LIMIT_S, waits.END_S = 1.0, float(os.environ.get("WAIT_S", "4")), 3.0
 paused.LOOK_S, paused.MIN_PAUSE_S = 0.5, 1.0
-check_workers.NO_WORKER_S = crew.NO_WORKER_S = float(os.environ.get("NO_WORKER_S", "60"))
+absence.NO_WORKER_S = check_workers.NO_WORKER_S = crew.NO_WORKER_S = float(os.environ.get("NO_WORKER_S", "60"))
 execute.DRAIN_S = 10.0
 if "STANDIN_HOLD" in os.environ:
     standin.install()

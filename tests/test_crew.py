@@ -1,18 +1,23 @@
-"""Whose fault a failure is, and which workers a run may have: decisions, without a cluster."""
+"""Whose fault a failure is, and which workers a run may have: decisions, nearly all without a cluster."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
-from conftest import texture, volume_yaml, write_lr
+from conftest import texture, volume_yaml, wait_until, write_lr
+from distributed import Client, LocalCluster, get_worker
 from sleepy import job_of
 
 from pipeline.base.errors import ClusterError
+from pipeline.config import urls
 from pipeline.config import volume as config
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.prepare.prepare import prepare
+from pipeline.schedule.aside import MAX_RESTARTS, Aside
+from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import CREW, Exam, read_crew
 from pipeline.schedule.faults import MAX_IN_A_ROW, MAX_PROVEN, Faults
 from pipeline.schedule.leases import Capacity, Leases
@@ -159,3 +164,67 @@ def test_rows_that_end_no_run() -> None:
         for index in range(40):
             faults.answered([failed(index, f"{names[index % len(names)]}:1", kinds[index % len(kinds)])], [])
         faults.refuse_row(2)
+
+
+def fit_but_one(job: Job, question: Question) -> Fitness:
+    """The worker called 1 dies of this check."""
+    if get_worker().name == 1:
+        os._exit(9)
+    Store(urls.sidecar(job.target.url)).put(question.reply, job.run.encode())
+    return Fitness(CPU, 0)
+
+
+def test_a_worker_that_dies_of_every_check_is_set_aside_by_name(tmp_path: Path) -> None:
+    """Its nanny gives it new processes; the other one is fit."""
+    run = Exam(dataclasses.replace(job_of(f"{tmp_path}/sr", 1, 1), run="r"), fit_but_one)
+    told: list[str] = []
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=0) as cluster,
+        Client(cluster) as client,
+    ):
+        crew = Crew(client, run, lambda who, why: told.append(why))
+
+        def answered() -> bool:
+            crew.look()
+            return crew.answered == 1
+
+        def told_of_one() -> bool:
+            crew.look()
+            return bool(told)
+
+        wait_until(answered)
+        crew.settle()
+        wait_until(told_of_one)
+        assert crew.capacity() == Capacity(1, 1)
+        crew.close()
+    (why,) = told
+    assert f"ended {MAX_RESTARTS} times while it opened the job" in why
+
+
+def test_deaths_beside_leases_are_not_the_check_s() -> None:
+    """A lease that kills its process again and again kills the check that waits behind it."""
+    told: list[str] = []
+    aside = Aside(lambda who, why: told.append(who))
+    for number in range(2 * MAX_RESTARTS):
+        aside.died(f"tcp://h:{number}", "nanny", beside_leases=True)
+        assert aside.restarting, "leases are kept away from its next process"
+    assert not told
+    aside.answered("nanny")
+    assert not aside.restarting
+    for number in range(MAX_RESTARTS):
+        assert not told
+        aside.died(f"tcp://h:{number}", "nanny", beside_leases=False)
+    assert told == [f"worker tcp://h:{MAX_RESTARTS - 1}"]
+    assert aside.holds("nanny")
+    assert not aside.restarting
+    assert "3 times while it opened the job" in str(aside.error())
+
+
+def test_answers_between_deaths_make_a_worker_fit_again() -> None:
+    told: list[str] = []
+    aside = Aside(lambda who, why: told.append(who))
+    for _ in range(4):
+        for number in range(MAX_RESTARTS - 1):
+            aside.died(f"tcp://h:{number}", "nanny", beside_leases=False)
+        aside.answered("nanny")
+    assert not told

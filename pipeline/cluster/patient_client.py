@@ -1,12 +1,16 @@
-"""A Dask client that does not wait for ever: a scheduler that stands still keeps its connections open."""
+"""Questions to a scheduler that end where it is gone, or stands still and keeps its connections open."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from distributed import Client
 
+from pipeline.base.errors import ClusterError
 from pipeline.base.waits import waiting
+
+T = TypeVar("T")
 
 
 class PatientClient(Client):  # type: ignore[misc]
@@ -24,3 +28,17 @@ class PatientClient(Client):  # type: ignore[misc]
     def close(self, *args: Any, **kwargs: Any) -> Any:
         with waiting("the Dask scheduler, to be left"):
             return super().close(*args, **kwargs)
+
+
+def call(question: Callable[..., T], *arguments: object) -> T:
+    """What the scheduler answers. Raises ClusterError where it is gone."""
+    try:
+        return question(*arguments)
+    except OSError as error:
+        raise scheduler_gone(error) from None
+
+
+def scheduler_gone(why: OSError | None = None) -> ClusterError:
+    """The error of a command whose scheduler is gone."""
+    saw = "the Dask scheduler is gone" + (f" ({why})" if why else "")
+    return ClusterError(saw, "a running scheduler", "Run the same command again: finished slabs are not repeated")

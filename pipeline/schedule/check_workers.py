@@ -9,7 +9,8 @@ from contextlib import suppress
 from distributed import Client
 
 from pipeline.cluster.connect import may_come, why_none
-from pipeline.schedule.crew import NO_WORKER_S, SAY_S, Crew
+from pipeline.schedule.absence import NO_WORKER_S, SAY_S
+from pipeline.schedule.crew import Crew
 
 LOOK_S = 5.0
 GRACE_S = 30.0
@@ -37,7 +38,7 @@ def check_workers(client: Client, crew: Crew) -> None:
             if crew.capacity().workers:
                 return
         if now - began > NO_WORKER_S and not crew.answered and not may_come(client):
-            raise crew.none_answered(NO_WORKER_S)
+            raise crew.absence.none_answered(NO_WORKER_S)
         if now - said > SAY_S:
             said = now
             print(f"emsr: waiting for {crew.unanswered} of {crew.present} workers to open the job", file=sys.stderr)
@@ -66,4 +67,4 @@ def wait_for_worker(client: Client, crew: Crew) -> None:
         if may_come(client):
             possible = now
         elif now - possible > NO_WORKER_S:
-            raise crew.none_came()
+            raise crew.absence.none_came()

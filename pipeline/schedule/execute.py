@@ -115,7 +115,7 @@ def _run_stage(
             tasks.record(_outdated(run.job.plan, tasks, receipts))  # with the others or before, never after them
         tasks.record(receipts)
         tasks.tick()
-        run.totals.aside = dict(crew.aside)
+        run.totals.aside = dict(crew.aside.reasons)
         progress(run.totals)
         if tasks is run.ledger:
             faults.refuse_row(in_flight.capacity().workers)

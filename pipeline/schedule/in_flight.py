@@ -11,8 +11,9 @@ from collections import Counter
 from distributed import Client, Future, KilledWorker
 
 from pipeline.base.errors import ClusterError, EmsrError
+from pipeline.cluster.patient_client import call, scheduler_gone
 from pipeline.plan.requests import RequestRates
-from pipeline.schedule.crew import Crew, call, scheduler_gone
+from pipeline.schedule.crew import Crew
 from pipeline.schedule.leases import Capacity, Lease
 from pipeline.schedule.results import TOPIC, Ended, Results, Work, pack, run_packed
 from pipeline.worker.job import Job, LeaseResult
@@ -53,7 +54,7 @@ class InFlight:
 
     def capacity(self) -> Capacity:
         """The workers that are there and may be given something."""
-        self.crew.look()
+        self.crew.look(self._any_at_large)
         return self.crew.capacity()
 
     def start(self, lease: Lease) -> None:
@@ -110,7 +111,7 @@ class InFlight:
                     "a scheduler that passes events on",
                     "Run the same command again",
                 )
-        self.crew.look()
+        self.crew.look(self._any_at_large)
         ended += self._judged()
         ended += [(lease, None) for lease in self._hand_on()]
         if self._waiting and self.crew.capacity().workers:
@@ -164,6 +165,10 @@ class InFlight:
         """Cancel everything."""
         self._cancel(list(self._out))
         self._results.close()
+
+    def _any_at_large(self) -> bool:
+        """Whether Dask may give one of them to any worker."""
+        return any(named is None for _, _, named in self._out.values())
 
     def _remove(self, key: str) -> Lease:
         lease, future, _ = self._out.pop(key)
