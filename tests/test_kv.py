@@ -48,13 +48,23 @@ def test_a_conditional_write_needs_the_version_that_was_seen(store: Store) -> No
     assert json.loads(store.get("k") or b"")["n"] == 2
 
 
+def test_reading_leaves_a_folder_as_it_was(store: Store, tmp_path: Path) -> None:
+    """Sources belong to others, and `status` and `--dry-run` touch nothing: no file is made there, not for a moment."""
+    store.put("a", b"1")
+    before = (tmp_path / "s").stat().st_mtime_ns
+    assert (store.get("a"), store.get("b"), store.get("a/below"), store.get_at_most("a", 9)) == (b"1", None, None, b"1")
+    assert store.keys() == store.keys_between("", "") == ["a"]
+    assert (tmp_path / "s").stat().st_mtime_ns == before
+
+
 def test_keys_are_those_of_the_prefix_and_no_locks(store: Store, tmp_path: Path) -> None:
     for key in ("a/1", "a/2", "a0", "b/1", "c"):
         store.put(key, b"x")
     for name in ("3.__lock", files.PART + "m-1-1-1", f"4{files.VERSION}12"):
         (tmp_path / "s" / "a" / name).touch()
     assert store.keys("a/") == ["a/1", "a/2"]
-    assert store.keys() == ["a/1", "a/2", "a0", "b/1", "c"]
+    assert store.keys() == store.keys_between("", "") == ["a/1", "a/2", "a0", "b/1", "c"]
+    assert store.keys_between("a/2", "b/1") == ["a/2", "a0"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 130])

@@ -258,7 +258,10 @@ class Store:
         return bytes(stamp.generation) or None
 
     def get_with_generation(self, key: str) -> tuple[bytes | None, bytes]:
-        """The value (None where it is absent), and its generation: the store's name of this version of it."""
+        """The value (None where it is absent), and its generation: the store's name of this version of it.
+
+        In folders a file is written beside it for a moment: see `swapped_file.look`.
+        """
         if self._folder is not None:
             refuse_special(self._folder / key)
             with waiting(f"{self.url}/{key}"), files.faults(f"{self.url}/{key}"):
@@ -316,12 +319,13 @@ class Store:
             raise classify(error, f"listing {self.url}") from error
 
     def keys_between(self, start: str, stop: str) -> list[str]:
-        """The sorted keys from `start` on and before `stop`; an empty `stop` is the end."""
+        """As `keys`: those from `start` on and before `stop`; an empty `stop` is the end."""
         try:
-            keys = self._kv.list(ts.KvStore.KeyRange(start, stop)).result()
+            with waiting(f"a list of {self.url}"):
+                keys = self._kv.list(ts.KvStore.KeyRange(start, stop)).result()
         except Exception as error:
             raise classify(error, f"listing {self.url}") from error
-        return sorted(k.decode(errors="backslashreplace") for k in keys)
+        return sorted(name for key in keys if not files.is_own(name := key.decode(errors="backslashreplace")))
 
     def get_all(self, keys: Iterable[str], at_once: int = BATCH) -> Iterator[tuple[str, bytes | None]]:
         """(key, value) of each key in turn, None for an absent one. So many of them are requested at a time."""

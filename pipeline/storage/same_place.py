@@ -42,7 +42,7 @@ def absent_folders(url: str) -> list[Path]:
 def is_seen(store: Store, key: str, text: str) -> bool:
     """Whether `key` holds `text`. An absent one is looked for during LOOK_S seconds."""
     end = time.monotonic() + LOOK_S
-    while (found := store.get(key)) is None and time.monotonic() < end:
+    while (found := store.get_with_generation(key)[0]) is None and time.monotonic() < end:  # as the server has it now
         time.sleep(0.2)
     return found == text.encode()
 
