@@ -88,10 +88,11 @@ def run(config: Config, dry_run: bool = False) -> int:
             tune(client)
         lock.acquire()
         try:
+            check_place(prepared)  # again, and the ledger: another run may have begun or ended in between
             claim(prepared)
             sweep(prepared)
             exam.record()
-            ledger.load()  # again: another run may have ended in between
+            ledger.load()
             return _execute(prepared, RunState(exam.job, ledger, lock), client, crew, mask)
         finally:
             with suppress(EmsrError):  # a disk that is gone is why the run ends
@@ -106,8 +107,10 @@ def _crew(client: Client, exam: Exam) -> Iterator[Crew]:
         exam.begin()
         yield crew
     finally:
-        crew.close()
-        exam.end()
+        try:
+            crew.close()
+        finally:
+            exam.end()
 
 
 def _dry_run(prepared: Prepared) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from conftest import REPOSITORY, main_job, run_here, texture, volume_yaml, wait_until, write_lr
+from conftest import REPOSITORY, main_job, run_here, texture, tree, volume_yaml, wait_until, write_lr
 from distributed import Client
 
 from pipeline.schedule.run_state import RunState
@@ -178,6 +178,23 @@ def test_five_kinds_of_bad_worker(tmp_path: Path, cluster: Cluster) -> None:
     assert len(aside(tmp_path, "out/second.zarr")) == 5
     found = np.asarray(zarr.open_array(tmp_path / "out/second.zarr/0", mode="r"))
     np.testing.assert_array_equal(found, reference(tmp_path, again, "alone-too.zarr"))
+
+
+def test_a_target_begun_by_another_plan_while_a_run_waited_for_workers(tmp_path: Path, cluster: Cluster) -> None:
+    """The place was empty when the run looked; workers of a batch system may come hours later."""
+    write_lr(tmp_path / "em.zarr", texture((2, 32, 32)))
+    late = cluster.yaml("em.zarr", "sr.zarr", network__name="nearest")
+    run = [sys.executable, "-m", "pipeline.run", str(late)]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(run, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as waiting:
+        wait_until(lambda: list((tmp_path / "sr.zarr.emsr").glob("token-*")))
+        run_here(volume_yaml(tmp_path / "first.yaml", tmp_path / "em.zarr", tmp_path / "sr.zarr"))
+        before = tree(tmp_path / "sr.zarr"), (tmp_path / "sr.zarr.emsr/plan.json").read_bytes()
+        cluster.join("late")
+        _, said = waiting.communicate()
+        assert waiting.returncode == 2, said
+    assert "begun with another plan" in said
+    assert (tree(tmp_path / "sr.zarr"), (tmp_path / "sr.zarr.emsr/plan.json").read_bytes()) == before
 
 
 def kind_of(kinds: dict[str, Any], cluster: Cluster) -> Any:

@@ -11,7 +11,7 @@ from conftest import texture, volume_yaml, wait_until, write_lr
 from distributed import Client, LocalCluster, get_worker
 from sleepy import job_of
 
-from pipeline.base.errors import ClusterError
+from pipeline.base.errors import ClusterError, LedgerError
 from pipeline.config import urls
 from pipeline.config import volume as config
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
@@ -73,6 +73,17 @@ def test_what_wrote_so_far_decides_on_a_resume(tmp_path: Path) -> None:
     allowed.record()
     assert [entry["device"] for entry in read_crew(Store(f"file://{tmp_path}/sr.emsr"))] == ["cuda A", "cpu x86_64"]
     assert not exam(tmp_path).settle({worker(1): CPU}), "where nothing was written, nothing binds"
+
+
+def test_a_run_that_waited_while_another_one_wrote_begins_again(tmp_path: Path) -> None:
+    """Workers of Slurm may come after hours. What the other run computed with binds this one, which has not read it."""
+    waits, writes = exam(tmp_path), exam(tmp_path)
+    for one, runtime in ((waits, CPU), (writes, GPU)):
+        one.settle({worker(1): runtime})
+    writes.record()
+    with pytest.raises(LedgerError, match="another run has written"):
+        waits.record()
+    assert [entry["device"] for entry in read_crew(Store(f"file://{tmp_path}/sr.emsr"))] == ["cuda A"]
 
 
 def test_a_late_worker_with_something_else(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.base.errors import ClusterError, EmsrError
+from pipeline.base.errors import ClusterError, EmsrError, LedgerError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config import urls
 from pipeline.process.installed import sources_digest
@@ -36,14 +36,15 @@ class Exam:
 
     def __init__(self, job: Job, check: Check, mixed: bool = False, resumed: bool = False) -> None:
         self._job = replace(job, sources=sources_digest(), runtimes=())
-        self._check, self._mixed, self._resumed = check, mixed, resumed
+        self._check, self._mixed = check, mixed
         self._store = Store(urls.sidecar(job.target.url))
         self._token = f"{same_place.PREFIX}{job.run}-client"
         self._sample: Sample | None = None
         self._made: list[Path] = []
         self._accepted: tuple[Runtime, ...] | None = None
         self._holds_target = self._begun = False
-        self._before = read_crew(self._store) if resumed else []
+        self._found = read_crew(self._store)
+        self._before = self._found if resumed else []
 
     @property
     def job(self) -> Job:
@@ -128,7 +129,15 @@ class Exam:
         return f"it computes with {runtime}, this run with {' or '.join(map(str, self._accepted))}"
 
     def record(self) -> None:
-        """Write crew.json; the caller holds the target's lock."""
+        """Write crew.json; the caller holds the target's lock. Raises LedgerError where another run has written it since
+        this one has read it: what that one computed with binds this one too.
+        """
+        if not self._holds_target and read_crew(self._store) != self._found:
+            raise LedgerError(
+                f"another run has written {self._store.url} while this one waited for workers",
+                "one run at a time",
+                "Run the same command again: what is written is kept",
+            )
         self._holds_target = True
         self._store.put(CREW, json.dumps(self.crew, indent=1).encode())
 
