@@ -35,8 +35,8 @@ def check_workers(client: Client, crew: Crew) -> None:
             answered = now
         if crew.answered and (not crew.unanswered or (answered is not None and now - answered > GRACE_S)):
             crew.settle()
-            if crew.capacity().workers:
-                return
+        if crew.capacity().workers:  # perhaps later than that: a worker may be paused, or gone, and another one come
+            return
         if now - began > NO_WORKER_S and not crew.answered and not may_come(client):
             raise crew.absence.none_answered(NO_WORKER_S)
         if now - said > SAY_S:
