@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from types import FrameType
 
 from distributed import Client
 
 from pipeline import __version__
-from pipeline.base import waits
-from pipeline.base.command import INTERRUPTED, guarded, handling
+from pipeline.base.command import INTERRUPTED, guarded, stopping
 from pipeline.base.errors import EmsrError, SourceError
 from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
@@ -43,6 +40,9 @@ from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
 from pipeline.worker.lease import check_worker, process_lease
+
+TELL_S = 1.0
+"""How often the lock is told what workers did, which takes a while where there are many."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,7 +142,7 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
     again = ledger.requeue(QUARANTINED)
     before = ledger.counts()
     done = before["written"] + before["skipped"]
-    with RunProgress(ledger.tasks, done) as progress, _interruptible(run, progress):
+    with RunProgress(ledger.tasks, done) as progress, stopping(lambda by: _drain(run, progress, by)):
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
         if mask is not None:
             progress.say("mask", **asdict(mask))
@@ -151,13 +151,20 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
         crew.aside.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)
 
+        told = 0.0
+
         def show(totals: RunTotals) -> None:
+            nonlocal told
             progress.update(totals)
             totals.dropped_lines = progress.dropped
-            lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
-            lock.aside = totals.aside
+            if time.monotonic() - told > TELL_S:
+                told = time.monotonic()
+                _tell(lock, totals)
 
-        execute(client, run, process_lease, show, crew)
+        try:
+            execute(client, run, process_lease, show, crew)
+        finally:
+            _tell(lock, run.totals)
         lost = look_for(run)
         sheet = report.write(prepared, run, exam.crew, lost)
         if bad := prepared.spec["source"]["bad_sections"]:
@@ -166,6 +173,12 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
         progress.say("ledger", planned=ledger.tasks, **ledger.counts())
         progress.say("report", report=f"{prepared.store.url}/report.json", contact_sheet=sheet)
     return _verdict(prepared, run, lost)
+
+
+def _tell(lock: TargetLock, totals: RunTotals) -> None:
+    """Give the lock what `status` shows of the run."""
+    lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
+    lock.aside = totals.aside
 
 
 def _verdict(prepared: Prepared, run: RunState, lost: Sequence[str]) -> int:
@@ -215,24 +228,10 @@ def _sum(ledger: Ledger) -> str:
     return f"{ledger.tasks} planned = {ended}"
 
 
-@contextmanager
-def _interruptible(run: RunState, progress: RunProgress) -> Iterator[None]:
-    """The first signal drains, a second Ctrl-C or SIGTERM ends at once; the target can be resumed after either.
-
-    SIGHUP and SIGXCPU come several times by themselves: their number says nothing.
-    """
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if not run.stop.is_set():
-            run.stop.set()
-            name = signal.Signals(number).name
-            progress.say("stopping", signal=name, now="slabs in flight are finished; once more to end at once")
-        elif number in (signal.SIGINT, signal.SIGTERM):
-            waits.end_soon(INTERRUPTED)
-            raise KeyboardInterrupt
-
-    with handling(handler):
-        yield
+def _drain(run: RunState, progress: RunProgress, signal: str) -> None:
+    """What a signal does: nothing more is begun. The target can be resumed, after a second one too."""
+    run.stop.set()
+    progress.say("stopping", signal=signal, now="slabs in flight are finished; once more to end at once")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from test_train import NO_PRIOR, stage_yaml, tensors
 
 from pipeline.train import main
-from pipeline.training import output
+from pipeline.training import run_folder
 
 VQGAN: dict[str, Any] = {"losses__adversarial": 0.0}
 
@@ -73,7 +73,7 @@ def test_space_is_looked_at_before_the_first_step(
     class Usage(NamedTuple):
         free: int
 
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: Usage(50_000_000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(50_000_000))
     assert main([str(stage_yaml(tmp_path, "vqgan", **VQGAN))]) == 2
     said = capsys.readouterr().err
     assert f"{tmp_path / 'vqgan'}: no space for this training (50.0 MB are free)" in said

@@ -88,6 +88,27 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 @contextmanager
+def stopping(stop: Callable[[str], None]) -> Iterator[None]:
+    """Within the block the first such signal calls `stop` with its name; a second Ctrl-C or SIGTERM ends at once.
+
+    SIGHUP and SIGXCPU come several times by themselves: their number says nothing.
+    """
+    told = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            stop(signal.Signals(number).name)
+        elif number in (signal.SIGINT, signal.SIGTERM):
+            end_soon(INTERRUPTED)
+            raise KeyboardInterrupt
+
+    with handling(handler):
+        yield
+
+
+@contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """Every such signal ends the work as Ctrl-C does: by KeyboardInterrupt, so that what is open is closed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from models.training.crops import Augmentation, Crops, centre_windows
 from models.training.loop import Loop, NotFiniteError, Recipe
 from models.training.ranks import Ranks
 from models.training.stages import Batch, Stage
+from pipeline.base.command import stopping
 from pipeline.base.errors import NetworkError, UserError
 from pipeline.config.stage import CHANGEABLE, StageConfig
 from pipeline.training import checkpoint, processes
 from pipeline.training.data import OpenVolume, open_volume, shared_sections
-from pipeline.training.interrupts import Interrupts
 from pipeline.training.log import Log
-from pipeline.training.output import check_space, held, writing
+from pipeline.training.run_folder import check_space, held, writing
 from pipeline.training.stage import contents, prepare, save
 
 
@@ -129,9 +130,10 @@ def _loop(prepared: Prepared, ranks: Ranks, cuda: bool) -> Loop:
 
 def _train(prepared: Prepared, loop: Loop, changed: dict[str, list[Any]]) -> int:
     config, folder = prepared.config, prepared.config.output
+    interrupted = threading.Event()
     with (
         writing(folder, loop.checkpoint_bytes()),
-        Interrupts() as interrupted,
+        stopping(lambda _: interrupted.set()),  # after the step in progress
         Log(folder, loop.step, prepared.notes) as log,
     ):
         if changed:
