@@ -18,7 +18,7 @@ from typing import Any
 from noop_slabs import planned
 from resume import Finished
 
-from pipeline.cluster.connect import connect_to_read
+from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
 from pipeline.plan.receipt import WRITTEN, Receipt
 from pipeline.schedule.execute import hand_out
@@ -57,7 +57,7 @@ def measure(tasks: int, read: bool) -> dict[str, Any]:
             "bytes_per_task": round((peak_bytes() - before) / tasks, 1),
         }
         if read:
-            with connect_to_read(ClusterConfig(kind="local", workers=1), 1) as client:
+            with connect(ClusterConfig(kind="local", workers=1), 1, to_read=True) as client:
                 in_flight = InFlight(client, job, right)
                 hand_out(RunState(job, ledger), in_flight, findings, job.plan.passes(), lambda totals: None)
             assert findings.right == tasks

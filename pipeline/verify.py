@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import EmsrError
-from pipeline.cluster.connect import connect_to_read
+from pipeline.cluster.connect import connect
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import PENDING, QUARANTINED, STATES
@@ -28,7 +25,9 @@ from pipeline.schedule.execute import hand_out
 from pipeline.schedule.findings import Findings
 from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.run_state import RunState
+from pipeline.schedule.totals import RunTotals
 from pipeline.schedule.verify_progress import VerifyProgress
+from pipeline.schedule.worker_waits import WorkerWaits
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.targets.extra_objects import extra_objects
@@ -107,17 +106,22 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
     local = prepared.config.cluster.kind == "local"
     keys = [stored_plan.KEY, *filter(None, [run.ledger.newest_key()])]
     try:
-        with _ended_alike():
-            if not findings.count(PENDING):
-                findings.close()
-                return False
-            work = ReadLease(view(run.job, keys), in_worker=not local)
-            with connect_to_read(prepared.config.cluster, prepared.config.work.in_flight) as client:
-                crew = Crew(client, tell=_tell_aside)
-                wait_for_worker(client, crew)
-                with VerifyProgress(findings) as progress:
-                    in_flight = InFlight(client, run.job, work, crew)
-                    hand_out(run, in_flight, findings, run.job.plan.passes(), progress.update)
+        if not findings.count(PENDING):
+            findings.close()
+            return False
+        work = ReadLease(view(run.job, keys), in_worker=not local)
+        with connect(prepared.config.cluster, prepared.config.work.in_flight, to_read=True) as client:
+            crew = Crew(client, tell=_tell_aside)
+            wait_for_worker(client, crew)
+            waits = WorkerWaits(client, run.job.run)
+            with VerifyProgress(findings) as progress:
+
+                def show(totals: RunTotals) -> None:
+                    totals.waits += waits.take()
+                    progress.update(totals)
+
+                in_flight = InFlight(client, run.job, work, crew)
+                hand_out(run, in_flight, findings, run.job.plan.passes(), show)
     except KeyboardInterrupt:
         return True
     return False
@@ -125,19 +129,6 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
 
 def _tell_aside(who: str, why: str) -> None:
     print(f"emsr: set aside: {who}: {why}", file=sys.stderr)
-
-
-@contextmanager
-def _ended_alike() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _tell_extra(prepared: Prepared, ledger: Ledger, said: _Said) -> int:

@@ -85,8 +85,11 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
-    """A client whose workers run `in_flight` slabs each. Raises ClusterError where none can be had."""
+def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Iterator[Client]:
+    """A client whose workers run `in_flight` slabs each. Raises ClusterError where none can be had.
+
+    `to_read` says that they only wait for stores: for kind local that is done in threads of this process.
+    """
     _quiet()
     steady_clock.install()
     refuse_values_for_mappings()
@@ -95,7 +98,7 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(_SETTINGS))
         try:
-            client = stack.enter_context(_clients(config, in_flight, stack))
+            client = stack.enter_context(_clients(config, in_flight, to_read, stack))
         except EmsrError:
             raise
         except Exception as error:  # what Dask raises where it cannot start has no common ancestor
@@ -103,7 +106,7 @@ def connect(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
         yield client
 
 
-def _clients(config: ClusterConfig, in_flight: int, stack: ExitStack) -> AbstractContextManager[Client]:
+def _clients(config: ClusterConfig, in_flight: int, to_read: bool, stack: ExitStack) -> AbstractContextManager[Client]:
     if config.kind == "address":
         return _address_client(config)
     if config.kind == "slurm":
@@ -111,20 +114,13 @@ def _clients(config: ClusterConfig, in_flight: int, stack: ExitStack) -> Abstrac
         return slurm.jobs(config, in_flight, certificates.of_files(files))
     if config.kind == "kubernetes":
         return kubernetes.pods(config, in_flight)
-    return _local_client(config, in_flight)
+    return _threads_client(config, in_flight) if to_read else _local_client(config, in_flight)
 
 
 @contextmanager
-def connect_to_read(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
-    """The same for work that only waits for stores. For kind local it is done in threads of this process."""
-    if config.kind != "local":
-        with connect(config, in_flight) as client:
-            yield client
-        return
-    _quiet()
+def _threads_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
     threads = max(worker_count(config) * in_flight, len(os.sched_getaffinity(0)))
     with (
-        dask.config.set(_SETTINGS),
         LocalCluster(
             n_workers=1,
             threads_per_worker=threads,
@@ -134,7 +130,7 @@ def connect_to_read(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             scheduler_kwargs={"dashboard": False},
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        Client(cluster, set_as_default=False) as client,
+        PatientClient(cluster, set_as_default=False) as client,
     ):
         yield client
 

@@ -87,9 +87,9 @@ class RunProgress:
     def say(self, event: str, **fields: Any) -> None:
         """One event: a JSON line off-terminal, a short plain line on a terminal."""
         if self._live:
-            self._bar.console.print(f"{event}: " + ", ".join(f"{k} {v}" for k, v in fields.items()))
+            self._bar.console.print(f"{event}: " + ", ".join(f"{k} {v}" for k, v in fields.items()), markup=False)
         else:
-            _line(self._stream, event, fields)
+            print_event(self._stream, event, fields)
 
 
 class SurveyProgress:
@@ -121,8 +121,9 @@ class SurveyProgress:
         self._bar.update(self._task, completed=done)
         if not self._live and (done == self._total or time.monotonic() - self._said >= LINE_S):
             self._said = time.monotonic()
-            _line(self._stream, "survey", {"sections": done, "of": self._total})
+            print_event(self._stream, "survey", {"sections": done, "of": self._total})
 
 
-def _line(stream: Output, event: str, fields: dict[str, Any]) -> None:
+def print_event(stream: Output, event: str, fields: dict[str, Any]) -> None:
+    """One event as a JSON line."""
     print(json.dumps({"time": round(time.time(), 3), "event": event, **fields}), file=stream, flush=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.base.output import Output
 from pipeline.schedule.findings import Findings
-from pipeline.schedule.progress import LINE_S
+from pipeline.schedule.progress import LINE_S, WAIT_S, print_event
 from pipeline.schedule.totals import RunTotals
 
 
@@ -20,7 +20,7 @@ class VerifyProgress:
     """A context manager. `update` may be called often: off a terminal it prints a line every LINE_S seconds."""
 
     def __init__(self, findings: Findings, stream: TextIO | None = None) -> None:
-        self._findings, self._stream = findings, stream or sys.stderr
+        self._findings, self._stream = findings, Output(stream or sys.stderr, WAIT_S)
         self._began, self._said = time.monotonic(), -math.inf
         self._live = self._stream.isatty()
         self._bar = Progress(
@@ -30,7 +30,7 @@ class VerifyProgress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             TextColumn("[red]{task.fields[trouble]}"),
-            console=Console(file=self._stream),
+            console=Console(file=cast(TextIO, self._stream)),
             disable=not self._live,
         )
         self._task = self._bar.add_task("tasks", total=findings.chosen, rate="", trouble="")
@@ -43,7 +43,12 @@ class VerifyProgress:
         self._bar.stop()
 
     def update(self, totals: RunTotals) -> None:
-        """Show what has been read so far."""
+        """Show what has been read so far, and what is waited for."""
+        for line in totals.waits:
+            if self._live:
+                self._bar.console.print(f"waiting: {line}", markup=False)
+            else:
+                print_event(self._stream, "waiting", {"workers": line})
         found, seconds = self._findings, max(1e-9, time.monotonic() - self._began)
         done, rate = found.looked_at, totals.bytes / seconds
         if self._live:
@@ -52,9 +57,7 @@ class VerifyProgress:
             self._bar.update(self._task, completed=done, rate=f"{rate / 1e6:.0f} MB/s", trouble=told)
         elif time.monotonic() - self._said >= LINE_S:
             self._said = time.monotonic()
-            line = {
-                "time": round(time.time(), 3),
-                "event": "verify",
+            fields = {
                 "tasks": done,
                 "of": found.chosen,
                 "damaged": found.damaged,
@@ -62,4 +65,4 @@ class VerifyProgress:
                 "bytes_per_s": round(rate),
                 "seconds_left": round((found.chosen - done) * seconds / totals.closed) if totals.closed else None,
             }
-            print(json.dumps(line), file=self._stream, flush=True)
+            print_event(self._stream, "verify", fields)

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-
-from distributed import get_worker
 
 from pipeline.base.errors import DataError, NoAnswerError, TargetError, TransientError, UserError
 from pipeline.base.waits import LIMIT_S, heartbeat, no_answer, waiting
@@ -21,9 +15,10 @@ from pipeline.process import allocator, watchdog
 from pipeline.process.resident_size import peak_resident_bytes
 from pipeline.storage import requests
 from pipeline.worker.check import refuse_other_place, runtime
-from pipeline.worker.job import WAITS, Fitness, Job, LeaseResult, Question
+from pipeline.worker.job import Fitness, Job, LeaseResult, Question
 from pipeline.worker.open_job import OpenJob, open_job
 from pipeline.worker.slab import process_pyramid_block, process_slab
+from pipeline.worker.told import name, teller
 
 
 def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> LeaseResult:
@@ -48,10 +43,10 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
         for index in range(start, stop):
             if receipts and time.monotonic() >= end:
                 break
-            receipts.append(replace(_attempt(opened, index, caches), worker=_name()))
+            receipts.append(replace(_attempt(opened, index, caches), worker=name()))
             allocator.trim()
 
-    stall = watchdog.run_watched(tasks, job.stall_s, _teller(job))
+    stall = watchdog.run_watched(tasks, job.stall_s, teller(job.run))
     ended = tuple(receipts)
     if stall is not None:
         if opened is None:
@@ -60,7 +55,7 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
         on = f", waiting for {stall.what}" if stall.what else ""
         why = f"no progress for {job.stall_s:.0f} s (work.stall_s){on}, given up\n\n{stall.stack}"
         index, kind = start + len(ended), NoAnswerError.__name__
-        ended += (Receipt(index, QUARANTINED, error=why, fault=kind, seconds=job.stall_s, worker=_name()),)
+        ended += (Receipt(index, QUARANTINED, error=why, fault=kind, seconds=job.stall_s, worker=name()),)
     assert opened is not None
     return LeaseResult(
         ended, peak_resident_bytes(), opened.base_bytes, opened.network.resident, requests.COUNTER.take()
@@ -79,7 +74,7 @@ def check_worker(job: Job, question: Question) -> Fitness:
         refuse_other_place(job, question, opened.source)
         found.append(Fitness(runtime(), opened.base_bytes))
 
-    stall = watchdog.run_watched(check, job.stall_s, _teller(job))
+    stall = watchdog.run_watched(check, job.stall_s, teller(job.run))
     if stall is not None:
         raise _not_opened(job, stall)
     return found[0]
@@ -94,21 +89,7 @@ def _opened(job: Job) -> OpenJob:
 def _not_opened(job: Job, stall: watchdog.Stall) -> NoAnswerError:
     """The error of a process that hangs while it opens the job. The process ends soon."""
     watchdog.exit_soon()
-    return no_answer(f"{_name()} waits for {stall.what}", job.stall_s)
-
-
-def _name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _teller(job: Job) -> Callable[[str, float], None]:
-    """What tells the client that this worker waits for something."""
-
-    def tell(what: str, seconds: float) -> None:
-        with suppress(ValueError):  # no worker of Dask: nobody to tell
-            get_worker().log_event(WAITS, {"run": job.run, "who": _name(), "what": what, "seconds": seconds})
-
-    return tell
+    return no_answer(f"{name()} waits for {stall.what}", job.stall_s)
 
 
 def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Receipt:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 import zlib
 from dataclasses import dataclass, replace
 
 from pipeline.base.errors import ClusterError, DataError, NoAnswerError, TransientError, UserError
 from pipeline.base.retry import retrying
-from pipeline.base.waits import heartbeat
+from pipeline.base.waits import heartbeat, no_answer
 from pipeline.config import urls
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.process import watchdog
@@ -21,6 +19,7 @@ from pipeline.storage.targets.open import open_target
 from pipeline.storage.targets.task_objects import object_keys
 from pipeline.storage.volume import Target
 from pipeline.worker.job import Job, LeaseResult
+from pipeline.worker.told import name, teller
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class ReadLease:
     error names an object that is missing. One that cannot be read is QUARANTINED with the reason. `in_worker` says that
     the process may be ended where a read hangs.
 
-    Raises ClusterError in a process that looks at another place than the client, UserError where it may not read there.
+    Raises ClusterError in a process that looks at another place than the client, UserError where it may not read there,
+    NoAnswerError where it gets no answer to whether it does.
     """
 
     client_view: View
@@ -63,7 +63,7 @@ class ReadLease:
         """Raises ClusterError where this process looks at another place than the client."""
         if view(job, sorted(self.client_view.sidecar)) != self.client_view:
             raise ClusterError(
-                f"the worker {_name()} sees something else at {job.target.url} than the client",
+                f"the worker {name()} sees something else at {job.target.url} than the client",
                 "one place for all",
                 "Mount the target there; where a run is writing its metadata, verify again",
             )
@@ -71,28 +71,33 @@ class ReadLease:
 
     def __call__(self, job: Job, start: int, stop: int, max_s: float) -> LeaseResult:
         requests.limit(job.rates)
-        self.check(job)
-        end = time.monotonic() + max_s
         receipts: list[Receipt] = []
+        reading = False
 
         def tasks() -> None:
-            target = open_target(job.target)
+            nonlocal reading
+            self.check(job)
+            target, end = open_target(job.target), time.monotonic() + max_s
+            reading = True
             for index in range(start, stop):
                 if receipts and time.monotonic() >= end:
                     break
-                receipts.append(replace(_read(target, job, index), worker=_name()))
+                receipts.append(replace(_read(target, job, index), worker=name()))
+            reading = False
+            if any(receipt.error for receipt in receipts):
+                self.check(job)  # a disk that went away under way is no damage
 
-        stall = watchdog.run_watched(tasks, job.stall_s)
+        stall = watchdog.run_watched(tasks, job.stall_s, teller(job.run))
         ended = tuple(receipts)
         if stall is not None:
+            if self.in_worker:
+                watchdog.exit_soon()
+            if not reading:
+                raise no_answer(f"{name()} waits for {stall.what}", job.stall_s)
             on = f", waiting for {stall.what}" if stall.what else ""
             why = f"no progress for {job.stall_s:.0f} s (work.stall_s){on}, given up\n\n{stall.stack}"
             index, kind = start + len(ended), NoAnswerError.__name__
-            ended += (Receipt(index, QUARANTINED, error=why, fault=kind, worker=_name()),)
-            if self.in_worker:
-                watchdog.exit_soon()
-        if any(receipt.error for receipt in ended):
-            self.check(job)  # a disk that went away under way is no damage
+            ended += (Receipt(index, QUARANTINED, error=why, fault=kind, worker=name()),)
         return LeaseResult(ended, peak_resident_bytes(), 0, requests=requests.COUNTER.take())
 
 
@@ -119,7 +124,3 @@ def _found(target: Target, job: Job, index: int, began: float) -> Receipt:
             size += len(value)
     error = f"{missing[0]} is missing ({len(missing)} of {len(keys)} objects are)" if missing else ""
     return Receipt(index, WRITTEN, crc, size, time.perf_counter() - began, error)
-
-
-def _name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
