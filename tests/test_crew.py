@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import texture, volume_yaml, wait_until, write_lr
@@ -21,6 +23,7 @@ from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import CREW, Exam, read_crew
 from pipeline.schedule.faults import MAX_IN_A_ROW, MAX_PROVEN, Faults
 from pipeline.schedule.leases import Capacity, Leases
+from pipeline.schedule.results import CHECKS, Results
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.worker.job import Fitness, Job, Process, Question, Runtime
@@ -239,3 +242,22 @@ def test_answers_between_deaths_make_a_worker_fit_again() -> None:
             aside.died(f"tcp://h:{number}", "nanny", beside_leases=False)
         aside.answered("nanny")
     assert not told
+
+
+class Nobody:
+    """An error that the client's emsr does not know: another commit's."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return eval, ("__import__('pipeline.gone')",)
+
+
+def test_an_answer_that_this_emsr_cannot_read_is_the_workers_fault() -> None:
+    """It comes from another commit, and must not end the run of the others."""
+    heard = []
+    client = SimpleNamespace(subscribe_topic=lambda topic, receive: heard.append(receive))
+    results = Results(client, "check-", CHECKS)  # type: ignore[arg-type]
+    message = {"key": "check-1", "where": ("tcp://10.0.0.1:1", "host1", 1), "ended": pickle.dumps(Nobody())}
+    heard[0]((0.0, message))
+    ended = results.take("check-1")
+    assert ended is not None
+    assert (ended.process, type(ended.outcome)) == (worker(1), ClusterError)

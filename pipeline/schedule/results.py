@@ -60,8 +60,8 @@ def run_packed(packed: bytes) -> None:
     except Exception as error:  # as text: its class may be unknown to the client
         outcome = ClusterError(f"it failed outside any slab: {error!r}", "", "See the worker's log")
     worker = get_worker()
-    ended = Ended(Process(worker.address, socket.gethostname(), os.getpid()), outcome)
-    worker.log_event(topic, {"key": worker.get_current_task(), "ended": pickle.dumps(ended)})
+    where = worker.address, socket.gethostname(), os.getpid()
+    worker.log_event(topic, {"key": worker.get_current_task(), "where": where, "ended": pickle.dumps(outcome)})
 
 
 class Results:
@@ -69,22 +69,24 @@ class Results:
 
     def __init__(self, client: Client, prefix: str, topic: str = TOPIC) -> None:
         self._client, self._prefix, self._topic = client, prefix, topic
-        self._arrived: dict[str, bytes] = {}
+        self._arrived: dict[str, dict[str, Any]] = {}
         client.subscribe_topic(topic, self._receive)
 
     def _receive(self, event: tuple[float, Any]) -> None:
         _, message = event
         if message["key"].startswith(self._prefix):
-            self._arrived[message["key"]] = message["ended"]
+            self._arrived[message["key"]] = message
 
     def take(self, key: str) -> Ended | None:
         """What came of this task, once; None where nothing has arrived: the task did not end well."""
-        packed = self._arrived.pop(key, None)
-        if packed is None:
+        message = self._arrived.pop(key, None)
+        if message is None:
             return None
-        ended = pickle.loads(packed)
-        assert isinstance(ended, Ended)
-        return ended
+        try:
+            outcome = pickle.loads(message["ended"])
+        except Exception as error:  # another emsr's: what it names may not exist here
+            outcome = ClusterError(f"this emsr cannot read what it answers: {error!r}", "the same emsr there")
+        return Ended(Process(*message["where"]), outcome)
 
     def close(self) -> None:
         """Receive no more."""
