@@ -14,12 +14,18 @@ HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The folder that holds `emsr` and, beside it, PACKAGES: site-packages, or a checkout."""
 
 
+is_program = False
+"""Whether this process is a command of emsr's. Where it is not, it goes on after the command that it calls."""
+
+
 def command() -> None:
     """Begin a command, before anything else is imported. Where another package is in emsr's place, or Dask cannot read
     its configuration (it does so while it is imported), it ends with code 2.
 
     From here on neither this process nor those that it starts import from the current folder, unless emsr lies there.
     """
+    global is_program
+    is_program = True
     open_standard_files()
     if foreign := _foreign():
         print(f"emsr: {foreign}", file=sys.stderr)

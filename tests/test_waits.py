@@ -193,6 +193,24 @@ def test_a_command_ends_though_a_thread_of_it_never_will() -> None:
     assert done.returncode == 2, done.stderr
 
 
+@pytest.mark.parametrize("ends", ["signal.raise_signal(signal.SIGINT)", "threading.Event().wait()"])
+def test_a_program_that_has_called_a_command_goes_on_after_it(ends: str) -> None:
+    """A notebook, say: its own process must not end half a minute after the command did."""
+    code = (
+        "import signal, sys, threading, time; from pipeline.base import command, waits\n"
+        "waits.LIMIT_S, waits.END_S = 0.5, 0.5\n"
+        "def work():\n"
+        "    with waits.waiting('an answer'):\n"
+        f"        {ends}\n"
+        "print(command.guarded(work), flush=True)\n"
+        "time.sleep(2)\n"
+        "print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=GUARD_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[1] == "still here"
+
+
 def test_a_wait_that_was_given_up_and_did_not_matter_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The contact sheet of a run, say: what comes after it answers, and the command goes on."""
     monkeypatch.setattr(waits, "LIMIT_S", 0.3)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Protocol
 
+from emsr import start
 from pipeline.base.errors import NoAnswerError
 
 SAY_S = 20.0
@@ -115,7 +116,8 @@ def watched_command() -> Iterator[None]:
     """Inside the block the waits of this thread are said on stderr. In a main thread they also end.
 
     Where one lasts longer than its limit, the thread raises NoAnswerError. Then, or after Ctrl-C, the process ends in
-    END_S seconds, whatever waits: a thread of a pool or of Dask may hang for ever.
+    END_S seconds, whatever waits: a thread of a pool or of Dask may hang for ever. A program of others that has called
+    the command goes on once that has ended.
     """
     if current.get() is not None:
         yield
@@ -126,9 +128,11 @@ def watched_command() -> Iterator[None]:
     try:
         with watch:
             yield
-        _go_on(progress)  # not after an error: Python waits for all threads when it ends
+        _go_on(progress)
     finally:
         current.reset(token)
+        if not start.is_program:  # else, after an error, it still has to end: Python waits for all threads then
+            _go_on(progress)
 
 
 class _Watch:
