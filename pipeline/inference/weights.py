@@ -60,7 +60,7 @@ def _cached(url: str, sha256: str | None) -> Path:
     if not path.exists():
         parent, _, name = url.rpartition("/")
         try:
-            value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES)
+            value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S)
         except EmsrError as error:
             raise NetworkError(
                 f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"

@@ -192,9 +192,9 @@ class Store:
         result = self._answer(key, self._begin_read(key))
         return bytes(result.value) if result.state == "value" else None
 
-    def get_at_most(self, key: str, most: int) -> bytes | None:
-        """As `get`. Raises TooLargeObjectError where it holds more than `most` bytes, where they are local or on HTTP
-        without reading more.
+    def get_at_most(self, key: str, most: int, extra_s: float = 0.0) -> bytes | None:
+        """As `get`, for `extra_s` longer. Raises TooLargeObjectError where it holds more than `most` bytes, where they
+        are local or on HTTP without reading more.
         """
         path = local_path(f"{self.url}/{quote(key)}")
         value = None
@@ -205,7 +205,8 @@ class Store:
                 if self.url.startswith(("http://", "https://")):
                     value = http_body.body(f"{self.url}/{quote(key)}", most)
             if value is None:
-                value = self.get(key)
+                result = self._answer(key, self._begin_read(key), extra_s)
+                value = bytes(result.value) if result.state == "value" else None
             if value is not None and len(value) > most:
                 raise http_body.TooLong
         except http_body.TooLong:
@@ -348,9 +349,11 @@ class Store:
             refuse_special(self._folder / key)
         return self._kv.read(key)
 
-    def _answer(self, key: str, future: ts.Future[ts.KvStore.ReadResult]) -> ts.KvStore.ReadResult:
+    def _answer(
+        self, key: str, future: ts.Future[ts.KvStore.ReadResult], extra_s: float = 0.0
+    ) -> ts.KvStore.ReadResult:
         try:
-            with waiting(f"{self.url}/{key}"):
+            with waiting(f"{self.url}/{key}", extra_s):
                 return future.result()
         except Exception as error:
             raise classify(error, f"{self.url}/{key}") from error

@@ -62,15 +62,13 @@ class _CloudVolumeArray:
         from cloudvolume import Bbox
 
         (z0, y0, x0), (z1, y1, x1) = box.start, box.stop
-        self._refuse_bombs(box)
-        try:
-            with (
-                kv.waiting_for_voxels(f"{self._level.place} at voxels {box}", box.size * item_bytes(self._level.dtype)),
-                self._lock,
-            ):
-                voxels = self._volume.download(Bbox((x0, y0, z0), (x1, y1, z1)))
-        except Exception as error:
-            raise self._classify(error, box) from error
+        with kv.waiting_for_voxels(f"{self._level.place} at voxels {box}", box.size * item_bytes(self._level.dtype)):
+            self._refuse_bombs(box)
+            try:
+                with self._lock:
+                    voxels = self._volume.download(Bbox((x0, y0, z0), (x1, y1, z1)))
+            except Exception as error:
+                raise self._classify(error, box) from error
         return np.asarray(voxels)[..., 0].transpose(2, 1, 0)
 
     def _refuse_bombs(self, box: Box) -> None:
