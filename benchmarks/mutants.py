@@ -164,8 +164,8 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/worker/stored.py", VERIFY): [
         (
-            "        if any(receipt.error for receipt in ended):\n            self.check(job)",
-            "        if False:\n            pass",
+            "            if any(receipt.error for receipt in receipts):\n                self.check(job)",
+            "            if False:\n                pass",
         ),
         ("!= self.client_view:", "is None:"),
         ("missing.append(key)", "pass"),

@@ -129,8 +129,10 @@ class Exam:
         return f"it computes with {runtime}, this run with {' or '.join(map(str, self._accepted))}"
 
     def record(self) -> None:
-        """Write crew.json; the caller holds the target's lock. Raises LedgerError where another run has written it since
-        this one has read it: what that one computed with binds this one too.
+        """Write crew.json; the caller holds the target's lock.
+
+        Raises LedgerError where another run has written it since this one read it: what that one computed with binds
+        this one too.
         """
         if not self._holds_target and read_crew(self._store) != self._found:
             raise LedgerError(
