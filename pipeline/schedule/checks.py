@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distributed import Client, Future
 
-from pipeline.base.errors import ClusterError, EmsrError
+from pipeline.base.errors import ClusterError, EmsrError, TransientError
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.results import CHECKS, Ended, Results, run_packed
 from pipeline.worker.job import Fitness, Process
@@ -45,6 +45,9 @@ class Checks:
         """What came of a check that is done: a Fitness or why there is none; None where it has to be asked again."""
         ended = self._answers.take(check.future.key)
         if ended is None:
+            if check.future.status == "finished":  # asked again later, not at once for ever
+                fault = TransientError("its answer to this run's questions did not come: perhaps it has another emsr")
+                return Ended(Process(check.address, "its host", 0), fault)
             if check.future.status != "error":
                 return None
             saw = f"it cannot do what this emsr asks: {check.future.exception()!r}"  # it could not even read it
