@@ -145,7 +145,7 @@ def test_five_kinds_of_bad_worker(tmp_path: Path, cluster: Cluster) -> None:
         "has other sources": ([], {"PYTHONPATH": str(other_commit(tmp_path / "other"))}),
         "em.zarr": (in_a_view_of_its_own(f"mount -t tmpfs none {tmp_path}/lr"), {}),
         "is not the client's": (in_a_view_of_its_own(f"mount -t tmpfs none {tmp_path}/out"), {}),
-        "Read-only": (
+        "read-only": (
             in_a_view_of_its_own(
                 f"mount --bind {tmp_path}/out {tmp_path}/out && mount -o remount,ro,bind {tmp_path}/out"
             ),
