@@ -9,7 +9,8 @@ if "emsr" not in sys.modules:
     # Only then can `emsr` be imported to look at the other packages.
     _spec = importlib.util.find_spec("emsr")
     _origin = _spec.origin if _spec else None
-    if _origin is None or not os.path.exists(_origin) or not os.path.samefile(_origin, _BESIDE):
+    _there = _origin is not None and os.path.exists(_origin) and os.path.exists(_BESIDE)
+    if not (_there and os.path.samefile(str(_origin), _BESIDE)):
         _foreign = (
             f"`import emsr` finds {_origin or 'nothing'}. Wanted: emsr's own, {os.path.dirname(_BESIDE)}. "
             "Start emsr in another folder, and leave that one out of PYTHONPATH."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from pipeline import __version__
 from pipeline.base.output import protected
 
 COMMANDS = {
@@ -20,6 +21,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
+    if args == ["--version"]:
+        with protected():
+            print(f"emsr {__version__}")
+        return 0
     if not args or args[0] not in COMMANDS:
         lines = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
         wanted_help = not args or args[0] in ("-h", "--help")

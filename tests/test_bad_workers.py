@@ -250,6 +250,25 @@ def test_bad_workers_that_come_late_are_set_aside(tmp_path: Path, cluster: Clust
     np.testing.assert_array_equal(voxels, reference(tmp_path, path, "by-itself.zarr"))
 
 
+@pytest.mark.parametrize("missing", ["emsr", "pipeline/schedule/results.py"])
+def test_a_worker_that_cannot_read_the_question_is_set_aside(tmp_path: Path, cluster: Cluster, missing: str) -> None:
+    """Its emsr is half there, or of a version in which things have other names. It stays in the cluster, for others."""
+    write_lr(tmp_path / "lr.zarr", texture((4, 32, 32)))
+    other = other_commit(tmp_path / "other")
+    if (other / missing).is_dir():
+        shutil.rmtree(other / missing)
+    else:
+        (other / missing).unlink()
+    cluster.join("good")
+    cluster.join("bad", PYTHONPATH=str(other))
+    cluster.wait_for(2)
+    main_job(cluster.yaml("lr.zarr", "sr.zarr"), "run")
+    (why,) = aside(tmp_path, "sr.zarr").values()
+    assert "cannot do what this emsr asks" in why
+    assert "Error" in why
+    cluster.wait_for(2)
+
+
 def test_other_libraries_only_where_the_file_allows_it(tmp_path: Path, cluster: Cluster) -> None:
     """Two workers with two versions of numpy: refused with both named, unless cluster.mixed; then both are recorded."""
     other = tmp_path / "other/numpy-9.9.9.dist-info"

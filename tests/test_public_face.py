@@ -89,6 +89,11 @@ def test_the_version_is_that_of_the_installation() -> None:
     assert emsr.__version__ == pipeline.__version__ == importlib.metadata.version("emsr")
 
 
+def test_the_version_is_told(tmp_path: Path) -> None:
+    done = python(tmp_path, "-m", "emsr", "--version")
+    assert (done.returncode, done.stdout) == (0, f"emsr {emsr.__version__}\n"), done.stderr
+
+
 def test_importing_emsr_imports_nothing_else(tmp_path: Path) -> None:
     program = "import sys; before = set(sys.modules); import emsr; print(*sorted(set(sys.modules) - before))"
     assert python(tmp_path, "-c", program).stdout.split() == ["emsr"]

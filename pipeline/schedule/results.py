@@ -40,18 +40,35 @@ class Ended:
     outcome: Any
 
 
+run_packed = pickle.loads
+"""What Dask's tasks are: it unpacks the call that `pack` made, and thereby makes it.
+
+It is Python's own. A function of emsr would be looked for as soon as the worker reads the message, outside any task,
+and a worker that has no emsr, or another, would end there instead of raising an error.
+"""
+
+
 def pack(topic: str, work: Callable[..., object], *arguments: object) -> bytes:
     """The argument of `run_packed`.
 
     The scheduler keeps what it sends for a while and has no use for the objects themselves, which take eight times as
     much.
     """
-    return pickle.dumps((topic, work, arguments))
+    return pickle.dumps(_Call((topic, work, arguments)))
 
 
-def run_packed(packed: bytes) -> None:
-    """Do the work in this worker and send its result to the client: this is what Dask's tasks are."""
-    topic, work, arguments = pickle.loads(packed)
+@dataclass(frozen=True)
+class _Call:
+    """Becomes a call of `_run` where it is unpickled."""
+
+    arguments: tuple[str, Callable[..., object], tuple[object, ...]]
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[object, ...]]:
+        return _run, self.arguments
+
+
+def _run(topic: str, work: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Do the work in this worker and send its result to the client."""
     outcome: object
     try:
         outcome = work(*arguments)

@@ -20,7 +20,7 @@ from pipeline.training import checkpoint
 LOCK = "lock"
 KEPT = 3
 """Checkpoints that exist while one is written: itself, the one that it follows, and the one before that."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -80,16 +80,27 @@ def writing(folder: Path, needed: int = 0) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         text = str(error)
-        if getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in text for number in _FULL):
-            wanted = f"about {_size(needed)} for what was being written" if needed else ""
+        wanted = f"about {_size(needed)} for what was being written" if needed else ""
+        if _is_one_of(error, *_FULL):
             raise UserError(
                 f"{folder}: no space left ({_size(shutil.disk_usage(folder).free)} are free; {text})",
                 wanted,
                 "Free some space there, and the same command goes on from the last checkpoint",
             ) from None
+        if _is_one_of(error, errno.EFBIG):
+            raise UserError(
+                f"{folder}: a file would be larger than this process may write ({text})",
+                wanted,
+                "Raise `ulimit -f`, and the same command goes on from the last checkpoint",
+            ) from None
         raise UserError(
             f"{folder}: cannot be written ({text})", "a folder for what is trained", "Correct output or its permissions"
         ) from None
+
+
+def _is_one_of(error: Exception, *numbers: int) -> bool:
+    """Whether it tells of one of these errors of the system; safetensors tells them in words alone."""
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def _size(count: int) -> str:
