@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import EmsrError
-from pipeline.cluster.connect import connect
+from pipeline.cluster.connect import connect, tune
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import PENDING, QUARANTINED, STATES
@@ -113,6 +113,8 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
         with connect(prepared.config.cluster, prepared.config.work.in_flight, to_read=True) as client:
             crew = Crew(client, tell=_tell_aside)
             wait_for_worker(client, crew)
+            if prepared.config.cluster.tunes():
+                tune(client)
             waits = WorkerWaits(client, run.job.run)
             with VerifyProgress(findings) as progress:
 
