@@ -192,7 +192,7 @@ def test_a_worker_that_finds_another_package_is_refused(place: Path, tmp_path: P
         before = tree(place)
         done = python(place, "-m", "emsr", "run", "volume.yaml")
     assert done.returncode == 2, done.stderr
-    assert f"has no emsr (`import models` finds {found}. Wanted: " in done.stderr
+    assert f"it cannot do what this emsr asks: `import models` finds {found}. Wanted: " in done.stderr
     assert "Traceback" not in done.stderr
     assert tree(place) == before
 

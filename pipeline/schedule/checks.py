@@ -47,11 +47,11 @@ class Checks:
         if ended is None:
             if check.future.status == "finished":  # asked again later, not at once for ever
                 fault = TransientError("its answer to this run's questions did not come: perhaps it has another emsr")
-                return Ended(Process(check.address, "its host", 0), fault)
+                return Ended(Process(check.address, "", 0), fault)
             if check.future.status != "error":
                 return None
-            saw = f"it cannot do what this emsr asks: {check.future.exception()!r}"  # it could not even read it
-            return Ended(Process(check.address, "its host", 0), ClusterError(saw, "the same emsr there"))
+            saw = f"it cannot do what this emsr asks: {check.future.exception()}"  # it could not even read it
+            return Ended(Process(check.address, "", 0), ClusterError(saw, "the same emsr there"))
         try:
             if isinstance(ended.outcome, Fitness):
                 self.exam.refuse_unseen(check.reply)

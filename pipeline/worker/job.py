@@ -32,7 +32,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Process:
-    """A worker's process: its address in Dask, its host, its process id."""
+    """A worker's process: its address in Dask, its host, its process id; "" and 0 where it could not say them."""
 
     address: str
     host: str
@@ -44,7 +44,7 @@ class Process:
         return f"{self.host}:{self.pid}"
 
     def __str__(self) -> str:
-        return f"worker {self.address} on {self.host}, process {self.pid}"
+        return f"worker {self.address}" + (f" on {self.host}, process {self.pid}" if self.pid else "")
 
 
 @dataclass(frozen=True)
