@@ -20,6 +20,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 TESTS = REPOSITORY / "tests"
 
+# Dask's profiler can stop a worker for good (docs/clusters.md). Of clusters that a test starts itself it stays off.
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
+
 GUARD_S = 1200.0
 """A test that waits gives up after so many seconds, as a guard against hanging. None asserts a duration."""
 

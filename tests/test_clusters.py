@@ -146,7 +146,8 @@ def test_a_worker_at_the_end_of_its_lifetime_is_no_failure(source: Path, tmp_pat
 
 def test_no_worker_is_profiled() -> None:
     """Not those that are there, and not those that come later."""
-    with cluster.connect(ClusterConfig(workers=1), 2) as client:
+    as_dask_begins = {"distributed.worker.profile.enabled": True}
+    with dask_config.set(as_dask_begins), cluster.connect(ClusterConfig(workers=1), 2) as client:
 
         def profiled() -> list[bool]:
             return list(
@@ -155,7 +156,7 @@ def test_no_worker_is_profiled() -> None:
                 ).values()
             )
 
-        assert profiled() == [True], "this is how Dask begins"
+        assert profiled() == [True]
         cluster.stop_profiling(client)
         client.cluster.scale(2)
         client.wait_for_workers(2)
