@@ -50,6 +50,8 @@ def others(config: StageConfig, cuda: bool) -> Iterator[None]:
             for process in started:
                 process.wait(GRACE_S)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
+            if not _is_of_connections(error):
+                raise
             if found := _wait_for_failure(started, Path(folder)):
                 raise EmsrError(found) from None
             raise EmsrError(f"the processes of the devices have lost each other ({error})") from None
@@ -85,6 +87,11 @@ def end_with_input() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _is_of_connections(error: Exception) -> bool:
+    """Whether this is no fault of the rank's own, such as a GPU whose memory is used up. gloo's have no class."""
+    return isinstance(error, (subprocess.TimeoutExpired, distributed.DistError)) or "gloo" in str(error)
 
 
 def _start(config: StageConfig, rank: int, folder: Path) -> subprocess.Popen[bytes]:
