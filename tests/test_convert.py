@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -338,3 +339,22 @@ def test_a_files_name_is_no_damage(tmp_path: Path) -> None:
         tmp_path / "incomplete, failed to corrupt.tif", SMALL, description="<OME><Im</OME>", metadata=None
     )
     assert np.array_equal(open_stack(volume).read(1), SMALL[1])
+
+
+def test_a_disk_that_takes_no_more_and_the_same_command_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of file sizes stands for a full disk. What the message says to do works: delete, then convert again."""
+    noise = np.random.default_rng(1).integers(0, 256, (8, 256, 256), np.uint8)
+    command = [str(multi_page(tmp_path / "s.tif", noise)), str(tmp_path / "v.zarr"), "--voxel-size-nm", "45", "4", "4"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "`ulimit -f` allows 100,000 bytes" in said
+    assert f"delete file://{tmp_path / 'v.zarr'}" in said
+    shutil.rmtree(tmp_path / "v.zarr")
+    assert main(command) == 0

@@ -75,7 +75,7 @@ class Aside:
         said = [f"{who}: {why}" for who, why in list(self.reasons.items())[:8]]
         more = f"\n  and {len(self.reasons) - 8} more" if len(self.reasons) > 8 else ""
         return ClusterError(
-            "no worker is left that can do this run:\n  " + "\n  ".join(said) + more + "\n",
+            "no worker is left that can do this run:\n  " + "\n  ".join(said) + more,
             "one that is fit",
             "Mend one of them, then run the same command again",
         )

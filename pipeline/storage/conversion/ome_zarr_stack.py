@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import MemoryStore
 
-from pipeline.base.errors import EmsrError, SourceError, TargetError
+from pipeline.base.errors import EmsrError, SourceError, TargetError, UserError
 from pipeline.base.geometry import ZYX
 from pipeline.config.urls import local_path
 from pipeline.storage import kv
@@ -87,7 +87,10 @@ def write_stack(
     except EmsrError:
         raise
     except Exception as error:
-        raise kv.classify_write(error, f"writing {url}") from error
+        fault = kv.classify_write(error, f"writing {url}")
+        if isinstance(fault, UserError):
+            fault = type(fault)(fault.saw, "", f"Mend that, delete {url}, then run the same command again")
+        raise fault from error
     store.put("zarr.json", root)
 
 
