@@ -74,6 +74,7 @@ def cluster(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        scene.write()  # what is looked at afterwards needs no cluster that is gone
 
 
 def _wait_for(address: str, count: int) -> None:

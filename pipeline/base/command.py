@@ -57,7 +57,7 @@ def guarded(work: Callable[[], int]) -> int:
         except Exception as error:
             if os.environ.get("EMSR_DEBUG"):
                 traceback.print_exc()
-            if lacks := _exhausted(error):
+            if lacks := exhausted(error):
                 print(f"emsr: {lacks}.", file=sys.stderr)
                 return 2
             print(
@@ -128,7 +128,7 @@ def _refuse_deleted_folder() -> None:
         raise UserError("the current folder was deleted", "a folder that is there", "Change to another one") from None
 
 
-def _exhausted(error: BaseException | None) -> str:
+def exhausted(error: BaseException | None) -> str:
     """What the process ran out of, if that is why this error or one that led to it was raised."""
     while error is not None:
         unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)

@@ -22,6 +22,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster, Scheduler, Worker, WorkerPlugin
 
+from pipeline.base.command import exhausted
 from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.base.waits import closing, waiting
 from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
@@ -102,6 +103,8 @@ def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Ite
         except EmsrError:
             raise
         except Exception as error:  # what Dask raises where it cannot start has no common ancestor
+            if exhausted(error):
+                raise  # no configuration is at fault
             raise start_failed(f"Dask does not start workers of cluster.kind {config.kind}", error) from None
         yield client
 

@@ -40,12 +40,13 @@ def start_failed(what: str, error: BaseException) -> ClusterError:
     keys = list(_keys())
     guilty = [(key, where) for key, value, where in keys if any(word in told for word in _words(value))]
     named = [f"{key} ({where})" for key, where in guilty or [(key, where) for key, _, where in keys]]
+    blame = "correct it there" if guilty else "perhaps one of them is why"
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
     cause = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())[:MAX_CAUSE]
     return ClusterError(
         f"{what} ({cause})",
         "",
-        f"Dask's configuration sets {', '.join(named[:MAX_NAMED])}{more}: correct it there"
+        f"Dask's configuration sets {', '.join(named[:MAX_NAMED])}{more}: {blame}"
         if named
         else "Dask's configuration here sets nothing of its own; see whether memory, disk and processes are at a limit",
     )
