@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import yaml
-import zarr
+from volume import write
 
 from examples.make_phantom import phantom
 
@@ -23,16 +23,9 @@ SHAPE = (16, 512, 512)
 
 
 def data(folder: Path) -> Path:
+    """HR sections, made once."""
     path = folder / "hr.zarr"
-    if not path.exists():
-        group = zarr.open_group(path, mode="w")
-        array = group.create_array("0", shape=SHAPE, chunks=(8, 128, 128), dtype="uint8")
-        array[:] = phantom(SHAPE)
-        axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
-        scale = [{"type": "scale", "scale": [40.0, 10.0, 10.0]}]
-        datasets = [{"path": "0", "coordinateTransformations": scale}]
-        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": "hr", "axes": axes, "datasets": datasets}]}
-    return path
+    return path if path.exists() else write(path, phantom(SHAPE), (40.0, 10.0, 10.0))
 
 
 def main(

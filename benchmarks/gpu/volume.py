@@ -41,20 +41,21 @@ def voxels(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.tile(small, times)[:, : shape[1], : shape[2]])
 
 
-def write(folder: Path, shape: tuple[int, int, int]) -> Path:
-    path = folder / f"lr-{'-'.join(map(str, shape))}.zarr"
-    if not path.exists():
-        group = zarr.open_group(path, mode="w")
-        array = group.create_array("0", shape=shape, chunks=(8, 128, 128), dtype="uint8")
-        array[:] = voxels(shape)
-        axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
-        scale = [{"type": "scale", "scale": [40.0, 80.0, 80.0]}]
-        datasets = [{"path": "0", "coordinateTransformations": scale}]
-        group.attrs["ome"] = {
-            "version": "0.5",
-            "multiscales": [{"name": "lr", "axes": axes, "datasets": datasets}],
-        }
+def write(path: Path, stack: NDArray[np.uint8], voxel_size_nm: tuple[float, float, float]) -> Path:
+    """`stack` (z, y, x) as an OME-Zarr of one level."""
+    group = zarr.open_group(path, mode="w")
+    array = group.create_array("0", shape=stack.shape, chunks=(8, 128, 128), dtype="uint8")
+    array[:] = stack
+    axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
+    datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": list(voxel_size_nm)}]}]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"name": path.stem, "axes": axes, "datasets": datasets}]}
     return path
+
+
+def source_in(folder: Path, shape: tuple[int, int, int]) -> Path:
+    """LR sections of this shape, made once."""
+    path = folder / f"lr-{'-'.join(map(str, shape))}.zarr"
+    return path if path.exists() else write(path, voxels(shape), (40.0, 80.0, 80.0))
 
 
 def run(folder: Path, source: Path, name: str, slab: list[int], workers: int, network: dict[str, Any]) -> float:
@@ -96,7 +97,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def law1(folder: Path) -> None:
-    source = write(folder, (8, 64, 128))
+    source = source_in(folder, (8, 64, 128))
     network = {"weights": "builtin"}
     trees = []
     for slab, workers in (([8, 64, 64], 1), ([16, 128, 256], 2), ([16, 192, 128], 1), ([8, 64, 64], 1)):
@@ -119,7 +120,7 @@ def law1(folder: Path) -> None:
 
 
 def busy(folder: Path, precision: str = "float32", preset: str = "small", side: str = "512") -> None:
-    source = write(folder, (16, int(side), int(side)))
+    source = source_in(folder, (16, int(side), int(side)))
     network: dict[str, Any] = {"weights": "builtin", "precision": precision}
     if preset == "paper":
         path = folder / "random.safetensors"
