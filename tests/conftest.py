@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 TESTS = REPOSITORY / "tests"
 
+# A job that was started under nohup ignores this signal, and so would all processes of these tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Dask's profiler can stop a worker for good (docs/clusters.md). Of clusters that a test starts itself it stays off.
 os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
 
