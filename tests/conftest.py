@@ -21,8 +21,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("EMSR_SHARED", REPOSITORY.parent / "shared"))
 TESTS = REPOSITORY / "tests"
 
-# A job that was started under nohup ignores this signal, and so would all processes of these tests.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Dask's profiler can stop a worker for good (docs/clusters.md). Of clusters that a test starts itself it stays off.
 os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
 
@@ -36,6 +34,11 @@ hypothesis.settings.load_profile("emsr")
 hypothesis.settings.register_profile(
     "mutations", hypothesis.settings.get_profile("ci"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
 )
+
+
+def pytest_configure() -> None:
+    """A job that was started under nohup ignores this signal, and so would all processes of these tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -13,7 +13,7 @@ import pytest
 from fault_scene import Scene, undisturbed
 from faults import FAULTS, do, lacks
 
-QUICK = ("kill-client", "slab-hangs", "full-disk", "shard-swapped", "unreadable-lock", "metadata-rots", "failing-s3")
+QUICK = ("kill-client", "slab-hangs", "full-disk", "shard-swapped", "unreadable-lock", "metadata-rots", "web-dies")
 
 
 @pytest.fixture(scope="module")

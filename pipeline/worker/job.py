@@ -44,7 +44,7 @@ class Process:
         return f"{self.host}:{self.pid}"
 
     def __str__(self) -> str:
-        return f"worker {self.address}" + (f" on {self.host}, process {self.pid}" if self.pid else "")
+        return f"worker {self.address}" + (f" on {self.host}, process {self.pid}" if self.host else "")
 
 
 @dataclass(frozen=True)
