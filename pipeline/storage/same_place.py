@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.base.errors import EmsrError
+from pipeline.base.errors import EmsrError, UserError
 from pipeline.base.geometry import Box
 from pipeline.config.urls import local_path
 from pipeline.storage.kv import Store
@@ -48,9 +48,10 @@ def is_seen(store: Store, key: str, text: str) -> bool:
 
 
 def remove(store: Store, keys: Iterable[str], folders: Iterable[Path] = ()) -> None:
-    """Delete the tokens `keys`, then those of `folders` that are empty."""
+    """Delete the tokens `keys`, then those of `folders` that are empty. Without the permission to delete they stay."""
     for key in keys:
-        store.delete(key)
+        with suppress(UserError):
+            store.delete(key)
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
