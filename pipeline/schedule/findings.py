@@ -77,9 +77,9 @@ class Findings(TaskRecord):
     def _found_damaged(self, index: int, why: str) -> None:
         self._state[index] = DAMAGED
         self.damaged += 1
-        self._say("damaged", index, why)
         if self._requeue:
             self._ledger.record([Receipt(index, PENDING)])
+        self._say("damaged", index, why)  # queued by now: whoever reads it may interrupt
         for block in self._plan.averaged_from(index):
             if self._state[block] != DAMAGED and self._ledger.state(block) == WRITTEN:
                 self._found_damaged(block, f"it was averaged from task {index}, which is damaged")

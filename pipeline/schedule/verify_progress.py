@@ -37,6 +37,7 @@ class VerifyProgress:
 
     def __enter__(self) -> VerifyProgress:
         self._bar.start()
+        self.update(RunTotals())
         return self
 
     def __exit__(self, *exc: object) -> None:
