@@ -54,10 +54,10 @@ class Cluster:
         wait_until(lambda: self._described.exists() and self._described.read_text().endswith("}"))
         self.address = json.loads(self._described.read_text())["address"]
 
-    def join(self, name: str, before: Sequence[str] = (), **environ: str) -> None:
+    def join(self, name: str, before: Sequence[str] = (), nanny: bool = False, **environ: str) -> None:
         """Start a worker by a command that begins with `before`."""
-        found = ["--scheduler-file", str(self._described), "--nthreads", "1", "--no-nanny", "--memory-limit", "0"]
-        self._start("worker", found, before, environ, name)
+        found = ["--scheduler-file", str(self._described), "--nthreads", "1", "--memory-limit", "0"]
+        self._start("worker", found + ["--no-nanny"] * (not nanny), before, environ, name)
 
     def _start(
         self, part: str, arguments: list[str], before: Sequence[str], environ: dict[str, str], name: str = ""
@@ -155,7 +155,7 @@ def test_five_kinds_of_bad_worker(tmp_path: Path, cluster: Cluster) -> None:
         "torch": (["prlimit", f"--as={700 << 20}"], {}),
     }
     for why, (before, environ) in kinds.items():
-        cluster.join(why, before, **environ)
+        cluster.join(why, before, False, **environ)
     for name in ("good", "better"):
         cluster.join(name)
     cluster.wait_for(7)
@@ -179,6 +179,32 @@ def test_five_kinds_of_bad_worker(tmp_path: Path, cluster: Cluster) -> None:
     assert len(aside(tmp_path, "out/second.zarr")) == 5
     found = np.asarray(zarr.open_array(tmp_path / "out/second.zarr/0", mode="r"))
     np.testing.assert_array_equal(found, reference(tmp_path, again, "alone-too.zarr"))
+
+
+def test_a_worker_whose_process_dies_with_every_lease(tmp_path: Path, cluster: Cluster) -> None:
+    """It answers well, and its nanny starts it again each time: once the other one has finished what three of them
+    died with, it gets no more and is named.
+    """
+    write_lr(tmp_path / "em.zarr", texture((24, 32, 32)))
+    dying = tmp_path / "dying.py"
+    dying.write_text(
+        "import os, signal\n"
+        "from pipeline.worker import lease\n"
+        "lease.process_lease = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    cluster.join("dies", nanny=True, DASK_DISTRIBUTED__WORKER__PRELOAD=json.dumps([str(dying)]))
+    cluster.join("good")
+    cluster.wait_for(2)
+    slowly = {"work__requests_per_second": {"write": 8}}
+    path = cluster.yaml("em.zarr", "sr.zarr", network__name="nearest", **slowly)
+    said = main_job(path, "run")
+    ((who, why),) = aside(tmp_path, "sr.zarr").items()
+    assert "process" in who
+    assert f"{cluster.pids['good']}" not in who
+    assert "its process died 3 times with tasks that others finished" in why
+    assert who in said.stderr
+    found = np.asarray(zarr.open_array(tmp_path / "sr.zarr/0", mode="r"))
+    np.testing.assert_array_equal(found, reference(tmp_path, path, "alone.zarr"))
 
 
 def test_a_target_begun_by_another_plan_while_a_run_waited_for_workers(tmp_path: Path, cluster: Cluster) -> None:

@@ -24,6 +24,7 @@ from pipeline.schedule.exam import CREW, Exam, read_crew
 from pipeline.schedule.faults import MAX_IN_A_ROW, MAX_PROVEN, Faults
 from pipeline.schedule.leases import Capacity, Leases
 from pipeline.schedule.results import CHECKS, Results
+from pipeline.schedule.worker_deaths import MAX_DEATHS, WorkerDeaths
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.worker.job import Fitness, Job, Process, Question, Runtime
@@ -135,6 +136,32 @@ def test_a_failed_task_is_tried_on_another_worker_once(tmp_path: Path) -> None:
     assert [r.index for r in leases.ended(last, [failed(1, "a:1")], others=False)] == [1], "there is no other worker"
 
 
+def test_a_worker_is_bad_that_dies_with_what_others_finish() -> None:
+    """Three times, and not one that has finished something in between."""
+    deaths = WorkerDeaths()
+    for task in range(2):
+        deaths.died("a", [task])
+        assert not deaths.finished("b", [task])
+    deaths.died("a", [2])
+    assert not deaths.finished("a", [3])
+    for task in range(4, 6):
+        deaths.died("a", [task])
+        assert not deaths.finished("b", [task])
+    deaths.died("a", [6, 7])
+    assert not deaths.finished("b", [6]), "the other one that was with it is not finished yet"
+    assert deaths.finished("c", [7, 8]) == ["a"]
+
+
+def test_no_worker_is_bad_where_a_task_kills_them_all() -> None:
+    """What is beside such a task when it kills is finished by others, and proves nothing."""
+    deaths = WorkerDeaths()
+    for task in range(1, MAX_DEATHS + 3):
+        deaths.died("a", [0, task])
+        assert not deaths.finished("b", [task])
+    deaths.died("a", [])
+    assert not deaths.finished("b", [1])
+
+
 def test_a_worker_is_bad_where_others_write_what_failed_on_it() -> None:
     faults = Faults()
     for index in range(MAX_PROVEN):
@@ -220,6 +247,7 @@ def test_deaths_beside_leases_are_not_the_check_s() -> None:
     told: list[str] = []
     aside = Aside(lambda who, why: told.append(who))
     for number in range(2 * MAX_RESTARTS):
+        aside.ended(f"tcp://h:{number}", "nanny")
         aside.died(f"tcp://h:{number}", "nanny", beside_leases=True)
         assert aside.restarting, "leases are kept away from its next process"
     assert not told

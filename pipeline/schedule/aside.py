@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 
 from pipeline.base.errors import ClusterError, EmsrError, UserError
 
+RESTART_S = 60.0
+"""A nanny that has started no new process after so long is not waited for: its machine is gone perhaps."""
 MAX_RESTARTS = 3
 """A worker whose process died so often while it opened the job is set aside."""
 
@@ -24,12 +27,12 @@ class Aside:
         self._errors: dict[str, EmsrError] = {}
         self._nannies: set[str] = set()
         self._deaths: Counter[str] = Counter()
-        self._restarting: set[str] = set()
+        self._restarting: dict[str, float] = {}
 
     @property
     def restarting(self) -> bool:
-        """Whether a process ended before it had answered and a new one of its worker has not answered either."""
-        return bool(self._restarting)
+        """Whether a process has ended lately, and the next one of its worker has not answered yet."""
+        return any(time.monotonic() - since < RESTART_S for since in self._restarting.values())
 
     def holds(self, nanny: str) -> bool:
         """Whether this worker was set aside, in whatever process."""
@@ -39,7 +42,7 @@ class Aside:
         """Set `who` aside for `error`; the nanny is None where it is not known any more."""
         if nanny is not None:
             self._nannies.add(nanny)
-            self._restarting.discard(nanny)
+            self._restarting.pop(nanny, None)
         if who not in self.reasons:
             self.reasons[who], self._errors[who] = str(error), error
             self.tell(who, str(error))
@@ -47,12 +50,15 @@ class Aside:
     def answered(self, nanny: str) -> None:
         """Its process has opened the job."""
         self._deaths.pop(nanny, None)
-        self._restarting.discard(nanny)
+        self._restarting.pop(nanny, None)
+
+    def ended(self, address: str, nanny: str) -> None:
+        """Its process ended. A worker without a nanny does not start again."""
+        if nanny != address:
+            self._restarting[nanny] = time.monotonic()
 
     def died(self, address: str, nanny: str, beside_leases: bool) -> None:
         """Its process ended before it had answered. That counts where no lease may have run in the process beside."""
-        if nanny != address:
-            self._restarting.add(nanny)
         if beside_leases:
             return
         self._deaths[nanny] += 1

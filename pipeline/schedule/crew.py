@@ -47,6 +47,12 @@ class _Worker:
     check: Check | None = None
     again: float = 0.0
 
+    @property
+    def process(self) -> Process:
+        """The process as far as it is known."""
+        host, _, pid = self.name.rpartition(":")
+        return Process(self.address, host, int(pid or 0))
+
 
 class Crew:
     """`tell` is called with a worker and a reason whenever one is set aside.
@@ -62,6 +68,7 @@ class Crew:
         self.aside = Aside(tell)
         self._checks = Checks(client, exam) if exam is not None else None
         self._there: dict[str, _Worker] = {}
+        self._gone: dict[str, _Worker] = {}
         self._vouched: set[tuple[str, str]] = set()
         self._waiting: dict[Process, Runtime] = {}
         self._settled = exam is None
@@ -103,7 +110,7 @@ class Crew:
         if self.exam is None:
             if worker is not None:
                 worker.name = process.name
-            return True
+            return worker is None or not worker.aside
         if worker is None or worker.aside:
             return False
         if worker.fit:  # another process at the same address
@@ -114,7 +121,7 @@ class Crew:
         """Addresses for a lease that must not go anywhere else; None where it may go to any worker.
 
         None of `avoid` (HOST:PID) is among them, as long as there is another one. While a worker starts again whose
-        process died before it had answered, no lease may go there, so that it is known what kills it.
+        process has ended, no lease may go there before it has answered, so that it is known what kills it.
         """
         fit, avoided = self._usable(), set(avoid) - {""}
         chosen = [worker.address for worker in fit if worker.name not in avoided] or [worker.address for worker in fit]
@@ -152,9 +159,10 @@ class Crew:
     def _ask_scheduler(self, now: float, at_large: Callable[[], bool]) -> None:
         threads: dict[str, int] = call(self._client.nthreads) or {}
         for address in self._there.keys() - threads.keys():
-            self._left(self._there.pop(address), now)
+            self._gone[address] = self._there.pop(address)
+            self._left(self._gone[address], now)
         if new := threads.keys() - self._there.keys():
-            known = call(self._client.scheduler_info, -1)["workers"] if self.exam is not None else {}
+            known = call(self._client.scheduler_info, -1)["workers"]
             beside_leases = at_large()
             for address in new:
                 nanny = known.get(address, {}).get("nanny") or address
@@ -179,9 +187,25 @@ class Crew:
         """The same for HOST:PID, with a reason in words."""
         for worker in self._there.values():
             if worker.name == name:
-                host, _, pid = name.rpartition(":")
-                self.set_aside(Process(worker.address, host, int(pid)), ClusterError(why))
+                self.set_aside(worker.process, ClusterError(why))
                 return
+
+    def nanny(self, address: str) -> str:
+        """What this worker is known by across restarts, whether it is still there or not."""
+        worker = self._there.get(address) or self._gone.get(address)
+        return worker.nanny if worker is not None else address
+
+    def set_aside_nanny(self, nanny: str, why: str) -> None:
+        """The same for the worker that starts again whenever its process dies; the last one that is fit stays."""
+        if all(worker.nanny == nanny for worker in self._usable()):
+            return
+        for worker in self._there.values():
+            if worker.nanny == nanny and not worker.aside:
+                worker.fit, worker.aside = False, True
+                self.newly_aside.append(worker.address)
+        *_, died = [worker for worker in self._gone.values() if worker.nanny == nanny]
+        error = ClusterError(why, "a worker with memory for the network", "See its log")
+        self.aside.add(str(died.process), nanny, error)
 
     def settle(self) -> None:
         """Those that have answered by now decide what the run computes with; those that come later follow."""
@@ -209,6 +233,8 @@ class Crew:
         if worker.fit:
             self.absence.lost(now)
         self._waiting = {who: found for who, found in self._waiting.items() if who.address != worker.address}
+        if self.exam is not None and not worker.aside:
+            self.aside.ended(worker.address, worker.nanny)
         if worker.check is not None:
             worker.check.future.cancel()
             self.aside.died(worker.address, worker.nanny, worker.beside_leases)

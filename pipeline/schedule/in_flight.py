@@ -16,11 +16,12 @@ from pipeline.plan.requests import RequestRates
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.leases import Capacity, Lease
 from pipeline.schedule.results import TOPIC, Ended, Results, Work, pack, run_packed
-from pipeline.worker.job import Job, LeaseResult
+from pipeline.schedule.worker_deaths import MAX_DEATHS, Departures, WorkerDeaths
+from pipeline.worker.job import Job, LeaseResult, Process
 
 CANDIDATES = 8
 """The copy of a late lease may go to this many workers: the idlest, and none that has a copy already."""
-MAX_DEATHS = 3
+MAX_LOST = 3
 """A lease that named its workers is given up as one whose workers died when they have gone more often than this."""
 MAX_UNREADABLE = 100
 """So many leases in a row may end on workers that cannot even read them, before these are found and set aside."""
@@ -38,14 +39,15 @@ class InFlight:
         self._out: dict[str, tuple[Lease, Future, list[str] | None]] = {}
         self._held: list[tuple[Lease, Ended]] = []
         self._waiting: list[Lease] = []
-        self._deaths: Counter[Lease] = Counter()
+        self._lost: Counter[Lease] = Counter()
+        self._deaths = WorkerDeaths()
         self.avoid: list[str] = []
         self._unreadable = 0
         self._number = 0
         # Dask's name of them all is `lease`, since it keeps something for every name that it has heard of. The rest is
         # this run's own: what a killed run left running is not taken for an answer to this one.
         self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
-        self._results = Results(client, self._prefix)
+        self._results, self._departures = Results(client, self._prefix), Departures(client)
         self._moved_at = time.monotonic()
 
     def quiet_s(self) -> float:
@@ -86,7 +88,11 @@ class InFlight:
         most `timeout` seconds. Raises ClusterError where the scheduler is gone or no worker is left.
         """
         ended: list[tuple[Lease, LeaseResult | None]] = []
-        for future in self._ended(timeout):
+        futures = self._ended(timeout)
+        for address, keys in self._departures.take():
+            leases = [self._out[key][0] for key in keys if key in self._out]
+            self._deaths.died(self.crew.nanny(address), (task for lease in leases for task in lease.span))
+        for future in futures:
             if future.key not in self._out:
                 continue
             self._moved_at = time.monotonic()
@@ -130,18 +136,25 @@ class InFlight:
             vouched = self.crew.vouches(result.process)
             if vouched is None:
                 self._held.append((lease, result))
+            elif vouched and isinstance(result.outcome, LeaseResult):
+                self._credit(result.process, result.outcome)
+                ended.append((lease, result.outcome))
             else:
-                ended.append(
-                    (lease, result.outcome if vouched and isinstance(result.outcome, LeaseResult) else NOTHING)
-                )
+                ended.append((lease, NOTHING))
         return ended
+
+    def _credit(self, process: Process, result: LeaseResult) -> None:
+        """Set those workers aside whose processes died with what this one has finished."""
+        finished = [receipt.index for receipt in result.receipts]
+        for nanny in self._deaths.finished(self.crew.nanny(process.address), finished):
+            self.crew.set_aside_nanny(nanny, f"its process died {MAX_DEATHS} times with tasks that others finished")
 
     def _hand_on(self) -> list[Lease]:
         """Leases whose worker was set aside, or whose named workers have all gone, go to others; returns those that
         have lost workers too often.
         """
         lost = [key for key, (_, _, named) in self._out.items() if named and not self.crew.is_there(named)]
-        self._deaths.update(self._out[key][0] for key in lost)
+        self._lost.update(self._out[key][0] for key in lost)
         if aside := set(self.crew.newly_aside):
             self.crew.newly_aside.clear()
             there = call(self._client.processing)
@@ -149,7 +162,7 @@ class InFlight:
             lost += [key for key in theirs if key in self._out and key not in lost]
         leases = [self._out[key][0] for key in lost]
         self._cancel(lost)
-        given_up = [lease for lease in leases if self._deaths[lease] > MAX_DEATHS]
+        given_up = [lease for lease in leases if self._lost[lease] > MAX_LOST]
         for lease in leases:
             if lease not in given_up:
                 self.start(lease)
@@ -165,6 +178,7 @@ class InFlight:
         """Cancel everything."""
         self._cancel(list(self._out))
         self._results.close()
+        self._departures.close()
 
     def _any_at_large(self) -> bool:
         """Whether Dask may give one of them to any worker."""
