@@ -18,7 +18,6 @@ from models.flow import MEAN, STD
 from models.mask import VGGFeatures
 from models.metadata import Metadata, WeightsError, read_metadata
 from models.network import SuperResolver
-from models.pod import POD
 
 State = dict[str, Tensor]
 MAX_NAMES = 8
@@ -129,16 +128,6 @@ def load_vgg19(network: SuperResolver, state: State) -> None:
         for kind in ("weight", "bias")
     }
     _fill(features, {mine: state[name] for mine, name in wanted.items()}, "VGG19 weights", wanted)
-
-
-def load_spynet(network: SuperResolver, state: State) -> None:
-    """Copy SPyNet's weights into POD, in our names as `read_spynet` gives them, or in BasicSR's or pytorch-spynet's.
-    Raises WeightsError.
-    """
-    if not isinstance(network.pod, POD):
-        raise WeightsError("this network has no optical flow (pod is off). Remove the SPyNet weights")
-    names = {_of_spynet(name): name for name in state if name not in ("mean", "std")}
-    _fill(network.pod.flow, {mine: state[name] for mine, name in names.items()}, "SPyNet weights", names)
 
 
 def read_spynet(path: Path) -> State:

@@ -62,7 +62,7 @@ def status(config: Config) -> int:
     for name, aside in last_aside(found.store).items():
         print(f"set aside    {name}: {aside}")
     for key in ledger.damaged:
-        print(f"damaged      {key}: its records are lost, those tasks run again")
+        print(f"damaged      {key}: its records are lost; what they alone told of runs again")
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):
         why = ledger.why(index)
         print(

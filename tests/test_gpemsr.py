@@ -18,6 +18,8 @@ import models
 from models import weights
 from models.network import SuperResolver
 from pipeline import run
+from pipeline.base.errors import NetworkError
+from pipeline.inference.weights import locate
 from pipeline.viewer.file_server import serving
 
 
@@ -95,7 +97,20 @@ def test_weights_by_url_are_fetched_once_and_checked(
     with serving({"weights": small.parent}) as urls:
         keys = KEYS | {"network__weights": f"{urls['weights']}/{small.name}", "network__sha256": sha256}
         run_here(volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", **keys))
-    assert [f.name for f in (tmp_path / "cache").iterdir()] == [f"{sha256}.safetensors"]
+    kept = tmp_path / "cache" / f"{sha256}.safetensors"
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [kept.name]
+    kept.write_bytes(small.read_bytes()[:-1])
+    with serving({"weights": small.parent}) as urls:
+        url = f"{urls['weights']}/{small.name}"
+        assert locate(url, sha256) == (kept, sha256), "a file that has rotted in the cache is fetched again"
+        other = "0" * 64
+        with pytest.raises(NetworkError, match=f"{url} has sha256 {sha256}"):
+            locate(url, other)
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("EMSR_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(NetworkError, match="EMSR_CACHE"):
+            locate(url, sha256)
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == [kept.name], "nothing else is kept"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16"])

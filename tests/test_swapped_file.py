@@ -184,3 +184,18 @@ def test_a_version_cut_off_without_hard_links_is_seen_as_it_is(tmp_path: Path) -
     put(path, n=1)
     swapped_file._version(path, 2).write_bytes(b'{"n"')
     assert look(path)[0] == b'{"n"'
+
+
+def test_a_version_that_is_listed_and_never_readable_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server's folder may be late for good. Nothing is written then, and nobody waits for ever."""
+    monkeypatch.setattr(swapped_file, "LOOK_S", 0.0)
+    path = tmp_path / "lock.json"
+    assert swap(path, b"{}", look(path)[1])
+    before = path.read_bytes()
+    (tmp_path / f"lock.json{VERSION}9").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=f"lock.json{VERSION}9") as caught:
+        look(path)
+    assert caught.value.errno == errno.ESTALE
+    assert path.read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from models.training.crops import Crops, Volume
 from models.training.loop import Loop, Recipe, State
 from models.training.ranks import Ranks
 from models.training.stages import VQGANStage
+from pipeline.base import waits
 from pipeline.train import main
 from pipeline.training.processes import join
 
@@ -62,13 +64,15 @@ def held_by_rank(rank: int, folder: Path) -> None:
     """Three steps of stage vqgan, with its critic, tokens drawn at random and rows revived; what it holds is saved."""
     torch.set_num_threads(1)
     torch.manual_seed(rank)  # rank 0's weights are everybody's
-    ranks = Ranks(rank, 2)
+    waited: list[int] = []
+    ranks = Ranks(rank, 2, lambda: contextlib.nullcontext(waited.append(1)))
     join(folder, ranks, cuda=False)
     voxels = texture((8, 96, 96))
     volume = Volume(voxels.shape, lambda z, y, x: voxels[z, y, x], np.ones(8, bool))  # type: ignore[arg-type]
     stage = VQGANStage(X8_SMALL, adversarial_from=1, critic_width=4, quantise_from=2, revive_every=1)
     loop = Loop(Fabric(accelerator="cpu", devices=1), stage, Recipe(3, 1, average=0.5), ranks)
     loop.run(Crops([volume], 1, 96, 8), [], lambda *_: None, lambda _: None)
+    assert waited, "a rank says that it waits for the others"
     torch.save(loop.state(), folder / f"rank-{rank}.pt")
 
 
@@ -105,8 +109,11 @@ def test_ranks_share_the_samples_of_one_batch() -> None:
         assert torch.equal(torch.cat(of_whole), whole[part])
 
 
-def test_two_devices_go_on_to_the_same_weights(hr: Path, tmp_path: Path) -> None:
-    """Two steps, and two more, are four."""
+def test_two_devices_go_on_to_the_same_weights(
+    hr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, and two more, are four. The first device says that it waits for the other one to start."""
+    monkeypatch.setattr(waits, "SAY_S", 0.2)
     keys: dict[str, Any] = {"losses__adversarial_from": 1, "revive_every": 2, "devices": 2, "average": 0.9}
     keys |= VQGAN | {"steps": 4, "periods": [4]}
     assert main([str(stage_yaml(tmp_path, "vqgan", output="whole", **keys))]) == 0
@@ -114,6 +121,7 @@ def test_two_devices_go_on_to_the_same_weights(hr: Path, tmp_path: Path) -> None
     assert main([str(stage_yaml(tmp_path, "vqgan", output="parts", **keys))]) == 0
     whole, parts = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "waiting for the processes of the other devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ended", ["rank", "first"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, distributed
@@ -13,18 +14,21 @@ from torch.nn import Parameter
 @dataclass(frozen=True)
 class Ranks:
     """This process is number `rank` of `count`. With more than one, torch.distributed's default group connects them,
-    and all of them call each method in the same order. A lone process needs no group.
+    and all of them call each method in the same order. A lone process needs no group. `waits` makes a context in which
+    this rank waits for the others.
     """
 
     rank: int = 0
     count: int = 1
+    waits: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of all ranks' tensors of one shape, on the device of this one's."""
         if self.count == 1:
             return value
         total = value.detach().clone().to(_device())
-        distributed.all_reduce(total)
+        with self.waits():
+            distributed.all_reduce(total)
         return total.to(value.device)
 
     def gather(self, value: Tensor) -> Tensor:
@@ -33,7 +37,8 @@ class Ranks:
             return value
         own = value.detach().contiguous().to(_device())
         parts = [torch.empty_like(own) for _ in range(self.count)]
-        distributed.all_gather(parts, own)
+        with self.waits():
+            distributed.all_gather(parts, own)
         return torch.cat(parts).to(value.device)
 
     def any(self, flag: bool) -> bool:
@@ -62,7 +67,8 @@ class Ranks:
             return
         for tensor in tensors:
             sent = tensor.detach().contiguous().to(_device())
-            distributed.broadcast(sent, 0)
+            with self.waits():
+                distributed.broadcast(sent, 0)
             tensor.detach().copy_(sent)
 
 

@@ -6,10 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from pipeline.base.errors import EmsrError, NetworkError
+from pipeline.base.errors import EmsrError, NetworkError, NoAnswerError, TransientError, UserError
 from pipeline.base.limits import MAX_WEIGHTS_BYTES
 from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path
+from pipeline.storage.files import put_all
 from pipeline.storage.kv import SLOW_BYTES_PER_S, Store
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -40,11 +41,7 @@ def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
             f"network.weights {path} cannot be read ({error.strerror})", "a readable file", "Check its rights"
         ) from None
     if sha256 is not None and found != sha256:
-        raise NetworkError(
-            f"network.weights {path} has sha256 {found}",
-            sha256,
-            "Take the file that network.sha256 means, or correct it",
-        )
+        raise _other_file(path, found, sha256)
     return path, found
 
 
@@ -57,21 +54,44 @@ def _cached(url: str, sha256: str | None) -> Path:
         )
     folder = Path(os.environ.get("EMSR_CACHE", Path.home() / ".cache" / "emsr"))
     path = folder / f"{sha256}{Path(url).suffix}"
-    if not path.exists():
-        parent, _, name = url.rpartition("/")
-        try:
-            value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S)
-        except EmsrError as error:
-            raise NetworkError(
-                f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"
-            ) from None
-        if value is None:
-            raise NetworkError(f"network.weights {url} is not there", "a weights file", "Check the url")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(value)
-        part.replace(path)
+    try:
+        if path.is_file() and _hash(path) == sha256:
+            return path
+    except OSError as error:
+        raise NetworkError(f"{path} cannot be read ({error.strerror})", "a readable file", "Remove it") from None
+    value = _fetch(url, sha256)
+    try:
+        put_all(folder, {path.name: value})
+    except UserError as error:
+        raise NetworkError(
+            f"fetched weights cannot be kept: {error}", "", "EMSR_CACHE can name another folder"
+        ) from None
     return path
+
+
+def _fetch(url: str, sha256: str) -> bytes:
+    parent, _, name = url.rpartition("/")
+    try:
+        value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S)
+    except (TransientError, NoAnswerError):
+        raise
+    except EmsrError as error:
+        raise NetworkError(
+            f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"
+        ) from None
+    if value is None:
+        raise NetworkError(f"network.weights {url} is not there", "a weights file", "Check the url")
+    if (found := hashlib.sha256(value).hexdigest()) != sha256:
+        raise _other_file(url, found, sha256)
+    return value
+
+
+def _other_file(where: object, found: str, wanted: str) -> NetworkError:
+    return NetworkError(
+        f"network.weights {where} has sha256 {found}",
+        wanted,
+        "Take the file that network.sha256 means, or correct it",
+    )
 
 
 def _hash(path: Path) -> str:

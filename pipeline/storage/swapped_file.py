@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from typing import Any
 
 from pipeline.storage import files
 
+LOOKS, LOOK_S = 100, 0.1
+"""A newest version that cannot be read is looked for again so often, and after so many seconds."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -80,11 +83,12 @@ def swap(path: Path, value: bytes, generation: bytes) -> bytes | None:
 
 
 def _state(path: Path) -> _State:
-    while True:
+    for looks in range(LOOKS):
         number = max(_numbers(path), default=0)
         newest = _read(_version(path, number)) if number else None
-        if number and newest is None:
-            continue  # superseded between the two looks
+        if number and newest is None:  # superseded between the two looks, or listed by a file server that is late
+            time.sleep(LOOK_S * bool(looks))
+            continue
         copy = _read(path)
         copied = _members(copy).get("version")
         if isinstance(copied, int) and copied > number:  # moved to here without its versions
@@ -93,6 +97,7 @@ def _state(path: Path) -> _State:
         # Else put or removed by hand, or by another program: it counts unless the newest version came after it.
         superseded = late or _members(newest).get("after") == _digest(copy)
         return _State(number, newest if superseded else copy, copy)
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(_version(path, number)))
 
 
 def _create(part: Path, version: Path, body: bytes) -> bool:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import distributed
 
 from models.training.ranks import Ranks
 from pipeline.base.errors import EmsrError
+from pipeline.base.waits import waiting
 from pipeline.config.stage import StageConfig
 
 STALL_S = 900.0
@@ -44,7 +45,8 @@ def others(config: StageConfig, cuda: bool) -> Iterator[None]:
         done = threading.Event()
         threading.Thread(target=_watch, args=(started, Path(folder), done), daemon=True).start()
         try:
-            join(Path(folder), Ranks(0, config.devices), cuda)
+            with waits():
+                join(Path(folder), Ranks(0, config.devices), cuda)
             yield
             done.set()
             for process in started:
@@ -76,6 +78,11 @@ def join(folder: Path, ranks: Ranks, cuda: bool) -> None:
         world_size=ranks.count,
         timeout=timedelta(seconds=STALL_S),
     )
+
+
+def waits() -> AbstractContextManager[None]:
+    """Within the block this rank waits for the others."""
+    return waiting("the processes of the other devices", STALL_S)
 
 
 def end_with_input() -> None:

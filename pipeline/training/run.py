@@ -57,7 +57,7 @@ def run(config: StageConfig) -> int:
             print(f"emsr: {line}; the checkpoint before it is used", file=sys.stderr)
         changed = {} if found is None else _changes(prepared, found)
         with processes.others(config, cuda):
-            loop = _loop(prepared, Ranks(0, config.devices), cuda)
+            loop = _loop(prepared, Ranks(0, config.devices, processes.waits), cuda)
             if found is not None:
                 _go_on(loop, found, changed)
             check_space(config.output, loop.checkpoint_bytes(), loop.weights_bytes())
