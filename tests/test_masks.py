@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import main_job, texture, volume_yaml, write_lr
 
+from pipeline.base import waits
 from pipeline.base.errors import EmsrError, UserError
 from pipeline.config import volume
 from pipeline.plan.receipt import SKIPPED
@@ -64,6 +65,14 @@ def test_of_many_slabs_a_sample_is_looked_at(tmp_path: Path, monkeypatch: pytest
         found = reach(prepared(tmp_path, lonely))
         assert found is not None
         assert found.looked <= 16
+
+
+def test_a_slow_look_at_a_mask_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waits, "SAY_S", 0.0)
+    reach(prepared(tmp_path, some(8)))
+    assert "mask.zarr: 31 slabs looked at" in capsys.readouterr().err
 
 
 def test_a_mask_that_touches_nothing_is_refused_before_anything_is_written(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipeline.base import waits
 from pipeline.base.errors import DataError, SourceError, TransientError
 from pipeline.base.geometry import Box
 from pipeline.plan.plan import Plan
@@ -62,9 +64,13 @@ def reach(prepared: Prepared) -> Reach | None:
         return None
     mask = open_mask(config, prepared.source)
     touched = looked = 0
+    began, say_s = time.monotonic(), waits.SAY_S
     for index in _spread(plan.slabs):
         if looked >= (SAMPLE if touched else MAX_LOOKED):
             break
+        if (waited_s := time.monotonic() - began) >= say_s:
+            waits.say(f"the mask {mask.info.url}: {looked:,} slabs looked at, {touched:,} of them touched", waited_s)
+            say_s *= 2
         looked += 1
         touched += _touched(mask, prepared.source, plan, index)
     if not touched and looked == plan.slabs:

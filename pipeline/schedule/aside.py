@@ -65,7 +65,7 @@ class Aside:
         if self._deaths[nanny] >= MAX_RESTARTS or nanny == address:
             error = ClusterError(
                 f"its process ended {self._deaths[nanny]} times while it opened the job",
-                "a worker with memory for the network",
+                "a worker with memory and time enough for the network",
                 "See its log",
             )
             self.add(f"worker {address}", nanny, error)

@@ -204,7 +204,7 @@ class Crew:
                 worker.fit, worker.aside = False, True
                 self.newly_aside.append(worker.address)
         *_, died = [worker for worker in self._gone.values() if worker.nanny == nanny]
-        error = ClusterError(why, "a worker with memory for the network", "See its log")
+        error = ClusterError(why, "a worker with memory and time enough for the network", "See its log")
         self.aside.add(str(died.process), nanny, error)
 
     def settle(self) -> None:
