@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import main_job, texture, volume_yaml, write_lr
+from conftest import main_job, texture, tree, volume_yaml, write_lr
 
 from pipeline.base import waits
 from pipeline.base.errors import EmsrError, UserError
@@ -116,6 +116,19 @@ def test_a_run_that_wrote_nothing_says_so(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "slabs written: every one is constant (source.skip_empty)" in done.stderr
         assert "done:" not in done.stdout
+
+
+def test_a_mask_that_was_moved_between_runs_is_another_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the first run skipped for it would stay skipped."""
+    prepared(tmp_path, some(8), network__name="nearest")
+    assert main([str(tmp_path / "v.yaml")]) == 0
+    before = tree(tmp_path / "sr")
+    write_lr(tmp_path / "mask.zarr", some(8), tuple(size / 2 for size in COARSE))  # type: ignore[arg-type]
+    assert main([str(tmp_path / "v.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "begun with another plan" in said
+    assert "source.mask.voxel_size_nm" in said
+    assert tree(tmp_path / "sr") == before
 
 
 def test_a_mask_that_changes_under_a_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,25 @@ def _mask(choices: Choices) -> dict[str, Any] | None:
     mask, info = choices.config.source.mask, choices.mask
     if mask is None or info is None:
         return None
-    return {
+    found = {
         "url": _public(mask.url),
         "mip": mask.mip,
         "fingerprint": info.fingerprint,
         "missing_chunks": _holes(mask.missing_chunks),
     }
+    if not _same_space(info, choices.source):
+        found |= {"voxel_size_nm": info.voxel_size_nm, "corner_nm": info.corner_nm}
+    return found
+
+
+def _same_space(mask: VolumeInfo, source: VolumeInfo) -> bool:
+    """Whether the mask spans what the source spans, as one does that states neither voxel size nor position."""
+    mine, other = [*mask.corner_nm, *_extent_nm(mask)], [*source.corner_nm, *_extent_nm(source)]
+    return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-6) for a, b in zip(mine, other, strict=True))
+
+
+def _extent_nm(info: VolumeInfo) -> list[float]:
+    return [count * size for count, size in zip(info.bounds.shape, info.voxel_size_nm, strict=True)]
 
 
 def _holes(rule: str | FillConfig) -> str | dict[str, int]:
