@@ -41,6 +41,7 @@ from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
 from pipeline.worker.lease import check_worker, process_lease
 
+SHOWN_HOSTS = 3
 TELL_S = 1.0
 """How often the lock is told what workers did, which takes a while where there are many."""
 
@@ -86,6 +87,8 @@ def run(config: Config, dry_run: bool = False) -> int:
         check_workers(client, crew)  # first: a mistake there leaves no trace
         if config.cluster.tunes():
             tune(client)
+        elif crew.may_freeze:
+            _warn_of_profiler(crew.may_freeze)
         lock.acquire()
         try:
             check_place(prepared)  # again, and the ledger: another run may have begun or ended in between
@@ -111,6 +114,17 @@ def _crew(client: Client, exam: Exam) -> Iterator[Crew]:
             crew.close()
         finally:
             exam.end()
+
+
+def _warn_of_profiler(hosts: set[str]) -> None:
+    more = f" and {len(hosts) - SHOWN_HOSTS} more" if len(hosts) > SHOWN_HOSTS else ""
+    named = ", ".join(sorted(hosts)[:SHOWN_HOSTS]) + more
+    print(
+        f"emsr: workers on {named} run Dask's profiler under a Python before 3.12, where it can stop a worker for good "
+        "(cpython issue 106883). Wanted: distributed.worker.profile.enabled: false there, Python 3.12, or "
+        "cluster.tune: true. docs/clusters.md says more.",
+        file=sys.stderr,
+    )
 
 
 def _dry_run(prepared: Prepared) -> int:

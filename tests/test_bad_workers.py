@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -205,6 +206,22 @@ def test_a_worker_whose_process_dies_with_every_lease(tmp_path: Path, cluster: C
     assert who in said.stderr
     found = np.asarray(zarr.open_array(tmp_path / "sr.zarr/0", mode="r"))
     np.testing.assert_array_equal(found, reference(tmp_path, path, "alone.zarr"))
+
+
+def test_workers_that_dasks_profiler_may_stop_are_named(tmp_path: Path, cluster: Cluster) -> None:
+    """Before Python 3.12 it can. `cluster.tune` switches it off. Here it looks once an hour, and stops nothing."""
+    write_lr(tmp_path / "em.zarr", texture((1, 16, 16)))
+    profiled = {
+        "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "True",
+        "DASK_DISTRIBUTED__WORKER__PROFILE__INTERVAL": "1h",
+    }
+    cluster.join("profiled", **profiled)  # type: ignore[arg-type]
+    old = sys.version_info < (3, 12)
+    warning = f"workers on {socket.gethostname()} run Dask's profiler"
+    assert (warning in main_job(cluster.yaml("em.zarr", "a.zarr", network__name="nearest"), "run").stderr) == old
+    there = {"kind": "address", "address": cluster.address, "tune": True}
+    tuned = volume_yaml(tmp_path / "b.yaml", tmp_path / "em.zarr", tmp_path / "b.zarr", cluster=there)
+    assert warning not in main_job(tuned, "run").stderr
 
 
 def test_a_target_begun_by_another_plan_while_a_run_waited_for_workers(tmp_path: Path, cluster: Cluster) -> None:

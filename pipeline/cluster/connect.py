@@ -173,11 +173,9 @@ def tune(client: Client) -> None:
 
 
 def stop_profiling(client: Client) -> None:
-    """Switch Dask's profiler off in all workers, also in those that come later.
+    """Switch Dask's profiler off in all workers, also in those that come later: see worker.check.may_freeze.
 
-    It looks at every thread a hundred times a second. Under Python 3.11 that can stop a worker for good (cpython
-    #106883): what the profiler allocates may start a garbage collection, and one that ends a `threading.local` waits
-    for the lock that the profiler holds.
+    It looks at every thread a hundred times a second.
     """
     client.register_plugin(_NoProfile())
 

@@ -77,6 +77,8 @@ class Crew:
         self.absence = Absence(client, self._paused, self.aside)
         self._waits = WorkerWaits(client, exam.job.run) if exam is not None else None
         self.newly_aside: list[str] = []
+        self.may_freeze: set[str] = set()
+        """Hosts of workers that have answered so."""
 
     def capacity(self) -> Capacity:
         """The fit workers that are there and not paused, and their threads."""
@@ -258,9 +260,13 @@ class Crew:
         outcome = ended.outcome
         if isinstance(outcome, TransientError) and now - worker.seen < NO_WORKER_S:
             worker.again = now + AGAIN_S
-        elif isinstance(outcome, EmsrError):
+            return
+        if isinstance(outcome, EmsrError):
             self.set_aside(ended.process, outcome)
-        elif not self._settled:
+            return
+        if outcome.may_freeze:
+            self.may_freeze.add(ended.process.host)
+        if not self._settled:
             worker.name = ended.process.name
             self._waiting[ended.process] = outcome.runtime
         elif why := exam.refuse_late(outcome.runtime):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from importlib.metadata import PackageNotFoundError, version
+
+from distributed import get_worker
 
 from pipeline import __version__
 from pipeline.base.errors import ClusterError, SourceError, TargetError, UserError
@@ -29,6 +32,15 @@ def runtime() -> Runtime:
         except PackageNotFoundError:
             found.append(f"no {name}")
     return Runtime(", ".join(found), device.describe(device.pick()))
+
+
+def may_freeze() -> bool:
+    """Whether Dask's profiler may stop this process for good, with all of its threads: cpython #106883.
+
+    Before Python 3.12 what the profiler allocates may start a garbage collection, and one that ends a `threading.local`
+    waits for the lock that the profiler holds.
+    """
+    return sys.version_info < (3, 12) and "profile" in get_worker().periodic_callbacks
 
 
 def refuse_other_emsr(job: Job) -> None:

@@ -110,10 +110,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Fitness:
-    """What a worker answers that can do the job. `base_bytes` is its resident size with the job open."""
+    """What a worker answers that can do the job. `base_bytes` is its resident size with the job open.
+
+    `may_freeze` says that Dask's profiler runs there under a Python that it can stop for good.
+    """
 
     runtime: Runtime
     base_bytes: int
+    may_freeze: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.plan.receipt import QUARANTINED, Receipt
 from pipeline.process import allocator, watchdog
 from pipeline.process.resident_size import peak_resident_bytes
 from pipeline.storage import requests
-from pipeline.worker.check import refuse_other_place, runtime
+from pipeline.worker.check import may_freeze, refuse_other_place, runtime
 from pipeline.worker.job import Fitness, Job, LeaseResult, Question
 from pipeline.worker.open_job import OpenJob, open_job
 from pipeline.worker.slab import process_pyramid_block, process_slab
@@ -68,11 +68,12 @@ def check_worker(job: Job, question: Question) -> Fitness:
     Raises what `open_job` and `refuse_other_place` raise, NoAnswerError where they hang.
     """
     found: list[Fitness] = []
+    freezes = may_freeze()
 
     def check() -> None:
         opened = _opened(job)
         refuse_other_place(job, question, opened.source)
-        found.append(Fitness(runtime(), opened.base_bytes))
+        found.append(Fitness(runtime(), opened.base_bytes, freezes))
 
     stall = watchdog.run_watched(check, job.stall_s, teller(job.run))
     if stall is not None:
