@@ -148,6 +148,10 @@ class Scene:
         hold(words in said, "wrong answer", f"{command}: no {words!r} in {said}")
         return said
 
+    def was_asked_to_end(self, code: int, said: str) -> None:
+        """A command has drained, or had done all before it was asked: Python then no longer handles the signal."""
+        hold(code in (0, 130) or (code < 0 and "done: " in said), "wrong answer", f"{code}: {said}")
+
     def interrupted(self) -> None:
         """The main job begins and is asked to end under way; a part of the target is there (or all of it)."""
         if not self.yaml.exists():
@@ -156,7 +160,7 @@ class Scene:
             if self.under_way(process):
                 process.send_signal(signal.SIGTERM)
             code, said = self.end(process)
-        hold(code in (0, 130), "wrong answer", said)
+        self.was_asked_to_end(code, said)
 
     def refused(self, words: str = "", **how: Any) -> None:
         """The main job is refused in words, and what the target holds stays as it was."""
