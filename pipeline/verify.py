@@ -122,7 +122,7 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
                     totals.waits += waits.take()
                     progress.update(totals)
 
-                in_flight = InFlight(client, run.job, work, crew)
+                in_flight = InFlight(client, run.job, work, crew, run.hold)
                 hand_out(run, in_flight, findings, run.job.plan.passes(), show)
     except KeyboardInterrupt:
         return True

@@ -38,7 +38,7 @@ def execute(
     scheduler or all workers are gone or tasks fail alike on all of them, LedgerError when another run took the target
     over, and what the last worker raised that was set aside. The ledger is flushed in every case.
     """
-    hand_out(run, InFlight(client, run.job, work, crew), run.ledger, _stages(run), progress)
+    hand_out(run, InFlight(client, run.job, work, crew, run.hold), run.ledger, _stages(run), progress)
 
 
 def hand_out(
@@ -83,8 +83,7 @@ def _run_stage(
     crew = in_flight.crew
     while True:
         # A new reason to end a run early stands here, beside a lost lock.
-        if run.lock is not None:
-            run.lock.hold()
+        run.hold()
         while not run.stop.is_set() and (
             lease := leases.next(time.monotonic(), in_flight.capacity(), again=not crew.mixed)
         ):

@@ -7,6 +7,7 @@ import queue
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 
 from distributed import Client, Future, KilledWorker
 
@@ -30,10 +31,20 @@ NOTHING = LeaseResult((), 0, 0)
 
 
 class InFlight:
-    """The futures by key, with the workers that were named, if any. A lease has one, or one for each of its copies."""
+    """The futures by key, with the workers that were named, if any. A lease has one, or one for each of its copies.
 
-    def __init__(self, client: Client, job: Job, work: Work, crew: Crew | None = None) -> None:
-        self._client, self._job, self._work = client, job, work
+    `hold` is called before anything is handed out, and raises where another run has taken the target over.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        job: Job,
+        work: Work,
+        crew: Crew | None = None,
+        hold: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._client, self._job, self._work, self._hold = client, job, work, hold
         self.crew = crew or Crew(client)
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._out: dict[str, tuple[Lease, Future, list[str] | None]] = {}
@@ -67,6 +78,7 @@ class InFlight:
         if not self.crew.capacity().workers:
             self._waiting.append(lease)
             return
+        self._hold()
         self._number += 1
         self._moved_at = time.monotonic()
         key = f"{self._prefix}-{self._number:x}"

@@ -27,3 +27,8 @@ class RunState:
     totals: RunTotals = field(default_factory=RunTotals)
     interrupted: bool = False
     began: float = field(default_factory=time.time)
+
+    def hold(self) -> None:
+        """Returns while this run holds the target; raises what TargetLock.hold raises."""
+        if self.lock is not None:
+            self.lock.hold()
