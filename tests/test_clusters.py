@@ -21,13 +21,14 @@ from dask.utils import key_split
 from distributed import Client, LocalCluster, Scheduler, Worker
 from sleepy import job_of, nothing
 
-from pipeline.base.errors import ClusterError
+from pipeline.base.errors import ClusterError, LedgerError
 from pipeline.cluster import connect as cluster
 from pipeline.cluster import steady_clock
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
 from pipeline.prepare.prepare import prepare
 from pipeline.schedule.in_flight import InFlight
+from pipeline.schedule.leases import Lease
 from pipeline.schedule.results import TOPIC, Results, pack, run_packed
 from pipeline.worker.job import LeaseResult
 from pipeline.worker.lease import process_lease
@@ -230,6 +231,21 @@ def test_what_a_killed_run_left_running_is_no_answer() -> None:
         assert ended.process.address in client.nthreads()
         assert results.take("lease-mine-1") is None
         assert results.take("lease-other-1") is None
+
+
+def test_nothing_is_handed_out_once_the_target_is_lost() -> None:
+    """A client may stand still between any two lines, and go on after another one has taken over."""
+
+    def lost() -> None:
+        raise LedgerError("another run took this target over")
+
+    with cluster.connect(ClusterConfig(workers=1), 1) as client:
+        in_flight = InFlight(client, job_of("/nowhere", 1, 1), process_lease, hold=lost)
+        wait_until(lambda: in_flight.capacity().workers)
+        with pytest.raises(LedgerError):
+            in_flight.start(Lease(range(1), 1.0, 0, 0.0))
+        assert not any(client.processing().values())
+        assert in_flight.collect(0.0) == []
 
 
 def test_no_clock_that_is_set_holds_messages_up() -> None:
