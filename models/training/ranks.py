@@ -29,6 +29,7 @@ class Ranks:
         total = value.detach().clone().to(_device())
         with self.waits():
             distributed.all_reduce(total)
+            _finish()
         return total.to(value.device)
 
     def gather(self, value: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class Ranks:
         parts = [torch.empty_like(own) for _ in range(self.count)]
         with self.waits():
             distributed.all_gather(parts, own)
+            _finish()
         return torch.cat(parts).to(value.device)
 
     def any(self, flag: bool) -> bool:
@@ -69,10 +71,17 @@ class Ranks:
             sent = tensor.detach().contiguous().to(_device())
             with self.waits():
                 distributed.broadcast(sent, 0)
+                _finish()
             tensor.detach().copy_(sent)
 
 
 ALONE = Ranks()
+
+
+def _finish() -> None:
+    """Wait for what was only queued on a GPU so far."""
+    if distributed.get_backend() == "nccl":
+        torch.cuda.synchronize()
 
 
 def _device() -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import models
-from pipeline.base.errors import NetworkError
+from pipeline.base.errors import NetworkError, TransientError
 from pipeline.config.volume import NetworkConfig
 from pipeline.inference.weights import locate
 from pipeline.plan.lattice import Lattice
@@ -67,7 +67,10 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
             raise NetworkError(
                 f"network.weights: {error}", "one of them", "Set network.weights and network.scale to one of them"
             ) from None
-    path, sha256 = locate(file, config.sha256)
+    try:
+        path, sha256 = locate(file, config.sha256)
+    except TransientError as error:  # before the run nobody has fetched them yet: a mistyped host perhaps
+        raise NetworkError(str(error), "", "Check the url and the network") from None
     licence = ""
     if path.suffix == ".safetensors":
         with as_network_errors():

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from pipeline.base.errors import EmsrError, NetworkError, NoAnswerError, TransientError, UserError
+from pipeline.base.errors import DiskError, EmsrError, NetworkError, NoAnswerError, TransientError, UserError
 from pipeline.base.limits import MAX_WEIGHTS_BYTES
 from pipeline.base.waits import waiting
 from pipeline.config.urls import local_path
@@ -55,17 +55,19 @@ def _cached(url: str, sha256: str | None) -> Path:
     folder = Path(os.environ.get("EMSR_CACHE", Path.home() / ".cache" / "emsr"))
     path = folder / f"{sha256}{Path(url).suffix}"
     try:
-        if path.is_file() and _hash(path) == sha256:
+        with waiting(str(path)):
+            is_file = path.is_file()
+        if is_file and _hash(path) == sha256:
             return path
     except OSError as error:
         raise NetworkError(f"{path} cannot be read ({error.strerror})", "a readable file", "Remove it") from None
     value = _fetch(url, sha256)
     try:
-        put_all(folder, {path.name: value})
-    except UserError as error:
-        raise NetworkError(
-            f"fetched weights cannot be kept: {error}", "", "EMSR_CACHE can name another folder"
-        ) from None
+        with waiting(str(folder), len(value) / SLOW_BYTES_PER_S):
+            put_all(folder, {path.name: value})
+    except (UserError, DiskError) as error:
+        why = getattr(error, "saw", str(error))
+        raise NetworkError(f"fetched weights cannot be kept: {why}", "", "EMSR_CACHE can name another folder") from None
     return path
 
 
@@ -73,8 +75,10 @@ def _fetch(url: str, sha256: str) -> bytes:
     parent, _, name = url.rpartition("/")
     try:
         value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S)
-    except (TransientError, NoAnswerError):
+    except NoAnswerError:
         raise
+    except TransientError as error:
+        raise TransientError(f"network.weights {url} cannot be fetched: {error}") from None
     except EmsrError as error:
         raise NetworkError(
             f"network.weights {url} cannot be fetched: {error}", "", "Check the url and the network"

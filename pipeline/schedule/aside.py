@@ -32,7 +32,9 @@ class Aside:
     @property
     def restarting(self) -> bool:
         """Whether a process has ended lately, and the next one of its worker has not answered yet."""
-        return any(time.monotonic() - since < RESTART_S for since in self._restarting.values())
+        late = time.monotonic() - RESTART_S
+        self._restarting = {nanny: since for nanny, since in self._restarting.items() if since > late}
+        return bool(self._restarting)
 
     def holds(self, nanny: str) -> bool:
         """Whether this worker was set aside, in whatever process."""
@@ -42,7 +44,6 @@ class Aside:
         """Set `who` aside for `error`; the nanny is None where it is not known any more."""
         if nanny is not None:
             self._nannies.add(nanny)
-            self._restarting.pop(nanny, None)
         if who not in self.reasons:
             self.reasons[who], self._errors[who] = str(error), error
             self.tell(who, str(error))

@@ -68,7 +68,7 @@ class Crew:
         self.aside = Aside(tell)
         self._checks = Checks(client, exam) if exam is not None else None
         self._there: dict[str, _Worker] = {}
-        self._gone: dict[str, _Worker] = {}
+        self._gone: dict[str, tuple[str, Process]] = {}
         self._vouched: set[tuple[str, str]] = set()
         self._waiting: dict[Process, Runtime] = {}
         self._settled = exam is None
@@ -161,16 +161,18 @@ class Crew:
     def _ask_scheduler(self, now: float, at_large: Callable[[], bool]) -> None:
         threads: dict[str, int] = call(self._client.nthreads) or {}
         for address in self._there.keys() - threads.keys():
-            self._gone[address] = self._there.pop(address)
-            self._left(self._gone[address], now)
+            self._left(address, now)
         if new := threads.keys() - self._there.keys():
             known = call(self._client.scheduler_info, -1)["workers"]
             beside_leases = at_large()
             for address in new:
                 nanny = known.get(address, {}).get("nanny") or address
                 worker = _Worker(address, threads[address], nanny, now, beside_leases)
-                worker.fit, worker.aside = self.exam is None, self.aside.holds(nanny)
+                worker.aside = self.aside.holds(nanny)
+                worker.fit = self.exam is None and not worker.aside
                 self._there[address] = worker
+                if self.exam is None:
+                    self.aside.answered(nanny)
         self.look_for_paused()
 
     def look_for_paused(self) -> None:
@@ -194,8 +196,13 @@ class Crew:
 
     def nanny(self, address: str) -> str:
         """What this worker is known by across restarts, whether it is still there or not."""
-        worker = self._there.get(address) or self._gone.get(address)
-        return worker.nanny if worker is not None else address
+        worker = self._there.get(address)
+        return worker.nanny if worker is not None else self._gone.get(address, (address, None))[0]
+
+    def departed(self, address: str) -> None:
+        """The scheduler says that this worker's process has ended."""
+        if address in self._there:
+            self._left(address, time.monotonic())
 
     def set_aside_nanny(self, nanny: str, why: str) -> None:
         """The same for the worker that starts again whenever its process dies; the last one that is fit stays."""
@@ -205,9 +212,9 @@ class Crew:
             if worker.nanny == nanny and not worker.aside:
                 worker.fit, worker.aside = False, True
                 self.newly_aside.append(worker.address)
-        *_, died = [worker for worker in self._gone.values() if worker.nanny == nanny]
+        died = [process for other, process in self._gone.values() if other == nanny]
         error = ClusterError(why, "a worker with memory and time enough for the network", "See its log")
-        self.aside.add(str(died.process), nanny, error)
+        self.aside.add(str(died[-1]) if died else f"the worker of {nanny}", nanny, error)
 
     def settle(self) -> None:
         """Those that have answered by now decide what the run computes with; those that come later follow."""
@@ -231,12 +238,15 @@ class Crew:
         if self._waits is not None:
             self._waits.close()
 
-    def _left(self, worker: _Worker, now: float) -> None:
+    def _left(self, address: str, now: float) -> None:
+        worker = self._there.pop(address)
+        if worker.nanny != address:
+            self._gone.pop(address, None)  # the last one of its nanny stands last
+            self._gone[address] = worker.nanny, worker.process
         if worker.fit:
             self.absence.lost(now)
         self._waiting = {who: found for who, found in self._waiting.items() if who.address != worker.address}
-        if self.exam is not None and not worker.aside:
-            self.aside.ended(worker.address, worker.nanny)
+        self.aside.ended(worker.address, worker.nanny)
         if worker.check is not None:
             worker.check.future.cancel()
             self.aside.died(worker.address, worker.nanny, worker.beside_leases)

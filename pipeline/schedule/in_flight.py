@@ -13,6 +13,7 @@ from distributed import Client, Future, KilledWorker
 
 from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.cluster.patient_client import call, scheduler_gone
+from pipeline.plan.receipt import SKIPPED, WRITTEN
 from pipeline.plan.requests import RequestRates
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.leases import Capacity, Lease
@@ -59,6 +60,7 @@ class InFlight:
         # this run's own: what a killed run left running is not taken for an answer to this one.
         self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
         self._results, self._departures = Results(client, self._prefix), Departures(client)
+        self._displaced: set[str] = set()
         self._moved_at = time.monotonic()
 
     def quiet_s(self) -> float:
@@ -101,9 +103,7 @@ class InFlight:
         """
         ended: list[tuple[Lease, LeaseResult | None]] = []
         futures = self._ended(timeout)
-        for address, keys in self._departures.take():
-            leases = [self._out[key][0] for key in keys if key in self._out]
-            self._deaths.died(self.crew.nanny(address), (task for lease in leases for task in lease.span))
+        self._see_departures()
         for future in futures:
             if future.key not in self._out:
                 continue
@@ -138,6 +138,13 @@ class InFlight:
                 self.start(lease)
         return ended
 
+    def _see_departures(self) -> None:
+        for address, of_all in self._departures.take():
+            keys = [key for key in of_all if key in self._out]
+            self._deaths.died(self.crew.nanny(address), (task for key in keys for task in self._out[key][0].span))
+            self.crew.departed(address)
+            self._displaced.update(key for key in keys if self._out[key][2] is None)
+
     def _judged(self) -> list[tuple[Lease, LeaseResult | None]]:
         """What ended on workers of which it is known whether they are fit; the rest is kept until it is."""
         ended: list[tuple[Lease, LeaseResult | None]] = []
@@ -157,21 +164,23 @@ class InFlight:
 
     def _credit(self, process: Process, result: LeaseResult) -> None:
         """Set those workers aside whose processes died with what this one has finished."""
-        finished = [receipt.index for receipt in result.receipts]
+        finished = [receipt.index for receipt in result.receipts if receipt.state in (WRITTEN, SKIPPED)]
         for nanny in self._deaths.finished(self.crew.nanny(process.address), finished):
             self.crew.set_aside_nanny(nanny, f"its process died {MAX_DEATHS} times with tasks that others finished")
 
     def _hand_on(self) -> list[Lease]:
         """Leases whose worker was set aside, or whose named workers have all gone, go to others; returns those that
         have lost workers too often.
+
+        So do those of a process that has ended while its nanny starts the next one: Dask may give them to that one
+        before anybody has asked it.
         """
-        lost = [key for key, (_, _, named) in self._out.items() if named and not self.crew.is_there(named)]
-        self._lost.update(self._out[key][0] for key in lost)
-        if aside := set(self.crew.newly_aside):
-            self.crew.newly_aside.clear()
-            there = call(self._client.processing)
-            theirs = {key for address, keys in there.items() if address in aside for key in keys}
-            lost += [key for key in theirs if key in self._out and key not in lost]
+        gone = {key for key, (_, _, named) in self._out.items() if named and not self.crew.is_there(named)}
+        gone |= self._displaced_at_large()
+        self._lost.update(self._out[key][0] for key in gone)
+        theirs = self._with(set(self.crew.newly_aside))
+        self.crew.newly_aside.clear()
+        lost = [key for key in self._out if key in gone or key in theirs]
         leases = [self._out[key][0] for key in lost]
         self._cancel(lost)
         given_up = [lease for lease in leases if self._lost[lease] > MAX_LOST]
@@ -179,6 +188,21 @@ class InFlight:
             if lease not in given_up:
                 self.start(lease)
         return given_up
+
+    def _displaced_at_large(self) -> set[str]:
+        """What Dask may give to a process that has just begun, and that no fit worker has."""
+        keys = self._displaced & self._out.keys()
+        self._displaced.clear()
+        if not keys or not self.crew.aside.restarting or self.crew.mixed:
+            return set()
+        return keys - self._with(self.crew.fit_addresses())
+
+    def _with(self, addresses: set[str]) -> set[str]:
+        """The leases that these workers have now."""
+        if not addresses:
+            return set()
+        there = call(self._client.processing)
+        return {key for address in addresses for key in there.get(address, ()) if key in self._out}
 
     def cancel_copies(self, lease: Lease) -> None:
         """Drop the copies that are still out. One that waits is cancelled; one that runs goes on, and its result is

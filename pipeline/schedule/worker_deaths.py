@@ -36,9 +36,11 @@ class WorkerDeaths:
 
     def finished(self, worker: str, tasks: Iterable[int]) -> list[str]:
         """The worker has finished these. Returns the workers that this proves to be bad."""
-        if not (done := set(tasks)) or not self._open:
+        if not (done := set(tasks)):
             return []
         self._proven.pop(worker, None)
+        if not self._open:
+            return []
         still: list[tuple[str, set[int]]] = []
         for other, unfinished in self._open:
             if other == worker:
@@ -68,8 +70,10 @@ class Departures:
 
     def _receive(self, event: tuple[float, Any]) -> None:
         _, message = event
-        if isinstance(message, dict) and message.get("action") == "remove-worker" and not message.get("expected"):
-            self._arrived.put((message["worker"], list(message["processing-tasks"])))
+        if not isinstance(message, dict) or message.get("action") != "remove-worker" or message.get("expected"):
+            return  # of everything else, and what other users say there
+        if "worker" in message:
+            self._arrived.put((message["worker"], list(message.get("processing-tasks", ()))))
 
     def take(self) -> list[tuple[str, list[str]]]:
         """(address, keys) of each that has ended since this was last asked."""
