@@ -187,11 +187,15 @@ def test_a_worker_whose_process_dies_with_every_lease(tmp_path: Path, cluster: C
     died with, it gets no more and is named.
     """
     write_lr(tmp_path / "em.zarr", texture((24, 32, 32)))
-    dying = tmp_path / "dying.py"
+    deaths, dying = tmp_path / "deaths", tmp_path / "dying.py"
     dying.write_text(
-        "import os, signal\n"
+        "import os, pathlib, signal\n"
         "from pipeline.worker import lease\n"
-        "lease.process_lease = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def die(*arguments):\n"
+        f"    with pathlib.Path({str(deaths)!r}).open('a') as file:\n"
+        "        file.write('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "lease.process_lease = die\n"
     )
     cluster.join("dies", nanny=True, DASK_DISTRIBUTED__WORKER__PRELOAD=json.dumps([str(dying)]))
     cluster.join("good")
@@ -204,6 +208,7 @@ def test_a_worker_whose_process_dies_with_every_lease(tmp_path: Path, cluster: C
     assert f"{cluster.pids['good']}" not in who
     assert "its process died 3 times with tasks that others finished" in why
     assert who in said.stderr
+    assert 3 <= len(deaths.read_text()) < 10, "its next process was given leases before anybody had asked it"
     found = np.asarray(zarr.open_array(tmp_path / "sr.zarr/0", mode="r"))
     np.testing.assert_array_equal(found, reference(tmp_path, path, "alone.zarr"))
 
