@@ -26,7 +26,8 @@ PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSI
 README_COMMANDS = {
     "Install and run": "python3 -m venv ~/emsr && ~/emsr/bin/pip install . "
     "&& ~/emsr/bin/python examples/make_phantom.py && ~/emsr/bin/emsr run examples/quickstart.yaml",
-    "Install and test": "python3 -m venv ~/emsr && ~/emsr/bin/pip install '.[test]' && ~/emsr/bin/python -m pytest",
+    "Install and test": "python3 -m venv ~/emsr && ~/emsr/bin/pip install '.[test]' "
+    "&& ~/emsr/bin/python -m pytest -n 2 --dist loadfile",
 }
 FLAGS = {
     "run": ["volume", "--dry-run"],

@@ -13,7 +13,7 @@ import pytest
 from fault_scene import Scene, undisturbed
 from faults import FAULTS, do, lacks
 
-QUICK = ("kill-client", "slab-hangs", "full-disk", "shard-swapped", "unreadable-lock", "metadata-rots", "web-dies")
+QUICK = ("kill-client", "slab-hangs", "full-disk", "shard-swapped", "unreadable-lock", "metadata-rots", "web-fails")
 
 
 @pytest.fixture(scope="module")
