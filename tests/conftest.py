@@ -37,8 +37,11 @@ hypothesis.settings.register_profile(
 
 
 def pytest_configure() -> None:
-    """A job that was started under nohup ignores this signal, and so would all processes of these tests."""
+    """A job that was started under nohup ignores SIGHUP, a process of pytest-xdist SIGINT; and so would all processes
+    of these tests.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
