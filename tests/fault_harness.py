@@ -42,7 +42,7 @@ def main() -> int:
         "--source", type=Path, help="a local volume; its middle is super-resolved (a made one without this)"
     )
     parser.add_argument("--only", nargs="+", choices=FAULTS, help="these faults alone")
-    parser.add_argument("--time-out", type=float, default=300.0, help="seconds after which a command hangs")
+    parser.add_argument("--time-out", type=float, default=600.0, help="seconds after which a command hangs")
     parser.add_argument("--done", type=Path, help="a file that keeps what was done")
     args = parser.parse_args()
     names = []
