@@ -155,13 +155,22 @@ def test_a_worker_is_bad_that_dies_with_what_others_finish() -> None:
     assert deaths.finished("c", [7, 8]) == ["a"]
 
 
+def test_a_worker_that_has_finished_something_has_no_deaths_behind_it() -> None:
+    deaths = WorkerDeaths()
+    for task in range(MAX_DEATHS):
+        deaths.died("a", [task])
+    assert not deaths.finished("a", [9])
+    assert not deaths.finished("b", range(MAX_DEATHS))
+
+
 def test_no_worker_is_bad_where_a_task_kills_them_all() -> None:
     """What is beside such a task when it kills is finished by others, and proves nothing."""
     deaths = WorkerDeaths()
     for task in range(1, MAX_DEATHS + 3):
         deaths.died("a", [0, task])
         assert not deaths.finished("b", [task])
-    deaths.died("a", [])
+    for _ in range(MAX_DEATHS):
+        deaths.died("a", [])  # with nothing that anybody could finish
     assert not deaths.finished("b", [1])
 
 
