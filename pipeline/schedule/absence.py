@@ -16,7 +16,7 @@ NO_WORKER_S = 300.0
 """A run ends after so many seconds without a worker, unless a batch system may still give one."""
 SAY_S = 20.0
 """Why there is no worker is said after so many seconds, and after twice as many each time."""
-RETURN_S = 30.0
+RETURN_S = 60.0
 """After a fit worker is gone, so long is it waited for, where only workers that were set aside are left."""
 
 
