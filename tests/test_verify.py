@@ -26,6 +26,7 @@ from pipeline.base.errors import ClusterError
 from pipeline.config import volume as configuration
 from pipeline.plan.receipt import PENDING, WRITTEN, Receipt
 from pipeline.prepare.prepare import prepare
+from pipeline.prepare.prepared import Prepared
 from pipeline.storage import ledger as ledger_module
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.targets.open import open_target
@@ -120,6 +121,13 @@ def whole(masked: Path, address: str, tmp_path_factory: pytest.TempPathFactory) 
             folders[kind] = tmp_path_factory.mktemp("whole")
             assert run.main([str(yaml_for(folders[kind], masked, kind, address))]) == 0
     return folders
+
+
+def book_of(prepared: Prepared) -> Ledger:
+    """The ledger as it is stored."""
+    book = Ledger(prepared.store, prepared.job.digest, prepared.job.plan.tasks, "test")
+    book.load()
+    return book
 
 
 def yaml_for(folder: Path, masked: Path, kind: str, address: str) -> Path:
@@ -219,8 +227,7 @@ def test_levels_averaged_from_what_had_rotted_are_made_again(tmp_path: Path, add
     finer = job.plan.second_pass.start - 1
     shard = next(f for f in files(tmp_path / "sr" / str(finer) / "c"))
     flip_voxels(shard)
-    book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
-    book.load()
+    book = book_of(prepare(configuration.load(path)))
     blocks = range(job.plan.slabs, job.plan.tasks)
     book.record(Receipt(i, 0) for i in blocks)
     book.flush()
@@ -243,8 +250,7 @@ def test_a_task_whose_record_is_lost_takes_the_levels_made_of_it_along(tmp_path:
     plan = prepared.job.plan
     coarser = plan.averaged_from(0)
     flip_voxels(tmp_path / "sr" / object_keys(open_target(prepared.job.target), plan, coarser[0])[0])
-    book = Ledger(prepared.store, prepared.job.digest, plan.tasks, "test")
-    book.load()
+    book = book_of(prepared)
     book.record([Receipt(0, 0)])
     book.flush()
     assert run.main([str(path)]) == 0
@@ -277,8 +283,7 @@ def test_extra_objects_are_told_and_those_of_skipped_tasks_are_wrong(
         assert "extra        notes.txt" in out
         assert out.count("extra ") == 1
         prepared = prepare(configuration.load(path))
-        book = Ledger(prepared.store, prepared.job.digest, prepared.job.plan.tasks, "test")
-        book.load()
+        book = book_of(prepared)
         task = next(book.indices(2))
         key = object_keys(open_target(prepared.job.target), prepared.job.plan, task)[0]
         (folder / "sr" / key).parent.mkdir(parents=True, exist_ok=True)
@@ -328,8 +333,7 @@ def test_an_unfinished_target_says_what_is_left(
 ) -> None:
     path = finished(tmp_path)
     prepared = prepare(configuration.load(path))
-    book = Ledger(prepared.store, prepared.job.digest, prepared.job.plan.tasks, "test")
-    book.load()
+    book = book_of(prepared)
     book.record([Receipt(i, 0) for i in (3, 4, prepared.job.plan.tasks - 1)])
     book.flush()
     assert verify.main([str(path)]) == 1
@@ -464,39 +468,5 @@ def test_an_interrupted_verify_says_what_it_has_seen(tmp_path: Path) -> None:
     looked = int(rest.partition("verified")[2].split()[0])
     assert 1 <= looked < 18
     assert json.loads((tmp_path / "sr.emsr" / "lock.json").read_text())["released"]
-    book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
-    book.load()
+    book = book_of(prepare(configuration.load(path)))
     assert book.state(0) == PENDING
-
-
-def test_damage_is_queued_also_where_the_plan_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = finished(tmp_path)
-    (tmp_path / "sr.emsr" / "plan.json").unlink()
-    files(tmp_path / "sr" / "0" / "c")[-1].unlink()
-    assert verify.main([str(path), "--requeue"]) == 1
-    assert "requeued" in capsys.readouterr().out
-    job = prepare(configuration.load(path)).job
-    book = Ledger(prepare(configuration.load(path)).store, job.digest, job.plan.tasks, "test")
-    book.load()
-    assert book.count(PENDING) == 3, "the slab, and a block of each coarser level"
-
-
-def test_detected_bad_sections_outlive_a_lost_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The provenance keeps them; where that is lost too, verify says so, and does not plan without them."""
-    voxels = texture(SHAPE)
-    voxels[3] = 90
-    write_lr(tmp_path / "lr.zarr", voxels)
-    path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", source__bad_sections={"detect": True})
-    run_here(path)
-    kept = (tmp_path / "sr.emsr" / "plan.json").read_bytes()
-    assert json.loads(kept)["spec"]["source"]["bad_sections"], "the test needs one"
-    (tmp_path / "sr.emsr" / "plan.json").write_bytes(kept[:100])
-    assert verify.main([str(path)]) == 1
-    assert "0 damaged" in capsys.readouterr().out
-    root = (tmp_path / "sr" / "zarr.json").read_bytes()
-    (tmp_path / "sr" / "zarr.json").write_bytes(root[:100])
-    assert verify.main([str(path)]) == 2
-    assert "which sections are bad" in capsys.readouterr().err
-    assert run.main([str(path)]) == 0
-    assert (tmp_path / "sr.emsr" / "plan.json").read_bytes() == kept
-    assert (tmp_path / "sr" / "zarr.json").read_bytes() == root
