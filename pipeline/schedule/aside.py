@@ -65,7 +65,7 @@ class Aside:
         self._deaths[nanny] += 1
         if self._deaths[nanny] >= MAX_RESTARTS or nanny == address:
             error = ClusterError(
-                f"its process ended {self._deaths[nanny]} times while it opened the job",
+                f"its process ended {_times(self._deaths[nanny])} while it opened the job",
                 "a worker with memory and time enough for the network",
                 "See its log",
             )
@@ -86,6 +86,10 @@ class Aside:
             "one that is fit",
             "Mend one of them, then run the same command again",
         )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _kind(error: EmsrError) -> str:

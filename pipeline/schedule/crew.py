@@ -165,8 +165,8 @@ class Crew:
         if new := threads.keys() - self._there.keys():
             known = call(self._client.scheduler_info, -1)["workers"]
             beside_leases = at_large()
-            for address in new:
-                nanny = known.get(address, {}).get("nanny") or address
+            for address in new & known.keys():  # else it is gone by now, and nobody knows whose process it was
+                nanny = known[address].get("nanny") or address
                 worker = _Worker(address, threads[address], nanny, now, beside_leases)
                 worker.aside = self.aside.holds(nanny)
                 worker.fit = self.exam is None and not worker.aside
