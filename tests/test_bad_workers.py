@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -211,6 +212,27 @@ def test_a_worker_whose_process_dies_with_every_lease(tmp_path: Path, cluster: C
     assert 3 <= len(deaths.read_text()) < 10, "its next process was given leases before anybody had asked it"
     found = np.asarray(zarr.open_array(tmp_path / "sr.zarr/0", mode="r"))
     np.testing.assert_array_equal(found, reference(tmp_path, path, "alone.zarr"))
+
+
+def test_a_worker_that_freezes_is_told(tmp_path: Path, cluster: Cluster) -> None:
+    """It is the only one, and goes on when the line has come."""
+    write_lr(tmp_path / "em.zarr", texture((8, 32, 32)))
+    cluster.join("freezes")
+    path = cluster.yaml("em.zarr", "sr.zarr", network__name="nearest", work__requests_per_second={"write": 4})
+    run = [sys.executable, "-m", "pipeline.run", str(path)]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(run, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if '"event": "cluster"' in line:
+                os.kill(cluster.pids["freezes"], signal.SIGSTOP)
+            if "nothing was heard of" in line:
+                os.kill(cluster.pids["freezes"], signal.SIGCONT)
+                break
+        else:
+            raise AssertionError("the run ended without the line")
+        process.communicate()
+        assert process.returncode == 0
 
 
 def test_workers_that_dasks_profiler_may_stop_are_named(tmp_path: Path, cluster: Cluster) -> None:

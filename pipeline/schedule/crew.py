@@ -18,6 +18,7 @@ from pipeline.schedule.exam import Exam
 from pipeline.schedule.leases import Capacity
 from pipeline.schedule.paused import Paused
 from pipeline.schedule.results import Ended
+from pipeline.schedule.silent import Silent
 from pipeline.schedule.worker_waits import WorkerWaits
 from pipeline.worker.job import Process, Runtime
 
@@ -73,7 +74,7 @@ class Crew:
         self._waiting: dict[Process, Runtime] = {}
         self._settled = exam is None
         self._looked = self._checked = float("-inf")
-        self._paused = Paused(client)
+        self._paused, self._silent = Paused(client), Silent(client)
         self.absence = Absence(client, self._paused, self.aside)
         self._waits = WorkerWaits(client, exam.job.run) if exam is not None else None
         self.newly_aside: list[str] = []
@@ -141,7 +142,7 @@ class Crew:
     def says(self) -> list[str]:
         """What there is to say of workers since this was last asked: which are paused, what they wait for."""
         waits = self._waits.take() if self._waits is not None else []
-        return self.absence.says() + self._paused.says() + waits
+        return self.absence.says() + self._paused.says() + self._silent.says() + waits
 
     def look(self, at_large: Callable[[], bool] = lambda: False) -> None:
         """See who has come, left and answered. The scheduler is asked once a second.
@@ -173,6 +174,7 @@ class Crew:
                 self._there[address] = worker
                 if self.exam is None:
                     self.aside.answered(nanny)
+        self._silent.look(now)
         self.look_for_paused()
 
     def look_for_paused(self) -> None:
