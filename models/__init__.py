@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
     """Build a network that volume.yaml can name (`NETWORKS`), with random weights. torch is imported here, not before.
 
-    A network has `encode_section((1, 1, H, W) in 0..1) -> state` and `fuse_window([state] * window) -> (1, 1, rH, rW)`,
-    for an LR tile of H x W voxels, scale r and a window of consecutive sections. All tiles of a run have one size.
+    A network has `encode_section((B, 1, H, W) in 0..1) -> state` and `fuse_window([state] * window, cut) -> (B, 1,
+    r(H - 2 cut), r(W - 2 cut))`, for B LR tiles of H x W voxels, scale r, a window of consecutive sections, and `cut`
+    LR voxels on each side of which no output is wanted. All tiles of a run have one size.
     Raises ValueError for an unknown preset.
     """
     if name == "gpemsr":
@@ -49,6 +50,13 @@ def held_bytes(name: str, scale: int, preset: str | None, tile: int, value: int 
         return 9 * (scale * tile) ** 2, 0  # the output twice in float32 and once in uint8
     params = find_preset(scale, preset or "paper")
     return peak_bytes(params, tile, value) + WARM_BYTES, state_bytes(params, tile, value)
+
+
+def lower(network: nn.Module, precision: str) -> None:
+    """Store a network's kernels in the type of `precision`: float32, tf32 (the same), bfloat16 or float16."""
+    from models import precision as narrower
+
+    narrower.lower(network, precision)
 
 
 def load(path: Path, network: nn.Module) -> None:

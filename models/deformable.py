@@ -1,5 +1,8 @@
-"""Modulated deformable 3x3 convolution (Zhu et al., 2019): torchvision's operator on a GPU, and on a CPU two ways of
-our own, one for inference and one for training.
+"""Modulated deformable 3x3 convolution (Zhu et al., 2019) in two ways: one for inference on a CPU, one for all else.
+
+torchvision's operator is neither: before its change of 2026 (pytorch/vision issue 9513) it launched its kernels on the
+default stream whatever the current one was, so that a CUDA graph did not contain them, and on a CPU it runs in one
+thread.
 
 Shapes: C channels in G groups that are moved alike; 9 taps. `head` (B, 27 G, H, W) is what the offset convolution
 gives: per group and tap y and x of the offset in voxels (18 G channels), then per group and tap the logit of its weight
@@ -8,11 +11,13 @@ gives: per group and tap y and x of the offset in voxels (18 G channels), then p
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import conv3
+from models.layers import by_hand, conv3, in_type_of
 
 TAPS = 9
 
@@ -36,44 +41,42 @@ class DeformableConv(nn.Module):
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         """Features `x` and offset features `guide`, both (B, C, H, W) -> (B, C, H, W)."""
         head = self.offsets(guide)  # (B, 27 G, H, W)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            return sampled(x, head, self.weight, self.bias, self.groups)
-        if x.device.type == "cpu":
-            return gathered(x, head, self.weight, self.bias, self.groups)
-        return by_torchvision(x, head, self.weight, self.bias, self.groups)
-
-
-def by_torchvision(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """The convolution of `x` (B, C, H, W) by torchvision's operator. -> (B, C, H, W)."""
-    from torchvision.ops import deform_conv2d
-
-    offset, mask = head[:, : 2 * TAPS * groups], head[:, 2 * TAPS * groups :]
-    out: Tensor = deform_conv2d(
-        x.contiguous(), offset.contiguous(), weight, bias, padding=1, mask=torch.sigmoid(mask).contiguous()
-    )
-    return out
+        way = gathered if by_hand(x) else sampled
+        return way(x, head, self.weight, self.bias, self.groups)
 
 
 def sampled(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """The same up to the rounding of coordinates, for training on a CPU: the gradients of grid_sample cost a tenth of
-    those of `gathered`.
+    """The convolution of `x` (B, C, H, W) on a GPU, and for training. -> (B, C, H, W) in the type of `weight`.
+
+    Positions, and the maps that are sampled there, are float32. For training on a CPU the gradients of grid_sample cost
+    a tenth of those of `gathered`.
     """
     b, channels, h, w = x.shape
-    offset = head[:, : 2 * TAPS * groups].reshape(b * groups, TAPS, 2, h, w)
-    mask = torch.sigmoid(head[:, 2 * TAPS * groups :]).reshape(b * groups, 1, TAPS * h, w)
-    # sampling positions in voxels, (B G, 9, H, W) each
-    tap = torch.arange(3, device=x.device, dtype=x.dtype) - 1
-    y = (
-        offset[:, :, 0]
-        + tap.repeat_interleave(3).view(TAPS, 1, 1)
-        + torch.arange(h, device=x.device, dtype=x.dtype).view(h, 1)
-    )
-    x_ = offset[:, :, 1] + tap.repeat(3).view(TAPS, 1, 1) + torch.arange(w, device=x.device, dtype=x.dtype)
-    grid = torch.stack([2 * x_ / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1], -1).reshape(b * groups, TAPS * h, w, 2)
-    maps = x.reshape(b * groups, channels // groups, h, w)  # (B G, C/G, H, W)
+    head = head.float()
+    offset = head[:, : 2 * TAPS * groups].reshape(b * groups, TAPS, 2, h * w)
+    mask = torch.sigmoid(head[:, 2 * TAPS * groups :]).reshape(b * groups, 1, TAPS, h * w)
+    # positions (B G, 9, y and x, H W) in voxels, then in -1 .. 1
+    at, size = _taps(h, w, x.device)
+    grid = (offset + at).mul_(2).div_(size).sub_(1).permute(0, 1, 3, 2)
+    # y comes first in `grid` and x in grid_sample's, so the maps (B G, C/G, H, W) are turned
+    maps = x.float().reshape(b * groups, channels // groups, h, w).transpose(2, 3)
     samples = functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True) * mask
-    columns = samples.view(b, channels, TAPS, h * w).flatten(1, 2)  # (B, 9 C, H W)
-    return (weight.flatten(1) @ columns + bias.view(-1, 1)).view(b, -1, h, w)
+    columns = in_type_of(weight, samples.view(b, channels * TAPS, h * w).transpose(1, 2))  # (B, H W, 9 C)
+    out = columns @ weight.flatten(1).T + bias  # (B, H W, C)
+    return out.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the nine taps of every voxel lie, y and x in voxels, (9, 2, H W), and by what they are divided, (2, 1).
+    They are kept, since making them would make a GPU wait for the host.
+    """
+    with torch.inference_mode(False):
+        tap = torch.arange(3, device=device, dtype=torch.float32) - 1
+        y = tap.repeat_interleave(3).view(TAPS, 1, 1) + torch.arange(h, device=device).view(h, 1)
+        x = tap.repeat(3).view(TAPS, 1, 1) + torch.arange(w, device=device)
+        at = torch.stack([y.expand(TAPS, h, w), x.expand(TAPS, h, w)], 1).flatten(2)
+        return at, torch.tensor([[max(h - 1, 1)], [max(w - 1, 1)]], device=device, dtype=torch.float32)
 
 
 def gathered(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
@@ -86,6 +89,7 @@ def gathered(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int)
 
 def _gathered_one(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
     _, channels, h, w = x.shape
+    x, head = x.float(), head.float()
     rows = x.permute(0, 2, 3, 1).reshape(h * w * groups, channels // groups)  # (H W G, C/G)
     head = head[0].permute(1, 2, 0)  # (H, W, 27 G)
     offset = head[..., : 2 * TAPS * groups].reshape(h, w, groups, TAPS, 2)
@@ -103,7 +107,7 @@ def _gathered_one(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups:
     samples = functional.embedding_bag(bags.view(-1, 4), rows, mode="sum", per_sample_weights=shares.view(-1, 4))
     # samples (H W G 9, C/G), kernel (9 C, C), out (H W, C)
     kernel = weight.view(len(weight), groups, channels // groups, TAPS).permute(1, 3, 2, 0).reshape(-1, len(weight))
-    out = torch.addmm(bias, samples.view(h * w, -1), kernel)
+    out = torch.addmm(bias, in_type_of(weight, samples.view(h * w, -1)), kernel)
     return out.view(1, h, w, -1).permute(0, 3, 1, 2)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import Narrow, channels_last
+from models.layers import Conv2d, Narrow, channels_last
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -29,7 +30,7 @@ class SPyNet(nn.Module):
         for _ in range(levels):
             layers: list[nn.Module] = []
             for inputs, outputs in itertools.pairwise(channels[:-1]):
-                layers += [nn.Conv2d(inputs, outputs, 7, 1, 3), nn.ReLU(inplace=True)]
+                layers += [Conv2d(inputs, outputs, 7, 1, 3), nn.ReLU(inplace=True)]
             self.levels.append(nn.Sequential(*layers, Narrow(channels[-2], channels[-1], 7)))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -45,9 +46,8 @@ class SPyNet(nn.Module):
             self._flow(self._pyramid(resize(first, padded)), self._pyramid(resize(second, padded))), (height, width)
         )
         if padded == (height, width):
-            return flow  # every tile of the pipeline: nothing here makes a GPU wait for the host
-        shrink = torch.tensor((width / padded[1], height / padded[0]), dtype=flow.dtype, device=flow.device)
-        return flow * shrink.view(1, 2, 1, 1)
+            return flow  # every tile of the pipeline
+        return torch.cat([flow[:, :1] * (width / padded[1]), flow[:, 1:] * (height / padded[0])], 1)
 
     def _pyramid(self, image: Tensor) -> list[Tensor]:
         """(B, 1, H, W) -> the image at every level's size, coarsest first, each side half that of the next."""
@@ -71,14 +71,19 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
     """`image` (B, C, H, W) sampled bilinearly at (x + flow_x, y + flow_y) of `flow` (B, 2, H, W); positions outside
     take the nearest border voxel.
     """
-    _, _, h, w = image.shape
-    y, x = torch.meshgrid(
-        torch.arange(h, device=flow.device, dtype=flow.dtype),
-        torch.arange(w, device=flow.device, dtype=flow.dtype),
-        indexing="ij",
-    )
-    grid = torch.stack([2 * (x + flow[:, 0]) / max(w - 1, 1) - 1, 2 * (y + flow[:, 1]) / max(h - 1, 1) - 1], -1)
+    at, size = _positions(image.shape[-2], image.shape[-1], image.device, flow.dtype)
+    grid = (at + flow).mul_(2).div_(size).sub_(1).permute(0, 2, 3, 1)  # (B, H, W, x and y)
     return functional.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(h: int, w: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The x and y of every voxel, (2, H, W), and by what they are divided, (2, 1, 1). They are kept, since making them
+    would make a GPU wait for the host.
+    """
+    with torch.inference_mode(False):
+        y, x = torch.meshgrid(*(torch.arange(n, device=device, dtype=dtype) for n in (h, w)), indexing="ij")
+        return torch.stack([x, y]), torch.tensor([[[max(w - 1, 1)]], [[max(h - 1, 1)]]], device=device, dtype=dtype)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

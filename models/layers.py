@@ -14,16 +14,29 @@ NORM_BAND_BYTES = 1 << 20
 """Size of the bands in which group normalisation reads a map: they fit a core's own cache."""
 
 
-def conv3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+class Conv2d(nn.Conv2d):
+    """A convolution that takes its input in the type of its kernel, which models/precision may have lowered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return super().forward(in_type_of(self.weight, x))
+
+
+def in_type_of(kernel: Tensor, x: Tensor) -> Tensor:
+    """`x` in the type of `kernel`. With gradients it stays as it is: training mixes types by autocast."""
+    return x if torch.is_grad_enabled() else x.to(kernel.dtype)
+
+
+def conv3(inputs: int, outputs: int, stride: int = 1) -> Conv2d:
     """A 3x3 convolution with padding 1."""
-    return nn.Conv2d(inputs, outputs, 3, stride, 1)
+    return Conv2d(inputs, outputs, 3, stride, 1)
 
 
-def pointwise(inputs: int, outputs: int) -> nn.Conv2d:
+def pointwise(inputs: int, outputs: int) -> Conv2d:
     """A 1x1 convolution. Its dilation changes nothing for a single tap, but it keeps PyTorch from choosing the
     operator, and with it the rounding, by the number of threads and of images.
     """
-    return nn.Conv2d(inputs, outputs, 1, dilation=2)
+    return Conv2d(inputs, outputs, 1, dilation=2)
 
 
 def lrelu(x: Tensor) -> Tensor:
@@ -51,6 +64,11 @@ def bilinear(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
+def within(x: Tensor, cut: int) -> Tensor:
+    """`x` (B, C, H, W) without `cut` positions on each side."""
+    return x[..., cut : x.shape[-2] - cut, cut : x.shape[-1] - cut]
+
+
 class Up(nn.ConvTranspose2d):
     """A 3x3 transposed convolution to twice the size."""
 
@@ -66,7 +84,8 @@ class Up(nn.ConvTranspose2d):
 
             output 2i: tap 1 of input i        output 2i + 1: tap 2 of input i and tap 0 of input i + 1
         """
-        if not _by_hand(x):
+        x = in_type_of(self.weight, x)
+        if not by_hand(x):
             return super().forward(x, output_size)
         b, _, h, w = x.shape
         weight = self.weight.transpose(0, 1)
@@ -81,7 +100,7 @@ class Up(nn.ConvTranspose2d):
         return out
 
 
-class Narrow(nn.Conv2d):
+class Narrow(Conv2d):
     """A k x k convolution to one or two channels."""
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
@@ -93,8 +112,9 @@ class Narrow(nn.Conv2d):
         On a CPU without gradients it is computed as a k x 1 convolution to k times the channels, which are then shifted
         and added: oneDNN would pad C' to 16 channels and multiply zeros.
         """
-        if not _by_hand(x):
+        if not by_hand(x):
             return super().forward(x)
+        x = in_type_of(self.weight, x)
         width, size, n = x.shape[3], self.kernel_size[0], self.out_channels
         kernel = channels_last(self.weight.permute(3, 0, 1, 2).flatten(0, 1)[..., None])
         columns = functional.pad(functional.conv2d(x, kernel, padding=(size // 2, 0)), (size // 2, size // 2))
@@ -105,21 +125,59 @@ class Narrow(nn.Conv2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with an epsilon of 1e-6, in at most as many groups as there are channels."""
+    """Group normalisation with an epsilon of 1e-6, in at most as many groups as there are channels. Moments and affine
+    parameters are float32 whatever the type of the map.
+    """
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__(min(groups, width), width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W).
-
-        On a CPU without gradients the moments are computed here: PyTorch's operator adds up per thread, so that its
-        rounding depends on their number, and channels-last it loses the variance of maps whose mean is large. Each band
-        of rows is centred on its own mean before it is squared, and the bands' moments are then put together (Chan,
-        Golub and LeVeque, 1979). A band stays in the cache, so this takes no longer than sums over whole maps.
-        """
-        if not _by_hand(x):
+        """(B, C, H, W) -> (B, C, H, W) of the same type."""
+        if torch.is_grad_enabled():
             return super().forward(x)
+        if x.device.type != "cpu":
+            return self.by_channels(x)
+        return self._in_bands(x.float()).to(x.dtype)
+
+    def after(self, conv: Conv2d, x: Tensor) -> Tensor:
+        """The normalised result of a convolution of `x` (B, C, H, W)."""
+        if torch.is_grad_enabled() or x.device.type == "cpu":
+            return self(conv(x))  # type: ignore[no-any-return]
+        assert conv.bias is not None
+        x = functional.conv2d(in_type_of(conv.weight, x), conv.weight, None, conv.stride, conv.padding)
+        return self.by_channels(x, conv.bias)
+
+    def by_channels(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The normalised `x` + `bias` (C,), for inference on a GPU.
+
+        PyTorch's operator would turn a channels-last map to channels-first and back, and give each group of each image
+        to one block of threads. Here the moments of channels are put together, and a bias is added to their means: it
+        costs no pass over the map.
+        """
+        b, c, h, w = x.shape
+        if x.dtype == torch.float32:
+            of_channels, means = torch.var_mean(x, (2, 3), correction=0)  # (B, C) each
+        else:
+            means = x.mean((2, 3), dtype=torch.float32)
+            squares = torch.linalg.vector_norm(x, 2, (2, 3), dtype=torch.float32).square_().div_(h * w)
+            of_channels = torch.addcmul(squares, means, means, value=-1)
+        groups = (b, self.num_groups, c // self.num_groups)
+        bias = means.new_zeros(c) if bias is None else bias.float()
+        spread, mean = torch.var_mean((means + bias).view(groups), -1, correction=0, keepdim=True)  # (B, G, 1)
+        variance = of_channels.view(groups).mean(-1, keepdim=True).add_(spread)
+        scale = variance.add_(self.eps).rsqrt_() * self.weight.view(groups[1:])  # (B, G, C/G)
+        shift = torch.addcmul(self.bias.view(groups[1:]), mean - bias.view(groups[1:]), scale, value=-1)
+        return torch.addcmul(shift.view(b, c, 1, 1), x, scale.view(b, c, 1, 1), out=torch.empty_like(x))
+
+    def _in_bands(self, x: Tensor) -> Tensor:
+        """The same for inference on a CPU.
+
+        PyTorch's operator adds up per thread, so that its rounding depends on their number, and channels-last it loses
+        the variance of maps whose mean is large. Each band of rows is centred on its own mean before it is squared, and
+        the bands' moments are then put together (Chan, Golub and LeVeque, 1979). A band stays in the cache, so this
+        takes no longer than sums over whole maps.
+        """
         b, c, h, w = x.shape
         groups, in_group = self.num_groups, c // self.num_groups
         bands = torch.split(x, max(1, NORM_BAND_BYTES // (x.element_size() * c * w)), 2)
@@ -139,11 +197,16 @@ class GroupNorm(nn.GroupNorm):
         return torch.addcmul(shift.to(x.dtype).view(b, c, 1, 1), x, scale.to(x.dtype).view(b, c, 1, 1))
 
 
-def _by_hand(x: Tensor) -> bool:
+def by_hand(x: Tensor) -> bool:
     """Whether an operator of our own is used, whose result does not depend on the number of threads: on a CPU without
     gradients. Training and other devices use PyTorch's operators.
     """
     return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def plus(y: Tensor, x: Tensor) -> Tensor:
+    """y + x, in the place of `y` where both are of one type, else in the wider of both."""
+    return y.add_(x) if y.dtype == x.dtype else x + y
 
 
 class Residual(nn.Module):
@@ -162,7 +225,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.conv2(functional.relu_(self.conv1(x))).add_(x)  # type: ignore[no-any-return]
+        return plus(self.conv2(functional.relu_(self.conv1(x))), x)
 
 
 class NormResidual(nn.Module):
@@ -180,8 +243,8 @@ class NormResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        y = functional.relu_(self.norm1(self.conv1(x)))
-        y = functional.relu_(self.norm2(self.conv2(y)))
+        y = functional.relu_(self.norm1.after(self.conv1, x))
+        y = functional.relu_(self.norm2.after(self.conv2, y))
         return y + self.skip(x)  # type: ignore[no-any-return]
 
 
@@ -208,7 +271,7 @@ class SelfAttention(nn.Module):
 
 
 def in_bands(chain: Callable[..., Tensor], *maps: Tensor, halo: int, peak: int) -> Tensor:
-    """`chain(*maps)`, computed in bands of rows where the whole would not fit into memory.BAND_BYTES.
+    """`chain(*maps)`, on a CPU computed in bands of rows where the whole would not fit into memory.BAND_BYTES.
 
     `maps` are (B, *, H, W) of one size. A row of the result may depend on rows of the input that are at most `halo`
     away (a multiple of the chain's stride). Each band is therefore computed with `halo` rows on both sides, which are
@@ -219,7 +282,7 @@ def in_bands(chain: Callable[..., Tensor], *maps: Tensor, halo: int, peak: int) 
     """
     b, _, height, width = maps[0].shape
     rows = band_rows(b, peak, width)
-    if rows >= height:
+    if rows >= height or maps[0].device.type != "cpu":
         return chain(*maps)
     parts = []
     for start in range(0, height, rows):

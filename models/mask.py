@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import VGG19, Params, PriorParams
-from models.layers import NormResidual, bilinear, channels_last, conv3, in_bands, lrelu
+from models.layers import NormResidual, bilinear, channels_last, conv3, in_bands, in_type_of, lrelu
 
 PATCH = 16
 """Side in HR voxels of the patches whose features are compared."""
@@ -32,7 +32,8 @@ class VGGFeatures(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) in 0..1 -> (B, 64, H, W)."""
         weight = channels_last(self.conv1.weight.sum(1, keepdim=True))
-        x = functional.relu_(functional.conv2d(channels_last(image), weight, self.conv1.bias, padding=1))
+        image = in_type_of(weight, channels_last(image))
+        x = functional.relu_(functional.conv2d(image, weight, self.conv1.bias, padding=1))
         return functional.relu_(self.conv2(x))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.ablation import WithoutMPF, WithoutPOD, WithoutThreeDA
 from models.config import Params
 from models.fusion import ThreeDA
-from models.layers import Residual, bilinear, channels_last, conv3, lrelu, weights_channels_last
+from models.layers import Residual, bilinear, channels_last, conv3, lrelu, weights_channels_last, within
 from models.mask import Mask
 from models.mpf import MPF
 from models.pod import POD
@@ -81,13 +81,15 @@ class SuperResolver(nn.Module):
         """
         return self._encode(section)[0]
 
-    def fuse_window(self, states: list[SectionState]) -> Tensor:
-        """The states of N consecutive sections -> SR of the centre section, (B, 1, rH, rW), not clamped."""
+    def fuse_window(self, states: list[SectionState], cut: int = 0) -> Tensor:
+        """The states of N consecutive sections -> SR of the centre section, not clamped and always float32, without
+        what `cut` LR voxels on each side become: (B, 1, r(H - 2 cut), r(W - 2 cut)).
+        """
         centre = states[len(states) // 2].section
         sections = torch.stack([state.section for state in states], 1)  # (B, N, 1, H, W)
         aligned = self.pod(sections, [state.pyramid for state in states])  # (B, N, C, H, W)
-        # the sum is in float32 also where autocast computes the rest
-        return bilinear(centre, self.params.scale).add_(self.reconstruct(self.fusion(aligned)))
+        scale = self.params.scale
+        return within(bilinear(centre, scale), cut * scale).add_(self.reconstruct(self.fusion(aligned), cut))
 
     def forward(self, window: Tensor, all_centres: bool = False, alone: bool = False) -> Any:
         """Window (B, N, 1, H, W) in 0..1 -> SR of its centre, (B, 1, rH, rW). With `all_centres`, for training, any

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import Params
-from models.layers import Narrow, Residual, conv3, in_bands, lrelu
+from models.layers import Narrow, Residual, conv3, in_bands, lrelu, within
+
+REACH = 2
+"""LR voxels beyond a voxel's own that its SR voxels depend on after the trunk: one for the first doubling's convolution
+and together less than one for those that follow.
+"""
 
 
 class Reconstruction(nn.Module):
@@ -24,12 +29,17 @@ class Reconstruction(nn.Module):
         self.hr = conv3(width, width)
         self.last = Narrow(width, 1, 3)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 1, rH, rW)."""
-        x = self.trunk(features)
+    def forward(self, features: Tensor, cut: int = 0) -> Tensor:
+        """(B, C, H, W) -> (B, 1, r(H - 2 cut), r(W - 2 cut)): without what `cut` LR voxels on each side become.
+
+        From the doublings on, a voxel depends on what lies within REACH of it, so the rest is cut off before them.
+        """
+        x = within(self.trunk(features.float()), max(0, cut - REACH))
+        scale = 1 << len(self.up)
         for up in self.up[:-1]:
             x = _double(up, x)  # (B, C, 2^i H, 2^i W)
-        return in_bands(self._to_image, x, halo=3, peak=4 * self.hr.in_channels)
+        image = in_bands(self._to_image, x, halo=3, peak=4 * self.hr.in_channels)
+        return within(image, min(cut, REACH) * scale)
 
     def _to_image(self, x: Tensor) -> Tensor:
         """(B, C, rH/2, rW/2) -> (B, 1, rH, rW)."""

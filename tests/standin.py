@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import models
+from models.layers import within
 
 
 class StandIn(nn.Module):
@@ -36,13 +37,13 @@ class StandIn(nn.Module):
         codes = torch.einsum("bchw,kc->bkhw", features, self.table).argmax(1)
         return torch.cat([section, self.table[codes].permute(0, 3, 1, 2)], 1)
 
-    def fuse_window(self, states: list[Tensor]) -> Tensor:
+    def fuse_window(self, states: list[Tensor], cut: int = 0) -> Tensor:
         centre = states[2]
         attention = torch.stack([(s * centre).mean() for s in states]).softmax(0)
         mixed = sum(a * s for a, s in zip(attention, states, strict=True))
         assert isinstance(mixed, Tensor)
         up = functional.interpolate(mixed, scale_factor=self.scale, mode="bilinear", align_corners=False)
-        return (up[:, :1] + 0.1 * up[:, 1:].mean(1, keepdim=True)).clamp(0, 1)
+        return within((up[:, :1] + 0.1 * up[:, 1:].mean(1, keepdim=True)).clamp(0, 1), cut * self.scale)
 
 
 def install() -> None:

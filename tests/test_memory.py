@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import texture, tree, volume_yaml, write_lr
@@ -18,7 +17,10 @@ from models.network import SuperResolver
 from pipeline import run
 from pipeline.base.errors import DataError, TooLargeError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import NetworkConfig
+from pipeline.inference.describe import describe
 from pipeline.inference.footprint import footprint
+from pipeline.inference.network import Network
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
@@ -37,12 +39,11 @@ from pipeline.plan.lattice import Lattice
 name, scale, tile = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 allocator.configure_malloc()
 network = Network(NetworkSpec("gpemsr", scale, name, "", "float32", Lattice(tile - 16, 8, 5, "mirror")))
-sections = np.random.default_rng(0).integers(0, 256, (6, tile, tile), dtype=np.uint8)
-out, keep = np.zeros((2, scale * tile, scale * tile), np.uint8), (slice(None), slice(None))
+sections = np.random.default_rng(0).integers(0, 256, (6, 1, tile, tile), dtype=np.uint8)
 status = lambda key: next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-network.tile(sections, [0, 0, 0, 0, 1, 1], out, keep, {})
+network.tiles(sections, [0, 0, 0, 0, 1, 1], {}).finish()
 held = network.resident
 print((status("VmHWM") - before) / (held.tile_bytes + 2 * held.cache_bytes / 5))
 """
@@ -169,20 +170,45 @@ def test_other_faults_are_not_taken_for_it() -> None:
 
 
 def test_sections_and_grey_levels_pass_as_they_are() -> None:
-    sections, out = texture((3, 8, 8)), np.zeros((2, 2, 4), np.uint8)
-    transfer = device.Transfer(torch.device("cpu"), sections, out[:, :, ::2])
+    sections = texture((6, 8, 8)).reshape(3, 2, 8, 8)
+    transfer = device.Transfer(torch.device("cpu"), sections)
     transfer.fetch(2)
     for at in (2, 0):
-        assert torch.equal(transfer.take(at)[0, 0], torch.from_numpy(sections[at]) / 255)
-    transfer.put(1, torch.tensor([[-1.0, 0.5], [100.4 / 255, 2.0]]))
-    transfer.finish()
-    assert out.tolist() == [[[0] * 4] * 2, [[0, 0, 128, 0], [100, 0, 255, 0]]]
+        assert torch.equal(transfer.take(at), torch.from_numpy(sections[at]))
+    landing = device.Landing(torch.device("cpu"), (2, 1, 2, 2))
+    for z, grey in enumerate(([[0, 128], [100, 255]], [[1, 2], [3, 4]])):
+        landing.put(z, torch.tensor([grey], dtype=torch.uint8))
+    landing.close(torch.tensor(1.0))
+    assert landing.finish().tolist() == [[[[0, 128], [100, 255]]], [[[1, 2], [3, 4]]]]
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = torch.tensor(values)
+
+    def encode_section(self, section: torch.Tensor) -> torch.Tensor:
+        return section
+
+    def fuse_window(self, states: list[torch.Tensor], cut: int) -> torch.Tensor:
+        return self.values.view(1, 1, 2, -1).expand(len(states[0]), 1, 2, 2)
+
+
+def test_grey_levels_are_rounded_and_clamped() -> None:
+    network = Network(describe(NetworkConfig(name="nearest", scale=8)))
+    network.module = Constant(-1.0, 0.5, 100.4 / 255, 2.0)
+    grey, total = network.fuse([torch.zeros(3, 1, 8, 8)])
+    assert grey.tolist() == [[[0, 128], [100, 255]]] * 3
+    assert total == pytest.approx(3 * (1.5 + 100.4 / 255))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_made_grey(value: float) -> None:
-    transfer = device.Transfer(torch.device("cpu"), texture((2, 8, 8)), np.zeros((2, 2, 2), np.uint8))
-    transfer.put(0, torch.ones(2, 2))
-    transfer.put(1, torch.tensor([[0.5, value], [0.0, 1.0]]))
+    network = Network(describe(NetworkConfig(name="nearest", scale=8)))
+    network.module = Constant(0.0, value, 1.0, 0.5)
+    landing = device.Landing(torch.device("cpu"), (1, 1, 2, 2))
+    grey, total = network.fuse([torch.zeros(1, 1, 8, 8)])
+    landing.put(0, grey)
+    landing.close(total)
     with pytest.raises(DataError, match="no numbers"):
-        transfer.finish()
+        landing.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_training_samples import volume
 from torch import nn
 from torch.nn import functional
 from torchvision.models import vgg
+from torchvision.ops import deform_conv2d
 from torchvision.transforms.functional import normalize
 
 from models import deformable
@@ -349,16 +351,21 @@ def test_tokens_that_skip_the_codebook() -> None:
     assert not torch.equal(whole, none)
 
 
-def test_sampling_for_training_is_the_deformable_convolution() -> None:
-    """torchvision's numbers and gradients, offsets far beyond the border among them; and without gradients its
-    numbers.
+def by_torchvision(x: torch.Tensor, head: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> Any:
+    moved = 2 * deformable.TAPS * groups
+    return deform_conv2d(x, head[:, :moved], weight, bias, padding=1, mask=torch.sigmoid(head[:, moved:]))
+
+
+def test_sampling_is_the_deformable_convolution() -> None:
+    """torchvision's numbers and gradients, offsets far beyond the border among them; and without gradients, on a CPU
+    as on a GPU, its numbers.
     """
     torch.manual_seed(0)
     conv = deformable.DeformableConv(16, 4)
     nn.init.normal_(conv.offsets.weight, std=0.5)
     x, guide = torch.randn(2, 16, 9, 11, requires_grad=True), torch.randn(2, 16, 9, 11)
     found = []
-    for operator in (deformable.by_torchvision, deformable.sampled):
+    for operator in (by_torchvision, deformable.sampled):
         conv.zero_grad()
         x.grad = None
         out = operator(x, conv.offsets(guide), conv.weight, conv.bias, conv.groups)
@@ -368,6 +375,8 @@ def test_sampling_for_training_is_the_deformable_convolution() -> None:
         assert torch.allclose(theirs, ours, atol=1e-4, rtol=1e-3)
     with torch.no_grad():
         assert torch.allclose(conv(x, guide), found[0][0], atol=1e-4)
+        sampled = deformable.sampled(x, conv.offsets(guide), conv.weight, conv.bias, conv.groups)
+        assert torch.allclose(sampled, found[0][0], atol=1e-4)
 
 
 def network_whose_windows_matter() -> SuperResolver:

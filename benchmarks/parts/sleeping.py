@@ -24,9 +24,9 @@ DEVICE = threading.Lock()
 
 
 class Sleeping(Nearest):
-    def fuse_window(self, states: list[Tensor]) -> Tensor:
+    def fuse_window(self, states: list[Tensor], cut: int = 0) -> Tensor:
         time.sleep(float(os.environ["SLEEPING_S"]) / DEPTH)
-        return super().fuse_window(states)
+        return super().fuse_window(states, cut)
 
 
 models.build = lambda name, scale, preset=None: Sleeping(scale)

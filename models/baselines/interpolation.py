@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.layers import within
+
 
 class Nearest(nn.Module):
     """Repeats every LR voxel r x r times."""
@@ -15,12 +17,12 @@ class Nearest(nn.Module):
         self.scale = scale
 
     def encode_section(self, section: Tensor) -> Tensor:
-        """The state of a section is the section itself, (1, 1, H, W)."""
+        """The state of a section is the section itself, (B, 1, H, W)."""
         return section
 
-    def fuse_window(self, states: list[Tensor]) -> Tensor:
-        """One section (1, 1, H, W) in 0..1 -> (1, 1, rH, rW)."""
-        return states[0].repeat_interleave(self.scale, -2).repeat_interleave(self.scale, -1)
+    def fuse_window(self, states: list[Tensor], cut: int = 0) -> Tensor:
+        """One section (B, 1, H, W) in 0..1 -> (B, 1, r(H - 2 cut), r(W - 2 cut))."""
+        return within(states[0], cut).repeat_interleave(self.scale, -2).repeat_interleave(self.scale, -1)
 
 
 class Bicubic(nn.Module):
@@ -37,13 +39,15 @@ class Bicubic(nn.Module):
         self._matrices: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def encode_section(self, section: Tensor) -> Tensor:
-        """The state of a section is the section itself, (1, 1, H, W)."""
+        """The state of a section is the section itself, (B, 1, H, W)."""
         return section
 
-    def fuse_window(self, states: list[Tensor]) -> Tensor:
-        """One section (1, 1, H, W) in 0..1 -> (1, 1, rH, rW). It is not clamped: cubic interpolation can overshoot."""
+    def fuse_window(self, states: list[Tensor], cut: int = 0) -> Tensor:
+        """One section (B, 1, H, W) in 0..1 -> (B, 1, r(H - 2 cut), r(W - 2 cut)). It is not clamped: cubic
+        interpolation can overshoot.
+        """
         x = states[0]
-        return self._matrix(x.shape[-2], x) @ x @ self._matrix(x.shape[-1], x).T
+        return within(self._matrix(x.shape[-2], x) @ x @ self._matrix(x.shape[-1], x).T, cut * self.scale)
 
     def _matrix(self, n: int, like: Tensor) -> Tensor:
         """The interpolation of n voxels along one axis, (r n, n), with the device and type of `like`."""

@@ -1,10 +1,11 @@
-"""A network on its device: one tile through all its sections."""
+"""A network on its device: a batch of tiles through all their sections."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,13 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint
 from pipeline.process import allocator, device
 
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.inference.graphs import Graphs
+
 SectionCache = dict[int, object]
-"""The encoded sections of one tile, by section number."""
+"""The encoded sections of a batch of tiles, by section number."""
 
 
 class Network:
@@ -33,14 +39,28 @@ class Network:
     def __init__(self, spec: NetworkSpec) -> None:
         self.spec = spec
         self.device = device.pick()
-        device.fix_rounding(self.device)
+        device.fix_rounding(self.device, spec.precision)
         self.module = models.build(spec.name, spec.scale, spec.preset)
         if spec.weights:
             path = weights_path(spec)
             with as_network_errors():
                 models.load(path, self.module)
+        models.lower(self.module, spec.precision)
         self.module.to(self.device).eval()
+        self._encode: Callable[..., Any] = self.encode
+        self._fuse: Callable[..., Any] = self.fuse
+        self._graphs: Graphs | None = None
+        if self.device.type == "cuda" and spec.preset is not None:
+            from pipeline.inference.graphs import Graphs
+
+            self._graphs = Graphs()
+            self._encode, self._fuse = self._graphs.of(self.encode), self._graphs.of(self.fuse)
         self.weight_bytes = sum(value.nbytes for value in self.module.state_dict().values())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What this process does otherwise than others do, in a line each."""
+        return tuple(self._graphs.notes) if self._graphs is not None else ()
 
     @property
     def resident(self) -> Footprint:
@@ -67,50 +87,55 @@ class Network:
             traceback.clear_frames(error.__traceback__)  # the failed tile's feature maps are memory that is there
             raise too_large(self.spec, slab, device.free_memory(self.device).now) from None
 
-    def tile(
-        self,
-        voxels: NDArray[np.uint8],
-        sections: Sequence[int],
-        out: NDArray[np.uint8],
-        keep: tuple[slice, slice],
-        cache: SectionCache,
-    ) -> None:
-        """One tile through all its sections: uint8 (D + window - 1, T, T) in, uint8 (D, rh, rw) into `out`.
+    def tiles(self, voxels: NDArray[np.uint8], sections: Sequence[int], cache: SectionCache) -> device.Landing:
+        """A batch of tiles through all their sections: uint8 (D + window - 1, B, T, T) in, uint8 (D, B, rC, rC) out,
+        where C is the lattice's cell.
 
-        `sections` are the numbers of the sections. `keep` cuts the cell out of the (rT, rT) output. Each section is
-        encoded once: `cache` holds those that the last windows used, also from an earlier call for the sections before
-        in z.
+        `sections` are the numbers of the sections. Each is encoded once: `cache` holds those that the last windows
+        used, also from an earlier call for the sections before in z. On a GPU this returns when everything is queued.
         """
         import torch
 
-        window = self.spec.lattice.window
-        transfer = device.Transfer(self.device, voxels, out)
-        with torch.inference_mode(), self._precision():
-            for z in range(len(out)):
+        lattice = self.spec.lattice
+        depth, side = len(voxels) - lattice.window + 1, lattice.cell * self.spec.scale
+        with torch.inference_mode(), device.current(self.device):
+            transfer = device.Transfer(self.device, voxels)
+            landing = device.Landing(self.device, (depth, voxels.shape[1], side, side))
+            total = torch.zeros((), device=self.device)
+            for z in range(depth):
                 heartbeat()
-                numbers = sections[z : z + window]
+                numbers = sections[z : z + lattice.window]
                 for at, number in enumerate(numbers, start=z):
                     if number not in cache:
-                        cache[number] = self.module.encode_section(transfer.take(at))  # type: ignore[operator]
+                        cache[number] = self._encode(transfer.take(at))
                         self._trim()
                 for old in [number for number in cache if number not in numbers]:
                     del cache[old]
-                if z + 1 < len(out) and sections[z + window] not in cache:
-                    transfer.fetch(z + window)
-                sr = self.module.fuse_window([cache[number] for number in numbers])  # type: ignore[operator]
-                transfer.put(z, sr[0, 0][keep])
-                del sr
+                if z + 1 < depth and sections[z + lattice.window] not in cache:
+                    transfer.fetch(z + lattice.window)
+                grey, sums = self._fuse([cache[number] for number in numbers])
+                landing.put(z, grey)
+                total += sums
+                del grey, sums
                 self._trim()
-        transfer.finish()
+            landing.close(total)
+        return landing
+
+    def encode(self, section: torch.Tensor) -> object:
+        """A section of every tile, uint8 (B, T, T) -> its state."""
+        return self.module.encode_section(section.float().div_(255)[:, None])  # type: ignore[operator]
+
+    def fuse(self, states: list[object]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of a window -> grey levels of the cells, uint8 (B, rC, rC), rounded on the device; and the sum of
+        the values that they were made from.
+        """
+        import torch
+
+        sr = self.module.fuse_window(states, self.spec.lattice.halo).float()  # type: ignore[operator]
+        total = sr.sum()
+        return sr[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8), total
 
     def _trim(self) -> None:
         """Return what encoding or fusing left free in the heap: else each finds what the other left beside its own."""
         if self.resident.cache_bytes:
             allocator.trim()
-
-    def _precision(self) -> AbstractContextManager[object]:
-        import torch
-
-        if self.spec.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.spec.precision))

@@ -1,4 +1,4 @@
-"""The tiles of a slab, one after another: cut on the lattice, padded, through the network, put together.
+"""The tiles of a slab, batch after batch: cut on the lattice, padded, through the network, put together.
 
 Which padding a network has stands in models/catalog. What stands in beyond the ends in z is Plan.section.
 """
@@ -14,16 +14,74 @@ from numpy.typing import NDArray
 from pipeline.base.geometry import ZYX, Box
 from pipeline.inference.network import Network, SectionCache
 from pipeline.plan.plan import Slab
+from pipeline.process.device import Landing
 
 DEVICE_LOCK = threading.Lock()
-"""Held by one slab at a time around `super_resolve`: two slabs in flight overlap their reading and writing, never the
-device.
-"""
+"""Held by one slab at a time around `begin`: slabs in flight overlap their reading and writing, never the device."""
 
 SectionCaches = dict[tuple[int, int], SectionCache]
-"""A cache for every tile, by the (y, x) of its cell. A lease carries them from slab to slab, so that a z-halo costs no
-network time.
+"""A cache for every batch of tiles, by the (y, x) of its first cell. A lease carries them from slab to slab, so that a
+z-halo costs no network time.
 """
+
+
+class Pending:
+    """The SR voxels of a slab, which its device may still compute."""
+
+    def __init__(self, network: Network, slab: Slab) -> None:
+        scale = network.spec.scale
+        self._network, self._slab = network, slab
+        self._out = np.empty(tuple(slab.lr.shape.lateral(scale)), np.uint8)
+        self._landing: tuple[Landing, list[Box]] | None = None
+
+    def add(self, landing: Landing, cells: list[Box]) -> None:
+        """The tiles of `cells` were queued. What was queued before them is waited for."""
+        before, self._landing = self._landing, (landing, cells)
+        self._take(before)
+
+    def finish(self) -> NDArray[np.uint8]:
+        """Wait for all of them: uint8 (D, rh, rw). Raises as `super_resolve`."""
+        before, self._landing = self._landing, None
+        self._take(before)
+        return self._out
+
+    def _take(self, landed: tuple[Landing, list[Box]] | None) -> None:
+        if landed is None:
+            return
+        landing, cells = landed
+        with self._network.memory_errors(self._slab.lr):
+            grey = landing.finish()  # (D, B, rC, rC); the tiles beyond `cells` are repeats
+        lattice, scale = self._network.spec.lattice, self._network.spec.scale
+        for at, cell in enumerate(cells):
+            whole = lattice.whole_cell(cell)
+            part = cell.lateral(scale).slices(whole.start.lateral(scale))
+            place = cell.lateral(scale).slices(self._slab.lr.start.lateral(scale))
+            self._out[place] = grey[:, at][:, part[1], part[2]]
+
+
+def begin(
+    network: Network, lr: NDArray[np.uint8], sections: Sequence[int], slab: Slab, caches: SectionCaches | None = None
+) -> Pending:
+    """Queue a slab on the network's device: `finish` of the result gives what `super_resolve` does. A CPU has computed
+    it when this returns, a GPU all but the last batch of tiles.
+    """
+    lattice, batch = network.spec.lattice, network.spec.batch
+    have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
+    pending = Pending(network, slab)
+    all_cells = list(lattice.cells(slab.lr))
+    for at in range(0, len(all_cells), batch):
+        cells, tiles = all_cells[at : at + batch], []
+        for cell in cells:
+            want = lattice.with_halo(cell)
+            real = have.intersect(_laterally(want, have))
+            tiles.append(pad_laterally(lr[_crop(want, have)], real, want, lattice.padding))
+        tiles += tiles[-1:] * (batch - len(tiles))  # a batch has one size: another would be other bytes
+        first = cells[0].start
+        cache: SectionCache = {} if caches is None else caches.setdefault((first.y, first.x), {})
+        with network.memory_errors(slab.lr):
+            landing = network.tiles(np.stack(tiles, 1), sections, cache)
+        pending.add(landing, cells)
+    return pending
 
 
 def super_resolve(
@@ -41,18 +99,7 @@ def super_resolve(
     Raises TooLargeError where the device has no memory for a tile, DataError where the network makes values that are no
     numbers.
     """
-    lattice, scale = network.spec.lattice, network.spec.scale
-    have = Box(ZYX(0, slab.read.start.y, slab.read.start.x), ZYX(len(lr), slab.read.stop.y, slab.read.stop.x))
-    out = np.empty(tuple(slab.lr.shape.lateral(scale)), np.uint8)
-    for cell in lattice.cells(slab.lr):
-        want = lattice.with_halo(cell)
-        tile = pad_laterally(lr[_crop(want, have)], have.intersect(_laterally(want, have)), want, lattice.padding)
-        keep = cell.lateral(scale).slices(want.start.lateral(scale))
-        place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))
-        cache: SectionCache = {} if caches is None else caches.setdefault((cell.start.y, cell.start.x), {})
-        with network.memory_errors(slab.lr):
-            network.tile(np.ascontiguousarray(tile), sections, out[place], keep[1:], cache)
-    return out
+    return begin(network, lr, sections, slab, caches).finish()
 
 
 def pad_laterally(voxels: NDArray[np.uint8], have: Box, want: Box, mode: str) -> NDArray[np.uint8]:

@@ -55,9 +55,12 @@ class Lattice:
 
     def with_halo(self, box: Box) -> Box:
         """All voxels that the tiles of `box` see, as one box, `z_halo` sections included. It may leave the volume."""
+        return self.whole_cell(box).grow(ZYX(self.z_halo, self.halo, self.halo))
+
+    def whole_cell(self, box: Box) -> Box:
+        """The cells in which `box` lies, as one box. It may leave the volume."""
         cells = ZYX(1, self.cell, self.cell)
-        start, stop = (box.start // cells) * cells, box.stop.ceil_div(cells) * cells
-        return Box(start, stop).grow(ZYX(self.z_halo, self.halo, self.halo))
+        return Box((box.start // cells) * cells, box.stop.ceil_div(cells) * cells)
 
     def cells(self, box: Box) -> Iterator[Box]:
         """The parts of `box` that lie in one cell each, in y, x order. Each keeps the whole z range of `box`."""

@@ -11,6 +11,7 @@ from pipeline.plan.lattice import Lattice
 class NetworkSpec:
     """A network by name and numbers.
 
+    `batch` is the number of tiles that are computed at once. On a GPU another number gives other last bits.
     `weights_sha256` is empty for networks without weights. `weights` says where they lie, which changes no output.
     `weights_licence` is the licence of the data that they were trained on; it goes into the provenance.
     """
@@ -23,3 +24,4 @@ class NetworkSpec:
     lattice: Lattice
     weights: str = ""
     weights_licence: str = ""
+    batch: int = 1

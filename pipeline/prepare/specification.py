@@ -46,6 +46,8 @@ def specification(choices: Choices) -> dict[str, Any]:
     here, and only where it is not the default, as `survey` does: else every target that was begun before is refused.
     """
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
+    if network["batch"] == 1:
+        del network["batch"]
     plan = choices.plan
     levels = [{"shape": list(v.shape), "chunk": list(v.chunk), "shard": list(v.shard)} for v in plan.levels]
     found = {

@@ -1,5 +1,5 @@
-"""The device that a process computes on: which one, what memory is there, and how a tile's sections get to it and grey
-levels back.
+"""The device that a process computes on: which one, what memory is there, and how sections get to it and grey levels
+back.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,19 +47,26 @@ def torch_version() -> str:
     return f"{version} (CUDA {torch.version.cuda})" if torch.version.cuda else version
 
 
-def fix_rounding(device: torch.device) -> None:
+def fix_rounding(device: torch.device, precision: str) -> None:
     """Set torch so that workers with the same kind of device make the same bytes (law 1), and float32 is float32.
 
     On a CPU one thread: their number changes the last bits of transposed convolutions. On a GPU PyTorch would compute
     float32 convolutions in TF32, ten bits of mantissa, and let cuDNN take operators whose sums depend on the order of
-    threads.
+    threads. What other precisions leave in float32 is multiplied in TF32.
     """
     import torch
 
     if device.type == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, streams and events of this thread are those of `device`."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class FreeMemory(NamedTuple):
@@ -96,25 +104,22 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Transfer:
-    """One tile's LR sections to the device and its grey levels back, one byte per voxel each way.
+    """LR sections of a batch of tiles to the device, one byte per voxel.
 
-    On a GPU both pass through pinned memory, nothing waits before `finish`, and `fetch` copies on a stream of its own
-    while the network computes. On a CPU the same lines copy no section and write grey levels where they belong.
+    On a GPU they pass through pinned memory, and `fetch` copies on a stream of its own while the network computes. On a
+    CPU the same lines copy nothing.
     """
 
-    def __init__(self, device: torch.device, sections: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    def __init__(self, device: torch.device, sections: NDArray[np.uint8]) -> None:
+        """`sections` are uint8 (S, B, T, T)."""
         import torch
 
-        self._device, self._out = device, out
-        self._sections, self._landing = torch.from_numpy(sections), torch.from_numpy(out)
+        self._device, self._sections = device, torch.from_numpy(sections)
         self._beside: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._sections = self._sections.pin_memory()
-            self._landing = torch.empty(out.shape, dtype=torch.uint8, pin_memory=True)
             self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fetched: dict[int, torch.Tensor] = {}
-        # The sum of all that was put, on the device: one look at the end shows whether every value is a number.
-        self._total: torch.Tensor | float = 0.0
 
     def fetch(self, at: int) -> None:
         """Begin to copy a section that `take` will soon want."""
@@ -124,7 +129,7 @@ class Transfer:
             self._fetched[at] = self._sections[at].to(self._device, non_blocking=True)
 
     def take(self, at: int) -> torch.Tensor:
-        """Section `at` on the device, (1, 1, T, T) in 0..1."""
+        """Section `at` of every tile on the device, uint8 (B, T, T)."""
         import torch
 
         if at not in self._fetched:
@@ -134,28 +139,41 @@ class Transfer:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_stream(self._beside)
             section.record_stream(computing)  # else its memory could be given to the next fetch while it is read
-        return section.float().div_(255)[None, None]
+        return section
 
-    def put(self, at: int, sr: torch.Tensor) -> None:
-        """(rh, rw) in 0..1 as grey levels, rounded on the device, into section `at` of `out`."""
+
+class Landing:
+    """Where the grey levels of a batch of tiles arrive: uint8 (D, B, h, w). On a GPU nothing waits before `finish`."""
+
+    def __init__(self, device: torch.device, shape: tuple[int, int, int, int]) -> None:
         import torch
 
-        self._total = self._total + sr.float().sum()
-        grey = sr.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
-        self._landing[at].copy_(grey, non_blocking=True)
+        pinned = device.type == "cuda"
+        self._grey = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        self._total = torch.zeros((), pin_memory=pinned)
+        self._arrived = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
-    def finish(self) -> None:
-        """Wait until `out` holds every section. Raises DataError where one holds what is no number, which grey levels
+    def put(self, z: int, grey: torch.Tensor) -> None:
+        """Section `z` of every tile, uint8 (B, h, w) on the device."""
+        self._grey[z].copy_(grey, non_blocking=True)
+
+    def close(self, total: torch.Tensor) -> None:
+        """All sections were put; `total` is the sum of all values that they were made from: one look at it shows
+        whether every value is a number.
+        """
+        self._total.copy_(total, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def finish(self) -> NDArray[np.uint8]:
+        """Wait until every section has arrived. Raises DataError where one holds what is no number, which grey levels
         would hide.
         """
-        import torch
-
+        if self._arrived is not None:
+            self._arrived.synchronize()
         if not math.isfinite(float(self._total)):
             raise DataError(
                 "the network made values that are no numbers; "
                 "take network.precision float32 (or bfloat16), or other weights"
             )
-
-        if self._beside is not None:
-            torch.cuda.current_stream(self._device).synchronize()
-            self._out[...] = self._landing.numpy()
+        return self._grey.numpy()
