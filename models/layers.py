@@ -138,7 +138,7 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         if x.device.type != "cpu":
             return self.by_channels(x)
-        return self._in_bands(x.float()).to(x.dtype)
+        return self._in_bands(x)
 
     def after(self, conv: Conv2d, x: Tensor) -> Tensor:
         """The normalised result of a convolution of `x` (B, C, H, W)."""
@@ -168,7 +168,7 @@ class GroupNorm(nn.GroupNorm):
         variance = of_channels.view(groups).mean(-1, keepdim=True).add_(spread)
         scale = variance.add_(self.eps).rsqrt_() * self.weight.view(groups[1:])  # (B, G, C/G)
         shift = torch.addcmul(self.bias.view(groups[1:]), mean - bias.view(groups[1:]), scale, value=-1)
-        return torch.addcmul(shift.view(b, c, 1, 1), x, scale.view(b, c, 1, 1), out=torch.empty_like(x))
+        return _affine(x, scale, shift)
 
     def _in_bands(self, x: Tensor) -> Tensor:
         """The same for inference on a CPU.
@@ -185,8 +185,8 @@ class GroupNorm(nn.GroupNorm):
         means, variances = [], []
         for band in bands:
             values = in_group * band.shape[2] * w
-            mean = band.sum((2, 3)).double().view(b, groups, -1).sum(-1) / values
-            centred = band - mean.to(x.dtype).repeat_interleave(in_group, 1).view(b, c, 1, 1)
+            mean = band.sum((2, 3), dtype=torch.float32).double().view(b, groups, -1).sum(-1) / values
+            centred = band - mean.float().repeat_interleave(in_group, 1).view(b, c, 1, 1)
             means.append(mean)
             variances.append(centred.square_().sum((2, 3)).double().view(b, groups, -1).sum(-1) / values)
         of_bands = torch.stack(means)
@@ -194,7 +194,13 @@ class GroupNorm(nn.GroupNorm):
         variance = (share * (torch.stack(variances) + (of_bands - mean).square())).sum(0)
         scale = self.weight.view(groups, -1) / (variance + self.eps).sqrt()[..., None]
         shift = self.bias.view(groups, -1) - mean[..., None] * scale
-        return torch.addcmul(shift.to(x.dtype).view(b, c, 1, 1), x, scale.to(x.dtype).view(b, c, 1, 1))
+        return _affine(x, scale.float(), shift.float())
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x (B, C, H, W) times `scale` plus `shift`, B x C float32 numbers each, in the type of `x`."""
+    size = (*x.shape[:2], 1, 1)
+    return torch.addcmul(shift.view(size), x, scale.view(size), out=torch.empty_like(x))
 
 
 def by_hand(x: Tensor) -> bool:
