@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from models.catalog import BUILTIN_PRESET as BUILTIN_PRESET
 from models.catalog import NETWORKS as NETWORKS
+from models.catalog import NARROW as NARROW
 from models.catalog import builtin as builtin
 from models.config import preset as find_preset
-from models.memory import WARM_BYTES, peak_bytes, state_bytes
+from models.memory import WARM_BYTES as WARM_BYTES
+from models.memory import peak_bytes, state_bytes
 from models.metadata import WeightsError as WeightsError
 from models.metadata import read_metadata as read_metadata
 
@@ -41,15 +43,17 @@ def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
     return builders[name](scale)
 
 
-def held_bytes(name: str, scale: int, preset: str | None, tile: int, value: int = 4) -> tuple[int, int]:
+def held_bytes(
+    name: str, scale: int, preset: str | None, tile: int, precision: str = "float32", gpu: bool = False
+) -> tuple[int, int]:
     """Bytes that a network holds beyond its weights for a tile of `tile` x `tile` LR voxels: the largest sum at one
-    moment, with what the process then keeps; and the state of one encoded section. `value` is the number of bytes per
-    number. Does not import torch.
+    moment; and the state of one encoded section. Does not import torch.
     """
     if name != "gpemsr":
         return 9 * (scale * tile) ** 2, 0  # the output twice in float32 and once in uint8
-    params = find_preset(scale, preset or "paper")
-    return peak_bytes(params, tile, value) + WARM_BYTES, state_bytes(params, tile, value)
+    params, narrow = find_preset(scale, preset or "paper"), precision in NARROW
+    value = 4 if not narrow else 2 if gpu else 3  # on a CPU, convolutions of narrow maps have buffers of their own
+    return peak_bytes(params, tile, value, gpu), state_bytes(params, tile, 2 if narrow else 4)
 
 
 def lower(network: nn.Module, precision: str) -> None:

@@ -28,6 +28,9 @@ NETWORKS: dict[str, Traits] = {
     "bicubic": Traits(window=1, padding="edge", cell=64, halo={8: 8, 16: 8}, min_halo=8, weights=False),
 }
 
+NARROW = ("bfloat16", "float16")
+"""The precisions in which kernels are stored in two bytes a number (models/precision)."""
+
 BUILTIN_PRESET = "small"
 """The preset of the weights that come with emsr."""
 DEFAULT_TISSUE = "flyem-medulla"

@@ -11,11 +11,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from models.catalog import NARROW
 from models.deformable import DeformableConv
 from models.layers import Conv2d, Up
-
-NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The precisions whose kernels are narrower than float32, and their types."""
 
 
 KEPT = ("features.input", "prior.indexer", "fusion", "reconstruct.trunk", "reconstruct.last")
@@ -26,9 +24,9 @@ def lower(network: nn.Module, precision: str) -> None:
     """Store kernels of `network` in the type of `precision`, in place. float32 and tf32 change nothing: tf32 is how a
     GPU multiplies float32.
     """
-    kind = NARROW.get(precision)
-    if kind is None:
+    if precision not in NARROW:
         return
+    kind: torch.dtype = getattr(torch, precision)
     for name, module in network.named_modules():
         if isinstance(module, (Conv2d, Up, DeformableConv)) and not name.startswith(KEPT):
             for parameter in module.parameters(recurse=False):
