@@ -12,16 +12,16 @@ from pipeline.plan.price import Footprint
 
 
 def footprint(spec: NetworkSpec) -> Footprint:
-    """The bytes for one tile and for its encoded sections."""
-    value_bytes = 4 if spec.precision == "float32" else 2
+    """The bytes for the tiles that are computed at once, and for the encoded sections of one."""
+    value_bytes = 2 if spec.precision in ("bfloat16", "float16") else 4
     tile, section = models.held_bytes(spec.name, spec.scale, spec.preset, spec.lattice.tile, value_bytes)
-    return Footprint(tile, spec.lattice.window * section)
+    return Footprint(spec.batch * tile, spec.lattice.window * section, spec.batch)
 
 
 def needed_bytes(spec: NetworkSpec, slab: Box) -> int:
     """Bytes beside the weights for one slab at a time; `slab` is its box of LR voxels."""
     held = footprint(spec)
-    return held.tile_bytes + held.cache_bytes * sum(1 for _ in spec.lattice.cells(slab))
+    return held.tile_bytes + held.cached_bytes(spec.lattice.tiles(slab))
 
 
 def too_large(spec: NetworkSpec, slab: Box, available: int) -> TooLargeError:

@@ -39,6 +39,17 @@ class Choices:
     survey: Survey | None
 
 
+def recorded_network(spec: dict[str, Any]) -> dict[str, Any]:
+    """The keys of volume.yaml's `network` that a run may choose, as an earlier one has chosen them."""
+    network, lattice = spec["network"], spec["lattice"]
+    return {
+        "precision": network["precision"],
+        "batch": network.get("batch", 1),
+        "cell": lattice["cell"],
+        "halo": lattice["halo"],
+    }
+
+
 def specification(choices: Choices) -> dict[str, Any]:
     """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials.
 
