@@ -20,6 +20,7 @@ from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.inference.defaults import undecided
 from pipeline.plan.receipt import QUARANTINED, WRITTEN
+from pipeline.prepare import chosen
 from pipeline.prepare.dry_run import print_price
 from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
 from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
@@ -144,6 +145,8 @@ def _dry_run(prepared: Prepared) -> int:
     config = prepared.config
     job = batch_job(config.cluster, config.work.in_flight)
     for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
+        print(line)
+    for line in chosen.describe(prepared):
         print(line)
     print_price(prepared, worker_count(config.cluster))
     if job is not None:

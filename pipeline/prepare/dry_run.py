@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.base.errors import DataError
-from pipeline.inference.defaults import undecided
+from pipeline.base.errors import ClusterError, DataError
 from pipeline.inference.footprint import footprint
-from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.mask_reach import reach
 from pipeline.prepare.prepared import Prepared
 from pipeline.process.children import starting_processes
-from pipeline.worker.check import device_facts
+from pipeline.worker.check import refuse_other_precision
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab
-
-MUCH = 1.5
-"""What is computed so many times is said."""
 
 
 def measured_cost(job: Job) -> SlabCost:
@@ -37,13 +32,13 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
     job, source, plan = prepared.job, prepared.source, prepared.job.plan
     in_flight = prepared.config.work.in_flight
     cost: SlabCost | None = None
-    if job.network.precision not in (here := device_facts()).precisions:
-        say(f"This machine does not compute in {job.network.precision} ({here.kind}), so there is no calibration")
-    else:
-        try:
-            cost = measured_cost(job)
-        except DataError as error:
-            say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
+    try:
+        refuse_other_precision(job.network)
+        cost = measured_cost(job)
+    except ClusterError as error:
+        say(f"There is no calibration: {error.saw}")
+    except DataError as error:
+        say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     dtype = ", uint16" if source.dtype == "uint16" else ""
     say(f"source   {source.format}, {source.bounds.shape} LR voxels{dtype}, read by {source.reader}")
@@ -55,13 +50,6 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         f"read     {_size(read.requested)} for {_size(read.owned)} "
         f"(halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
     )
-    open_yet = " (for this machine's device; a run asks its workers')" if undecided(prepared.config.network) else ""
-    say(
-        f"network  {job.network.name}, cell {plan.lattice.cell}, halo {plan.lattice.halo}, "
-        f"precision {job.network.precision}, batch {job.network.batch}{open_yet}"
-    )
-    for line in repeated(plan, job.network.batch):
-        say(f"repeated {line}")
     if (mask := reach(prepared)) is not None:
         say(f"mask     {mask}")
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
@@ -104,33 +92,6 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
             "(tried on this machine)"
         )
         say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
-
-
-def repeated(plan: Plan, batch: int) -> Iterator[str]:
-    """A line where slabs share many cells, and one where many tiles only fill up a batch."""
-    slab, cell = plan.slab_shape, plan.lattice.cell
-    tiles = plan.lattice.tiles(plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2)).lr)
-    shared = _tiles_of_slabs(plan) / plan.lattice.tiles(plan.region)
-    if shared >= MUCH:
-        yield (
-            f"each cell of {cell} x {cell} LR voxels is computed {shared:.1f} times, by all slabs that share it: "
-            f"work.slab_shape {slab} is no multiple of it in y and x"
-        )
-    computed = -(-tiles // batch) * batch
-    if computed >= MUCH * tiles:
-        yield (
-            f"a slab has {tiles} tiles, and whole batches of {batch} are {computed}: "
-            f"take a larger work.slab_shape, or network.batch {1 << tiles.bit_length() - 1}"
-        )
-
-
-def _tiles_of_slabs(plan: Plan) -> int:
-    """The tiles that all slabs of a section take together. Slabs are products of axes, so the sum is one of sums."""
-    total, cell = 1, plan.lattice.cell
-    for axis in ("y", "x"):
-        first, stop, step = (getattr(of, axis) for of in (plan.region.start, plan.region.stop, plan.slab_shape))
-        total *= sum(-(-min(at + step, stop) // cell) - at // cell for at in range(first, stop, step))
-    return total
 
 
 def _hours(hours: float) -> str:

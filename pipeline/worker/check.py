@@ -77,10 +77,10 @@ def refuse_other_precision(network: NetworkSpec) -> None:
     here = device_facts()
     if network.precision not in here.precisions:
         raise ClusterError(
-            f"network.precision of this target is {network.precision}, and it has {here.kind}, "
+            f"network.precision of this target is {network.precision}, and the device here is {here.kind}, "
             f"which computes in {', '.join(here.precisions)}",
-            f"a GPU that has {network.precision}",
-            "Leave it out, or write another target whose network.precision it has",
+            f"a GPU that computes in {network.precision}",
+            "Leave this worker out, or choose one of its precisions for another target",
         )
 
 
