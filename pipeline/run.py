@@ -90,6 +90,8 @@ def run(config: Config, dry_run: bool = False) -> int:
         if not resumed and undecided(prepared.config.network):
             prepared = settled(prepared, ask_workers(client, device_facts, "what device they have"))
             ledger = Ledger(prepared.store, prepared.job.digest, ledger.tasks, run_id, lock.hold)
+        for line in chosen.in_vain(prepared.job):
+            print(f"emsr: {line}", file=sys.stderr)
         return _run_on(client, prepared, ledger, lock, mask)
 
 

@@ -334,12 +334,20 @@ def test_no_answer_at_all_is_an_error(client: Client, monkeypatch: pytest.Monkey
         _FREE.set()
 
 
-def test_a_dry_run_says_what_is_computed_in_vain() -> None:
+def test_what_is_computed_in_vain_is_said(tmp_path: Path) -> None:
+    """Of the network, whose every tile costs; not of an interpolation."""
+    write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
     region = bounds(512, 512)
-    plan = Plan(region, region, ZYX(8, 512, 512), 8, Lattice(128, 16, 5, "mirror"), (), None)
-    assert list(chosen.in_vain(plan, 4)) == []
-    (cells,) = chosen.in_vain(replace(plan, slab_shape=ZYX(8, 64, 64)), 1)
-    assert "each is computed 4.0 times: work.slab_shape (8, 64, 64) is no multiple of network.cell 128" in cells
-    (repeats,) = chosen.in_vain(replace(plan, slab_shape=ZYX(8, 128, 384)), 8)
+
+    def said(slab: ZYX, batch: int, network: NetworkSpec = PAPER) -> list[str]:
+        plan = Plan(region, region, slab, 8, Lattice(128, 16, 5, "mirror"), (), None)
+        return list(chosen.in_vain(replace(job, network=replace(network, batch=batch), plan=plan)))
+
+    job = prepared(tmp_path).job
+    assert said(ZYX(8, 512, 512), 4) == []
+    assert said(ZYX(8, 64, 64), 1, replace(PAPER, weights="")) == []
+    (cells,) = said(ZYX(8, 64, 64), 1)
+    assert "computed 4.0 times: work.slab_shape (8, 64, 64) is no multiple of network.cell 128" in cells
+    (repeats,) = said(ZYX(8, 128, 384), 8)
     assert "5 of 8 tiles are repeats, since a slab has 3 and network.batch is 8" in repeats
     assert repeats.endswith("network.batch 2")

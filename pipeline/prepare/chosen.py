@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pipeline.inference.defaults import undecided
 from pipeline.plan.plan import Plan
 from pipeline.prepare.prepared import Prepared
+from pipeline.worker.job import Job
 
 MUCH = 1.5
 """What is computed so many times as it need be is said."""
@@ -20,16 +21,22 @@ def describe(prepared: Prepared) -> Iterator[str]:
         f"network  {network.name} x{network.scale}, cell {network.lattice.cell}, halo {network.lattice.halo}, "
         f"precision {network.precision}, batch {network.batch}{device * undecided(prepared.config.network)}"
     )
-    yield from in_vain(prepared.job.plan, network.batch)
+    yield from in_vain(prepared.job)
 
 
-def in_vain(plan: Plan, batch: int) -> Iterator[str]:
-    """A line where slabs share many cells, and one where many tiles only fill up batches."""
+def in_vain(job: Job) -> Iterator[str]:
+    """A line where slabs share many cells, and one where many tiles only fill up batches.
+
+    Networks without weights cost nothing, so nothing is said of them.
+    """
+    plan, batch = job.plan, job.network.batch
+    if not job.network.weights:
+        return
     slab, cell = plan.slab_shape, plan.lattice.cell
     shared = _tiles_of_slabs(plan) / plan.lattice.tiles(plan.region)
     if shared >= MUCH:
         yield (
-            f"cells    each is computed {shared:.1f} times: work.slab_shape {slab} is no multiple of "
+            f"cells    each of them is computed {shared:.1f} times: work.slab_shape {slab} is no multiple of "
             f"network.cell {cell} in y and x, and a slab computes the whole of each cell that it touches"
         )
     tiles = plan.lattice.tiles(plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2)).lr)
