@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import main_job, texture, tree, volume_yaml, write_lr
+import zarr
+from conftest import main_job, run_here, texture, tree, volume_yaml, write_lr
 from distributed import Client, LocalCluster, get_worker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.memory import WARM_BYTES
 from pipeline import run, verify
 from pipeline.base.errors import ClusterError, LedgerError, SourceError
 from pipeline.base.geometry import ZYX, Box
@@ -22,7 +25,7 @@ from pipeline.config import volume as config
 from pipeline.config.volume import NetworkConfig
 from pipeline.inference import defaults
 from pipeline.inference.describe import describe
-from pipeline.inference.footprint import footprint
+from pipeline.inference.footprint import footprint, needed_bytes, too_large
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
@@ -131,11 +134,19 @@ def test_a_batch_fits_the_least_memory(gib: int, precision: str) -> None:
 
 
 def test_a_batch_multiplies_what_is_held() -> None:
-    """A slab's caches are those of whole batches."""
+    """But for what a process keeps once. A slab's caches are those of whole batches."""
     one, four = footprint(PAPER), footprint(replace(PAPER, batch=4))
-    assert four.tile_bytes == 4 * one.tile_bytes
+    assert four.tile_bytes - WARM_BYTES == 4 * (one.tile_bytes - WARM_BYTES) > 0
     assert [four.cached_bytes(tiles) // one.cache_bytes for tiles in (1, 4, 5)] == [4, 4, 8]
     assert one.cached_bytes(5) == 5 * one.cache_bytes
+
+
+def test_where_memory_ends_a_smaller_batch_comes_before_a_smaller_cell() -> None:
+    slab, four = bounds(128, 128), replace(PAPER, batch=4)
+    said = too_large(four, slab, needed_bytes(replace(PAPER, batch=2), slab))
+    assert "4 tiles at once of 96 x 96 LR voxels" in said.saw
+    assert said.wanted == "network.batch 2 or less"
+    assert too_large(four, slab, needed_bytes(PAPER, slab) - 1).wanted.startswith("network.cell ")
 
 
 def test_tf32_where_every_worker_has_it() -> None:
@@ -217,6 +228,18 @@ def test_a_box_has_the_lattice_and_batch_of_its_volume(tmp_path: Path) -> None:
     box = {"start": [0, 3, 5], "stop": [4, 9, 11]}
     whole, part = (settled(prepared(tmp_path, **keys), [GPU]) for keys in ({}, {"source__box": box}))
     assert network_of(part) == network_of(whole)
+
+
+def test_a_box_has_the_voxels_of_its_volume(tmp_path: Path) -> None:
+    """Law 1 on the one cell that covers a small volume, whatever the slabs; the box alone would have a smaller one."""
+    write_lr(tmp_path / "lr.zarr", texture((3, 24, 24)))
+    run_here(volume_yaml(tmp_path / "a.yaml", "lr.zarr", "a", **GPEMSR))
+    box = {"start": [1, 3, 5], "stop": [3, 14, 11]}
+    keys = GPEMSR | {"source__box": box, "work__slab_shape": [2, 16, 16]}
+    job = run_here(volume_yaml(tmp_path / "b.yaml", "lr.zarr", "b", **keys))
+    assert job.plan.lattice == Lattice(24, 0, 5, "mirror")
+    whole, part = (np.asarray(zarr.open_array(tmp_path / name / "0", mode="r")) for name in "ab")
+    assert (part == whole[1:3, 24:112, 40:88]).all()
 
 
 def test_settling_looks_at_no_section_again(tmp_path: Path) -> None:
