@@ -18,13 +18,16 @@ from pipeline.base.errors import EmsrError, SourceError
 from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
+from pipeline.inference.defaults import undecided
 from pipeline.plan.receipt import QUARANTINED, WRITTEN
+from pipeline.prepare import chosen
 from pipeline.prepare.dry_run import print_price
 from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
 from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
-from pipeline.prepare.prepare import prepare
+from pipeline.prepare.prepare import prepare, settled
 from pipeline.prepare.prepared import Prepared
 from pipeline.schedule import report
+from pipeline.schedule.ask import ask_workers
 from pipeline.schedule.check_workers import check_workers
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import Exam
@@ -39,6 +42,7 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
+from pipeline.worker.check import device_facts
 from pipeline.worker.lease import check_worker, process_lease
 
 SHOWN_HOSTS = 3
@@ -66,7 +70,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     prepared = prepare(config, lambda survey, source: _detect(config, survey, source, keep=not dry_run))
     resumed = check_place(prepared)
     if dry_run:
-        return _dry_run(prepared)
+        return _dry_run(prepared if resumed else settled(prepared, [device_facts()]))
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
     prepared = replace(prepared, job=replace(prepared.job, run=run_id))
     job = prepared.job
@@ -81,11 +85,23 @@ def run(config: Config, dry_run: bool = False) -> int:
             if not ledger.count(WRITTEN, range(job.plan.slabs)):
                 raise _nothing_written(prepared, job.plan.slabs)
             return 0
-    exam = Exam(job, check_worker, config.cluster.mixed, resumed=bool(ledger.counts()["written"]))
     mask = reach(prepared)
-    with connect(config.cluster, config.work.in_flight) as client, _crew(client, exam) as crew:
+    with connect(config.cluster, config.work.in_flight) as client:
+        if not resumed and undecided(prepared.config.network):
+            prepared = settled(prepared, ask_workers(client, device_facts, "what device they have"))
+            ledger = Ledger(prepared.store, prepared.job.digest, ledger.tasks, run_id, lock.hold)
+        for line in chosen.in_vain(prepared.job):
+            print(f"emsr: {line}", file=sys.stderr)
+        return _run_on(client, prepared, ledger, lock, mask)
+
+
+def _run_on(client: Client, prepared: Prepared, ledger: Ledger, lock: TargetLock, mask: Reach | None) -> int:
+    """Ask the cluster's workers whether they are fit, take the target, and write what `ledger` does not have."""
+    cluster = prepared.config.cluster
+    exam = Exam(prepared.job, check_worker, cluster.mixed, resumed=bool(ledger.counts()["written"]))
+    with _crew(client, exam) as crew:
         check_workers(client, crew)  # first: a mistake there leaves no trace
-        if config.cluster.tunes():
+        if cluster.tunes():
             tune(client)
         elif crew.may_freeze:
             _warn_of_profiler(crew.may_freeze)
@@ -132,6 +148,8 @@ def _dry_run(prepared: Prepared) -> int:
     job = batch_job(config.cluster, config.work.in_flight)
     for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
         print(line)
+    for line in chosen.describe(prepared):
+        print(line)
     print_price(prepared, worker_count(config.cluster))
     if job is not None:
         print(f"each worker\n\n{job}")
@@ -157,6 +175,9 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
     before = ledger.counts()
     done = before["written"] + before["skipped"]
     with RunProgress(ledger.tasks, done) as progress, stopping(lambda by: _drain(run, progress, by)):
+        network, lattice = run.job.network, plan.lattice
+        chosen = {"cell": lattice.cell, "halo": lattice.halo, "precision": network.precision, "batch": network.batch}
+        progress.say("network", name=network.name, **chosen)
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
         if mask is not None:
             progress.say("mask", **asdict(mask))

@@ -127,6 +127,18 @@ def test_neighbours_gain_nothing_where_all_sections_are_the_same(tmp_path: Path)
     assert scores["mean"] == pytest.approx(np.mean([scores[z] for z in "2345"], 0), abs=0.001)
 
 
+def test_a_small_volume_on_one_cell_computes_no_voxel_but_its_own(tmp_path: Path) -> None:
+    """16 x 16 LR voxels: the usual tile of 96 x 96 has 36 times as many."""
+    tifffile.imwrite(tmp_path / "stack.tif", phantom((5, 256, 256)))
+    weights = REPOSITORY / "models" / "builtin" / "flyem-medulla-x8.safetensors"
+    printed = benchmark("small_volumes.py", str(weights), str(tmp_path / "stack.tif"), "2", "3", "16", "2", "0")
+    usual, one = ([cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[2:])
+    assert usual[:3] == ["16", "64", "16"]
+    assert one[:3] == ["16", "16", "0"]
+    assert usual[4].startswith("+0.000")
+    assert (usual[5], one[5]) == ("36.00", "1.00")
+
+
 def test_a_training_step_on_a_crop_twice_as_wide_takes_four_times_the_operations() -> None:
     """SPyNet is nothing but convolutions; all four stages run."""
     table = rows(benchmark("training.py", "small", "8", "1", "128"))

@@ -63,6 +63,7 @@ FULL: dict[str, Any] = {
         "cell": 64,
         "halo": 8,
         "precision": "float32",
+        "batch": 1,
     },
     "work": {
         "slab_shape": [2, 16, 16],
@@ -88,7 +89,7 @@ MAY_BE_NULL = {
     "cell",
     "halo",
 }
-MAY_BE_NULL |= {"slab_shape", "budget", "workers", "address", "gpus_per_worker"}
+MAY_BE_NULL |= {"precision", "batch", "slab_shape", "budget", "workers", "address", "gpus_per_worker"}
 
 CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("source.url", "nowhere.zarr", "nowhere"),
@@ -149,6 +150,9 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("network.halo", 0, "cell borders"),
     ("network.precision", "float64", "float32"),
     ("network.precision", "float16", "precision"),
+    ("network.batch", 0, "1"),
+    ("network.batch", 65, "64"),
+    ("network.batch", 2, "Remove network.batch"),
     ("work.slab_shape", [3, 16, 16], "whole shards"),
     ("work.slab_shape", [2, 17, 16], "whole shards"),
     ("work.retries", -1, "0"),

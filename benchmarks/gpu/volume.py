@@ -98,7 +98,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def law1(folder: Path) -> None:
     source = source_in(folder, (8, 64, 128))
-    network = {"weights": "builtin"}
+    network = {"weights": "builtin", "cell": 64, "halo": 16}  # several tiles, which slabs share
     trees = []
     for slab, workers in (([8, 64, 64], 1), ([16, 128, 256], 2), ([16, 192, 128], 1), ([8, 64, 64], 1)):
         name = f"sr-{len(trees)}"

@@ -257,7 +257,9 @@ def scores(folder: Path, tissue: Tissue, shared: Path, scale: int, weights: Path
         convert(hr, folder / f"{name}-hr.zarr", tissue.voxel_size_nm)
         z, y, x = tissue.voxel_size_nm
         convert(lr, folder / f"{name}-lr.zarr", (z, y * scale, x * scale))
-        network = {"name": "gpemsr", "scale": scale, "preset": "small", "weights": str(weights)}
+        lattice = {"cell": 64, "halo": {8: 16, 16: 24}[scale]}  # that of the cards' scores
+        network = {"name": "gpemsr", "scale": scale, "preset": "small", "weights": str(weights), "precision": "float32"}
+        network |= lattice
         volume = {
             "source": {"url": f"{name}-lr.zarr"},
             "target": {"url": f"{name}-sr.zarr", "mips": 1},

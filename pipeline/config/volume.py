@@ -161,7 +161,11 @@ NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", 
 
 
 class NetworkConfig(_Model):
-    """The network and its weights. `cell` and `halo` are in LR voxels and override the network's own tile lattice."""
+    """The network and its weights. `cell` and `halo` are in LR voxels, `batch` is how many tiles are computed at once.
+
+    `precision`, `batch`, `cell` and `halo` that are not given are chosen by the first run and kept by those that resume
+    it.
+    """
 
     name: NetworkName
     scale: Literal[8, 16]
@@ -170,7 +174,8 @@ class NetworkConfig(_Model):
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     cell: Annotated[StrictInt, Field(ge=8, le=4096, multiple_of=8)] | None = None
     halo: Annotated[StrictInt, Field(ge=0, le=512, multiple_of=8)] | None = None
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] | None = None
+    batch: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
 
 
 class BudgetConfig(_Model):

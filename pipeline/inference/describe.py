@@ -17,8 +17,9 @@ from pipeline.plan.network_spec import NetworkSpec
 
 
 def describe(config: NetworkConfig) -> NetworkSpec:
-    """What volume.yaml asks for. Raises NetworkError for an unknown network, a halo too small, or weights that don't
-    fit.
+    """What volume.yaml asks for; what it does not say is the network's own lattice, float32 and a batch of one tile.
+
+    Raises NetworkError for an unknown network, a halo too small, or weights that don't fit.
     """
     traits = models.NETWORKS.get(config.name)
     if traits is None:
@@ -42,11 +43,13 @@ def describe(config: NetworkConfig) -> NetworkSpec:
         raise NetworkError(
             f"network.{given[0]} is set, but {config.name} has no weights", "", f"Remove network.{given[0]}"
         )
-    if config.precision != "float32":
+    if config.precision not in (None, "float32"):
         raise NetworkError(
             f"network.precision {config.precision} for {config.name}", "float32", "Remove network.precision"
         )
-    return NetworkSpec(config.name, config.scale, None, "", config.precision, lattice)
+    if config.batch not in (None, 1):
+        raise NetworkError(f"network.batch {config.batch} for {config.name}", "1", "Remove network.batch")
+    return NetworkSpec(config.name, config.scale, None, "", "float32", lattice)
 
 
 def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
@@ -82,7 +85,8 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
                 "Set network.scale and network.preset to the file's, or take another file",
             )
         licence = metadata.licence
-    return NetworkSpec(config.name, config.scale, preset, sha256, config.precision, lattice, weights, licence)
+    precision, batch = config.precision or "float32", config.batch or 1
+    return NetworkSpec(config.name, config.scale, preset, sha256, precision, lattice, weights, licence, batch)
 
 
 def weights_path(spec: NetworkSpec) -> Path:

@@ -62,6 +62,12 @@ class Lattice:
         cells = ZYX(1, self.cell, self.cell)
         return Box((box.start // cells) * cells, box.stop.ceil_div(cells) * cells)
 
+    def tiles(self, box: Box) -> int:
+        """How many tiles a section of `box` takes."""
+        cells = ZYX(1, self.cell, self.cell)
+        count = box.stop.ceil_div(cells) - box.start // cells
+        return count.y * count.x
+
     def cells(self, box: Box) -> Iterator[Box]:
         """The parts of `box` that lie in one cell each, in y, x order. Each keeps the whole z range of `box`."""
         first = Box(ZYX(0, box.start.y, box.start.x), ZYX(1, box.stop.y, box.stop.x))

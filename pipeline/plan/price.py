@@ -25,16 +25,21 @@ class Input:
 class Footprint:
     """Bytes that a network holds beyond its weights.
 
-    `tile_bytes` are for the tile that it computes, one at a time. `cache_bytes` are for the encoded sections of one
+    `tile_bytes` are for the `batch` tiles that it computes at once. `cache_bytes` are for the encoded sections of one
     tile, which every slab leaves for the next slab in z.
     """
 
     tile_bytes: int = 0
     cache_bytes: int = 0
+    batch: int = 1
+
+    def cached_bytes(self, tiles: int) -> int:
+        """The encoded sections of so many tiles, of which only whole batches are computed."""
+        return self.cache_bytes * -(-tiles // self.batch) * self.batch
 
     def slab_cache_bytes(self, plan: Plan) -> int:
         """The encoded sections of all tiles of a slab, which a lease carries from slab to slab."""
-        return self.cache_bytes * sum(1 for _ in plan.lattice.cells(_middle(plan).lr))
+        return self.cached_bytes(plan.lattice.tiles(_middle(plan).lr))
 
 
 def input_voxels(plan: Plan, chunk: ZYX) -> Input:

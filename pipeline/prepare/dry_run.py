@@ -9,13 +9,14 @@ from concurrent.futures import ProcessPoolExecutor
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.base.errors import DataError
+from pipeline.base.errors import ClusterError, DataError
 from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.mask_reach import reach
 from pipeline.prepare.prepared import Prepared
 from pipeline.process.children import starting_processes
+from pipeline.worker.check import refuse_other_precision
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab
 
@@ -30,10 +31,13 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
     """The price as a table on the terminal, for so many workers."""
     job, source, plan = prepared.job, prepared.source, prepared.job.plan
     in_flight = prepared.config.work.in_flight
+    cost: SlabCost | None = None
     try:
-        cost: SlabCost | None = measured_cost(job)
+        refuse_other_precision(job.network)
+        cost = measured_cost(job)
+    except ClusterError as error:
+        say(f"There is no calibration: {error.saw}")
     except DataError as error:
-        cost = None
         say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     dtype = ", uint16" if source.dtype == "uint16" else ""

@@ -129,7 +129,8 @@ def _is_begun(prepared: Prepared) -> bool:
         f"{store.url}/{stored_plan.KEY} is {'damaged' if damaged else 'missing'}, and what else is there "
         f"({', '.join(ledgers) or 'no ledger'}) is not of this plan, {job.digest[:16]}",
         "the plan of the target that stands there",
-        "Restore plan.json or the volume.yaml of the first run, which names the plan",
+        "Restore plan.json or the volume.yaml of the first run, which names the plan; what that one does not state of "
+        "network.precision, batch, cell and halo is in the line `network` of its run",
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
+from typing import Any
 
 from pipeline import __version__
 from pipeline.base.errors import SourceError, TargetError, TransientError
 from pipeline.base.geometry import Box
 from pipeline.base.limits import MAX_TASKS
 from pipeline.config import urls
-from pipeline.config.volume import Config
+from pipeline.config.volume import Config, NetworkConfig
+from pipeline.inference.defaults import for_workers, lattice_for
 from pipeline.inference.describe import describe
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import output_voxels
@@ -20,7 +23,8 @@ from pipeline.prepare import layout
 from pipeline.prepare.mask_reach import check_overlap
 from pipeline.prepare.place import check_vacant, has_begun, lost_plan, nothing_run, recorded_spec
 from pipeline.prepare.prepared import Prepared
-from pipeline.prepare.specification import Choices, digest, specification
+from pipeline.prepare.specification import Choices, digest, recorded_network, specification
+from pipeline.process.device import Facts
 from pipeline.sections import bad_sections
 from pipeline.sections.bad_sections import Detect
 from pipeline.sections.survey import Survey, survey
@@ -33,11 +37,16 @@ from pipeline.worker.job import Job
 def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     """Open the source's metadata and plan. Raises UserError.
 
-    With source.bad_sections.detect, the bad sections that an earlier run found count, so that every command sees one
-    plan. Where there was none, `detect` is called, after everything else was found to be right.
+    What volume.yaml leaves open is what an earlier run of this target has recorded, so that every command sees one
+    plan, whoever runs it. Where there was none, the lattice follows from the volume, bad sections from `detect` (with
+    source.bad_sections.detect, after everything else was found to be right), and precision and batch are float32 and 1
+    until `settled` is told what the workers have.
     """
-    network = describe(config.network)
     target_url = _target_url(config)
+    store = Store(urls.sidecar(target_url))
+    recorded = recorded_spec(store, target_url, config.target.format)
+    config = config.model_copy(update={"network": _stated(config.network, recorded)})
+    network = describe(config.network)
     try:
         source = open_source(config.source)
         info = source.info
@@ -45,6 +54,7 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     except TransientError as error:
         raise SourceError(f"the source cannot be reached: {error}", "", "Check the url and the network") from None
     region = _region(config, info)
+    network = dataclasses.replace(network, lattice=lattice_for(network, config.network, info.bounds))
     if mask is not None:
         check_overlap(mask, info, region)
     bad = bad_sections.listed(config.source.bad_sections, info)
@@ -69,10 +79,9 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
             f"at most {MAX_TASKS:,}",
             "Check that its metadata states its true shape, raise work.slab_shape, or cut a source.box",
         )
-    store = Store(urls.sidecar(target_url))
     wanted = survey(config.source, info, plan, config.work.retries) if config.source.bad_sections.detect else None
     if wanted is not None:
-        bad = dict(sorted((_detected(config, store, wanted, source, detect) | bad).items()))
+        bad = dict(sorted((_detected(config, store, recorded, wanted, source, detect) | bad).items()))
         bad_sections.check_allowed(config.source.bad_sections, bad, info)
         plan = dataclasses.replace(plan, bad_sections=tuple(bad))
     return _prepared(Choices(config, info, mask, network, plan, encoding, bad, wanted), target_url, store)
@@ -108,7 +117,24 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         rates=RequestRates(requests.read, requests.write) if requests else RequestRates(),
         mask=choices.mask,
     )
-    return Prepared(config, job, info, spec, store)
+    return Prepared(choices, job, spec, store)
+
+
+def settled(prepared: Prepared, workers: Collection[Facts]) -> Prepared:
+    """The same with the precision and batch that suit these workers, where nothing else says them."""
+    choices = prepared.choices
+    network = for_workers(choices.network, choices.config.network, choices.source.bounds, workers)
+    again = _prepared(dataclasses.replace(choices, network=network), prepared.job.target.url, prepared.store)
+    return dataclasses.replace(again, job=dataclasses.replace(again.job, run=prepared.job.run))
+
+
+def _stated(network: NetworkConfig, recorded: dict[str, Any] | None) -> NetworkConfig:
+    """volume.yaml's network, with what an earlier run of it has recorded where it says nothing."""
+    if recorded is None or recorded["network"]["name"] != network.name:  # the target of another one is refused later
+        return network
+    return network.model_copy(
+        update={key: value for key, value in recorded_network(recorded).items() if getattr(network, key) is None}
+    )
 
 
 def _target_url(config: Config) -> str:
@@ -156,13 +182,19 @@ def _region(config: Config, info: VolumeInfo) -> Box:
     return box
 
 
-def _detected(config: Config, store: Store, wanted: Survey, source: Source, detect: Detect | None) -> dict[int, str]:
+def _detected(
+    config: Config,
+    store: Store,
+    recorded: dict[str, Any] | None,
+    wanted: Survey,
+    source: Source,
+    detect: Detect | None,
+) -> dict[int, str]:
     """The bad sections that are not listed: those of the plan beside the target, else those detected now."""
-    spec = recorded_spec(store, target_url := _target_url(config), config.target.format)
-    if spec is not None:
-        theirs = bad_sections.detected(spec["source"]["bad_sections"])
+    if recorded is not None:
+        theirs = bad_sections.detected(recorded["source"]["bad_sections"])
         return {z: why for z, why in theirs.items() if z in wanted.sections}
-    begun = has_begun(store)
+    begun, target_url = has_begun(store), _target_url(config)
     if detect is None:
         raise lost_plan(store) if begun else nothing_run(target_url)
     if not begun:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.volume import Config
+from pipeline.prepare.specification import Choices
 from pipeline.storage.kv import Store
 from pipeline.storage.volume import VolumeInfo
 from pipeline.worker.job import Job
@@ -13,13 +14,23 @@ from pipeline.worker.job import Job
 
 @dataclass(frozen=True)
 class Prepared:
-    """`source` is what its metadata say. `spec` is the specification that `job.digest` is the digest of, as plain JSON.
+    """`choices` are what `job` and `spec` were made from. `spec` is the specification that `job.digest` is the digest
+    of, as plain JSON.
 
     `store` is the sidecar: the folder beside the target that holds plan, ledger, lock and reports.
     """
 
-    config: Config
+    choices: Choices
     job: Job
-    source: VolumeInfo
     spec: dict[str, Any]
     store: Store
+
+    @property
+    def config(self) -> Config:
+        """The volume.yaml, with what an earlier run has chosen for its network."""
+        return self.choices.config
+
+    @property
+    def source(self) -> VolumeInfo:
+        """What the source's metadata say."""
+        return self.choices.source

@@ -39,11 +39,23 @@ class Choices:
     survey: Survey | None
 
 
+def recorded_network(spec: dict[str, Any]) -> dict[str, Any]:
+    """The keys of volume.yaml's `network` that a run may choose, as an earlier one has chosen them."""
+    network, lattice = spec["network"], spec["lattice"]
+    return {
+        "precision": network["precision"],
+        "batch": network.get("batch", 1),
+        "cell": lattice["cell"],
+        "halo": lattice["halo"],
+    }
+
+
 def specification(choices: Choices) -> dict[str, Any]:
     """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials.
 
     It is plain JSON. `prepare` adds the slab shape for plan.json. A new key of volume.yaml that changes bytes goes in
-    here, and only where it is not the default, as `survey` does: else every target that was begun before is refused.
+    here, and only where it is not the default, as `survey` and `batch` do: else every target that was begun before is
+    refused.
     """
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
     if network["batch"] == 1:

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -37,6 +38,30 @@ def describe(device: torch.device) -> str:
     import torch
 
     return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"cpu {platform.machine()}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides how a network may be computed on a device: its kind as `describe` says it, all of its memory, and
+    the precisions that it computes in, in their order.
+    """
+
+    kind: str
+    memory_bytes: int
+    precisions: tuple[str, ...]
+
+
+def facts(device: torch.device) -> Facts:
+    """The facts of a device. A GPU has float16 from compute capability 7.0 on, tf32 and bfloat16 from 8.0 on."""
+    import psutil
+    import torch
+
+    if device.type == "cpu":
+        return Facts(describe(device), psutil.virtual_memory().total, ("float32", "bfloat16", "float16"))
+    found = torch.cuda.get_device_properties(device)
+    least = {"float32": (0, 0), "tf32": (8, 0), "bfloat16": (8, 0), "float16": (7, 0)}
+    able = tuple(precision for precision, capability in least.items() if (found.major, found.minor) >= capability)
+    return Facts(describe(device), found.total_memory, able)
 
 
 def torch_version() -> str:

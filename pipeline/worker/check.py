@@ -11,6 +11,7 @@ from distributed import get_worker
 from pipeline import __version__
 from pipeline.base.errors import ClusterError, SourceError, TargetError, UserError
 from pipeline.config import urls
+from pipeline.plan.network_spec import NetworkSpec
 from pipeline.process import device
 from pipeline.process.installed import sources_digest
 from pipeline.storage import same_place
@@ -32,6 +33,11 @@ def runtime() -> Runtime:
         except PackageNotFoundError:
             found.append(f"no {name}")
     return Runtime(", ".join(found), device.describe(device.pick()))
+
+
+def device_facts() -> device.Facts:
+    """The facts of this process's device."""
+    return device.facts(device.pick())
 
 
 def may_freeze() -> bool:
@@ -63,6 +69,18 @@ def refuse_other_emsr(job: Job) -> None:
             f"it computes with {runtime()}, this run with {' or '.join(map(str, job.runtimes))}",
             "the same libraries and kind of device in every worker",
             "Leave it out, or set cluster.mixed: true",
+        )
+
+
+def refuse_other_precision(network: NetworkSpec) -> None:
+    """Raises ClusterError where this process's device does not compute in the plan's precision."""
+    here = device_facts()
+    if network.precision not in here.precisions:
+        raise ClusterError(
+            f"network.precision of this target is {network.precision}, and the device here is {here.kind}, "
+            f"which computes in {', '.join(here.precisions)}",
+            f"a GPU that computes in {network.precision}",
+            "Leave this worker out, or choose one of its precisions for another target",
         )
 
 

@@ -14,7 +14,7 @@ from pipeline.process.resident_size import resident_bytes
 from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.targets.open import open_target
 from pipeline.storage.volume import Source, Target
-from pipeline.worker.check import refuse_other_emsr
+from pipeline.worker.check import refuse_other_emsr, refuse_other_precision
 from pipeline.worker.job import Job
 
 
@@ -45,9 +45,9 @@ def open_job(job: Job) -> OpenJob:
     with the number of workers, and what other workers compute with. Its digest alone would not do: it holds neither the
     target's URL nor how often to retry.
 
-    Raises ClusterError where this process has another emsr or computes with something else, EmsrError where the
-    metadata of source or mask are not those that the client read, and UserError where the source, mask or network
-    cannot be opened or the network is too large.
+    Raises ClusterError where this process has another emsr, computes with something else or lacks the plan's precision,
+    EmsrError where the metadata of source or mask are not those that the client read, and UserError where the source,
+    mask or network cannot be opened or the network is too large.
     """
     global _open
     refuse_other_emsr(job)
@@ -60,6 +60,7 @@ def open_job(job: Job) -> OpenJob:
 
 
 def _opened(job: Job) -> OpenJob:
+    refuse_other_precision(job.network)
     allocator.configure_malloc()
     source = open_source(job.source)
     if source.info.fingerprint != job.source_fingerprint:
