@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.catalog import BUILTIN_PRESET as BUILTIN_PRESET
-from models.catalog import NETWORKS as NETWORKS
 from models.catalog import NARROW as NARROW
+from models.catalog import NETWORKS as NETWORKS
 from models.catalog import builtin as builtin
 from models.config import preset as find_preset
 from models.memory import WARM_BYTES as WARM_BYTES

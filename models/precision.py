@@ -15,7 +15,6 @@ from models.catalog import NARROW
 from models.deformable import DeformableConv
 from models.layers import Conv2d, Up
 
-
 KEPT = ("features.input", "prior.indexer", "fusion", "reconstruct.trunk", "reconstruct.last")
 """The parts of SuperResolver whose kernels stay float32."""
 

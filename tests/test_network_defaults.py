@@ -126,7 +126,7 @@ def test_a_batch_fits_the_least_memory(gib: int, precision: str) -> None:
     assert found in (1, 2, 4, 8)
 
     def needed(count: int) -> int:
-        held = footprint(replace(network, lattice=Lattice(96, 0, 5, "mirror"), batch=count))
+        held = footprint(replace(network, lattice=Lattice(96, 0, 5, "mirror"), batch=count), gpu=True)
         return held.tile_bytes + count * held.cache_bytes
 
     assert found == 1 or needed(found) <= 0.6 * (gib << 30)

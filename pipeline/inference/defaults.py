@@ -77,5 +77,5 @@ def batch_for(network: NetworkSpec, bounds: Box, workers: Collection[Facts]) -> 
 
 
 def _batch_bytes(network: NetworkSpec) -> int:
-    held = footprint(network)
+    held = footprint(network, gpu=True)
     return held.tile_bytes + held.cached_bytes(network.batch)

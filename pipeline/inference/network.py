@@ -39,6 +39,7 @@ class Network:
     def __init__(self, spec: NetworkSpec) -> None:
         self.spec = spec
         self.device = device.pick()
+        self._gpu = self.device.type == "cuda"
         device.fix_rounding(self.device, spec.precision)
         self.module = models.build(spec.name, spec.scale, spec.preset)
         if spec.weights:
@@ -50,7 +51,7 @@ class Network:
         self._encode: Callable[..., Any] = self.encode
         self._fuse: Callable[..., Any] = self.fuse
         self._graphs: Graphs | None = None
-        if self.device.type == "cuda" and spec.preset is not None:
+        if self._gpu and spec.preset is not None:
             from pipeline.inference.graphs import Graphs
 
             self._graphs = Graphs()
@@ -65,7 +66,7 @@ class Network:
     @property
     def resident(self) -> Footprint:
         """What of the footprint is this process's own memory: nothing where a GPU holds it."""
-        return footprint(self.spec) if self.device.type == "cpu" else Footprint()
+        return Footprint() if self._gpu else footprint(self.spec)
 
     def refuse_too_large(self, plan: Plan) -> None:
         """Raises TooLargeError where the slab in the region's middle needs more than the device has with nobody else
@@ -73,8 +74,8 @@ class Network:
         """
         slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2)).lr
         available = device.free_memory(self.device).alone
-        if needed_bytes(self.spec, slab) > available:
-            raise too_large(self.spec, slab, available)
+        if needed_bytes(self.spec, slab, self._gpu) > available:
+            raise too_large(self.spec, slab, available, self._gpu)
 
     @contextmanager
     def memory_errors(self, slab: Box) -> Iterator[None]:
@@ -85,7 +86,7 @@ class Network:
             if not device.out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # the failed tile's feature maps are memory that is there
-            raise too_large(self.spec, slab, device.free_memory(self.device).now) from None
+            raise too_large(self.spec, slab, device.free_memory(self.device).now, self._gpu) from None
 
     def tiles(self, voxels: NDArray[np.uint8], sections: Sequence[int], cache: SectionCache) -> device.Landing:
         """A batch of tiles through all their sections: uint8 (D + window - 1, B, T, T) in, uint8 (D, B, rC, rC) out,

@@ -73,7 +73,7 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         busy = max(cost.network_s, cost.write_s, cost.read_s)
         hours = plan.slabs * busy / 3600
         memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], cost.network)
-        held = footprint(job.network)
+        held = footprint(job.network, gpu=cost.gpu_weights is not None)
         cached = in_flight * held.slab_cache_bytes(plan)
         network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
         if cost.gpu_weights is None:
