@@ -39,7 +39,7 @@ class StandIn(nn.Module):
 
     def fuse_window(self, states: list[Tensor], cut: int = 0) -> Tensor:
         centre = states[2]
-        attention = torch.stack([(s * centre).mean() for s in states]).softmax(0)
+        attention = torch.stack([(s * centre).mean((1, 2, 3), keepdim=True) for s in states]).softmax(0)
         mixed = sum(a * s for a, s in zip(attention, states, strict=True))
         assert isinstance(mixed, Tensor)
         up = functional.interpolate(mixed, scale_factor=self.scale, mode="bilinear", align_corners=False)
