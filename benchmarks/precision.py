@@ -1,11 +1,11 @@
 """Measures what precision, memory layout, batches and torch.compile do to the output and its cost.
 
     python benchmarks/precision.py [weights=small] [volume=phantom] [scale=8] [lr=64] [turns=3]
-                                   [ways=bfloat16,float16,contiguous,batch2,compile]
+                                   [ways=tf32,bfloat16,float16,contiguous,batch2,compile]
 
 `weights` is a .safetensors file, or `small` or `paper` for random weights. `volume` is a zarr array of HR sections, or
 `phantom`. One thread computes the same centre (five sections encoded, one window fused) in each way, in turn. Printed
-against the default way: PSNR, the largest difference (grey 0..1), the share of the reference's indices that differ, and
+against the default way ("tf32" is emulated and takes longer; CPUs have none): PSNR, the largest difference (grey 0..1), the share of the reference's indices that differ, and
 CPU seconds over the default's.
 """
 
@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from lattice import load, psnr, read
 from network_speed import Clock
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import flow, indexer, layers, mask, network, vqgan
+from models.deformable import DeformableConv
 from models.degrade import degrade
 from models.layers import Up
 from models.network import SuperResolver
+from models.precision import lower
 
 LAID_OUT = (flow, indexer, layers, mask, network, vqgan)
 """Modules of models/ that ask for channels-last."""
@@ -36,12 +38,26 @@ def centre(net: SuperResolver, sections: Tensor) -> Tensor:
     return net.fuse_window([net.encode_section(section) for section in sections])
 
 
-def lowered(precision: str) -> Callable[[SuperResolver, Tensor], Tensor]:
-    def run(net: SuperResolver, sections: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=getattr(torch, precision)):
-            return centre(net, sections).float()
+def narrow_copy(net: SuperResolver, precision: str) -> SuperResolver:
+    """The network as a run has it in that precision."""
+    net = copy.deepcopy(net)
+    lower(net, precision)
+    return net
 
-    return run
+
+def tf32_copy(net: SuperResolver) -> SuperResolver:
+    """The network with the rounding of TF32: inputs and kernels have ten bits of mantissa, sums stay float32."""
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformableConv)):
+            module.weight.data = ten_bits(module.weight.data)
+            module.register_forward_pre_hook(lambda _module, inputs: (ten_bits(inputs[0]), *inputs[1:]))
+    return net
+
+
+def ten_bits(x: Tensor) -> Tensor:
+    """Rounded to the nearest number with ten bits of mantissa, half away from zero."""
+    return (x.contiguous().view(torch.int32) + 0x1000 & -0x2000).view(torch.float32).view_as(x)
 
 
 def contiguous(net: SuperResolver, sections: Tensor) -> Tensor:
@@ -87,8 +103,9 @@ def measure(weights: str, volume: str, scale: int, lr: int, turns: int, ways: li
     )
     known: dict[str, tuple[Callable[[], SuperResolver], Callable[[SuperResolver, Tensor], Tensor], int]] = {
         "default": (lambda: net, centre, 1),
-        "bfloat16": (lambda: net, lowered("bfloat16"), 1),
-        "float16": (lambda: net, lowered("float16"), 1),
+        "tf32": (lambda: tf32_copy(net), centre, 1),
+        "bfloat16": (lambda: narrow_copy(net, "bfloat16"), centre, 1),
+        "float16": (lambda: narrow_copy(net, "float16"), centre, 1),
         "contiguous": (lambda: contiguous_copy(net), contiguous, 1),
         "batch2": (lambda: net, batch2, 2),
         "compile": (lambda: compiled_copy(net), centre, 1),
@@ -135,7 +152,7 @@ def main(
         int(scale),
         int(lr),
         int(turns),
-        (ways or "bfloat16,float16,contiguous,batch2,compile").split(","),
+        (ways or "tf32,bfloat16,float16,contiguous,batch2,compile").split(","),
     )
 
 

@@ -1,21 +1,22 @@
-"""Measures the network on a GPU: rates, reference vectors, milliseconds and memory per centre, determinism, kernels.
+"""Measures the network as a run computes it: milliseconds and memory a centre, determinism, operators, kernels.
 
-    python benchmarks/gpu/network.py rates
     python benchmarks/gpu/network.py golden FOLDER
-    python benchmarks/gpu/network.py speed [seconds=100] [sizes=full]
+    python benchmarks/gpu/network.py speed [seconds=130] [sizes=full]
     python benchmarks/gpu/network.py same
-    python benchmarks/gpu/network.py kernels [preset=paper] [scale=8] [ways=float32,tf32,bfloat16-stored]
-    python benchmarks/gpu/network.py settings [preset=paper] [scale=8]
+    python benchmarks/gpu/network.py operators
+    python benchmarks/gpu/network.py compiled [seconds=100]
+    python benchmarks/gpu/network.py authors [seconds=20]
+    python benchmarks/gpu/network.py kernels [preset=paper] [scale=8] [precisions=tf32,bfloat16]
 
-Every line of output is one JSON object. A centre is one section encoded and one window fused. Weights are random, of
-live_network (benchmarks/network_speed.py); the small preset takes the built-in ones. "share" is of what a large matrix
-product of that precision reaches on the same card in the same call. It runs on a CPU too, where it only shows that the
-script works.
+Every line of output is one JSON object. A centre is one section encoded and one window fused, in milliseconds of a
+tile's share of a batch, with the copies that a run makes of sections and states. Weights of preset paper are random, of
+live_network (benchmarks/network_speed.py); preset small takes the built-in ones. "share" is of what a large matrix
+product of that precision reaches on the same card in the same call; PSNR and indices changed are against float32. It
+runs on a CPU too, where it only shows that the script works.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import gc
@@ -24,27 +25,40 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from network_speed import live_network, tissue
+from parts.authors_way import AuthorsWay
 
 import models
-from models import memory, weights
+from models import weights
 from models.config import X8, X16
+from models.deformable import DeformableConv
 from models.flow import MEAN, STD
-from models.network import SectionState, SuperResolver
+from models.layers import GroupNorm, channels_last
+from models.network import SuperResolver
+from pipeline.inference.graphs import Graphs
+from pipeline.inference.network import Network
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.process import device
+from pipeline.selftest.rates import matrix_tflops, spec_operations
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device.pick()
+GPU = DEVICE.type == "cuda"
 GIB = 1 << 30
+WINDOW = 5
+HALO = {8: 16, 16: 24}
+FLOAT32 = "float32"
 
 
 def say(**found: Any) -> None:
@@ -54,11 +68,11 @@ def say(**found: Any) -> None:
 
 
 def wait() -> None:
-    if DEVICE.type == "cuda":
+    if GPU:
         torch.cuda.synchronize()
 
 
-def milliseconds(function: Callable[[], Any], seconds: float = 0.5) -> float:
+def milliseconds(function: Callable[[], Any], seconds: float = 0.4) -> float:
     """The median time of one call, after two that do not count; each is waited for."""
     for _ in range(2):
         function()
@@ -72,91 +86,10 @@ def milliseconds(function: Callable[[], Any], seconds: float = 0.5) -> float:
     return statistics.median(found)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How the network is run. `stored`: kernels are kept in bfloat16 instead of being cast in every call. `indexer32`:
-    the indexer computes in float32 (tf32 where that is allowed). `bands`: as on a CPU.
-    """
-
-    name: str
-    tf32: bool = False
-    bfloat16: bool = False
-    stored: bool = False
-    indexer32: bool = False
-    channels_last: bool = True
-    bands: bool = True
-    graphs: bool = False
-
-
-WAYS = {
-    way.name: way
-    for way in (
-        Way("float32"),
-        Way("float32-contiguous", channels_last=False, bands=False),
-        Way("tf32", tf32=True),
-        Way("tf32-contiguous", tf32=True, channels_last=False, bands=False),
-        Way("tf32-nobands", tf32=True, bands=False),
-        Way("tf32-graphs", tf32=True, bands=False, graphs=True),
-        Way("bfloat16", bfloat16=True),
-        Way("bfloat16-stored", tf32=True, bfloat16=True, stored=True, indexer32=True, bands=False),
-        Way("bfloat16-graphs", tf32=True, bfloat16=True, stored=True, indexer32=True, bands=False, graphs=True),
-    )
-}
-
-
-@contextlib.contextmanager
-def prepared(way: Way, network: SuperResolver) -> Iterator[SuperResolver]:
-    """`network` on the device, as `way` has it."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = way.tf32
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    whole = memory.BAND_BYTES
-    network = network.to(DEVICE)
-    if not way.channels_last:
-        for parameter in network.parameters():
-            parameter.data = parameter.data.contiguous()
-    if way.stored:
-        for name, parameter in network.named_parameters():
-            if parameter.dim() == 4 and "deform.weight" not in name and not name.startswith("prior.indexer"):
-                parameter.data = parameter.data.bfloat16()
-    if way.indexer32 and network.params.mpf:
-        plain = network.prior.indexer.forward
-
-        def in_float32(section: Tensor) -> Tensor:
-            with torch.autocast(DEVICE.type, enabled=False):
-                return plain(section.float())
-
-        network.prior.indexer.forward = in_float32  # type: ignore[method-assign]
-    if not way.bands:
-        memory.BAND_BYTES = 1 << 50
-    try:
-        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=way.bfloat16):
-            yield network
-    finally:
-        memory.BAND_BYTES = whole
-
-
-def captured(function: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
-    """`function(*inputs)` as a CUDA graph over the memory of `inputs`; its result is overwritten by every replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function(*inputs)
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def network_of(preset: str, scale: int) -> SuperResolver:
-    """A copy on the CPU that may be changed."""
-    return copy.deepcopy(built(preset, scale))
+def spec_of(preset: str, scale: int, cell: int, precision: str, batch: int) -> NetworkSpec:
+    """A network with the default halo; of a smoke run, whose cells are tiny, with half a cell."""
+    lattice = Lattice(cell, HALO[scale] if cell >= 64 else cell // 2, WINDOW, "mirror")
+    return NetworkSpec("gpemsr", scale, preset, "", precision, lattice, batch=batch)
 
 
 @functools.cache
@@ -164,133 +97,124 @@ def built(preset: str, scale: int) -> SuperResolver:
     if preset == "paper":
         return live_network(scale)
     network = models.build("gpemsr", scale, "small")
-    models.load(Path(models.__file__).parent / "builtin" / f"flyem-medulla-x{scale}.safetensors", network)
+    models.load(models.builtin("builtin", scale), network)
+    assert isinstance(network, SuperResolver)
     return network.eval()
 
 
-made = functools.cache(functools.partial(tissue, 5))
+def ready(spec: NetworkSpec) -> Network:
+    """The network of a run on the device, with the weights of `built`."""
+    network = Network(spec)
+    assert spec.preset is not None
+    network.module = copy.deepcopy(built(spec.preset, spec.scale))
+    models.lower(network.module, spec.precision)
+    network.module.to(DEVICE)
+    return network
 
 
-def sections_of(tile: int, scale: int, batch: int) -> Tensor:
-    """(5, batch, 1, tile, tile) in 0..1 on the device."""
-    small = made(min(tile, 96), scale)
-    grown = small.repeat(1, 1, 2, 2)[:, :, :tile, :tile] if tile > 96 else small
-    return torch.stack([grown.roll(3 * i, -1) for i in range(batch)], 1).to(DEVICE)
+made = functools.cache(functools.partial(tissue, WINDOW))
+
+
+def sections_of(spec: NetworkSpec) -> list[Tensor]:
+    """A window of uint8 (B, T, T) on the device; every tile of the batch is another piece."""
+    tile = spec.lattice.tile
+    small = made(min(tile, 96), spec.scale)
+    grown = small.repeat(1, 1, 2, 2)[:, 0, :tile, :tile] if tile > 96 else small[:, 0]
+    window = torch.stack([grown.roll(3 * i, -1) for i in range(spec.batch)], 1)
+    return [section.contiguous().to(DEVICE) for section in window.mul(255).round_().to(torch.uint8)]
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    error = (a.float() - b.float()).square().mean().item()
+    error = (a - b).square().mean().item()
     return float(-10 * np.log10(error)) if error else float("inf")
 
 
-def centre(way: Way, preset: str, scale: int, tile: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Measures one way of running one network. Returns what it found, with the SR sections under "sr"."""
-    inputs = sections_of(tile, scale, batch)
-    if DEVICE.type == "cuda":
+def sr_of(network: Network, sections: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """SR of the first tile before it is rounded to grey levels, and the indices of its centre section."""
+    first = [section[:1].float().div_(255)[:, None] for section in sections]
+    with torch.inference_mode():
+        states = [network.module.encode_section(section) for section in first]  # type: ignore[operator]
+        sr = network.module.fuse_window(states, network.spec.lattice.halo)  # type: ignore[operator]
+        return sr, network.module.prior.indices(first[WINDOW // 2])  # type: ignore[union-attr, operator]
+
+
+def centre(network: Network, graphs: bool, seconds: float) -> dict[str, Any]:
+    """Milliseconds and peak memory of a centre; with `graphs`, by the CUDA graphs of a run, else by plain calls."""
+    spec, sections = network.spec, sections_of(network.spec)
+    if GPU:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with prepared(way, network_of(preset, scale)) as network:
-        held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-        states = [network.encode_section(section) for section in inputs]
-        sr = network.fuse_window(states).float()
-        indices = network.prior.indices(inputs[2])
-        encode: Callable[[], Any] = lambda: network.encode_section(inputs[0])  # noqa: E731
-        fuse: Callable[[], Any] = lambda: network.fuse_window(states)  # noqa: E731
-        found: dict[str, Any] = {}
-        if way.graphs and DEVICE.type == "cuda":
-            encode, fuse = captured(network.encode_section, inputs[0]), captured(network.fuse_window, states)
-            again: SectionState = encode()
-            found["graph_equal"] = bool(
-                torch.equal(again.pyramid[0], states[0].pyramid[0]) and torch.equal(fuse().float(), sr)
-            )
-        found |= {
-            "encode_ms": milliseconds(encode, seconds) / batch,
-            "fuse_ms": milliseconds(fuse, seconds) / batch,
+    held = torch.cuda.memory_allocated() if GPU else 0
+    encode, fuse = (network._encode, network._fuse) if graphs else (network.encode, network.fuse)
+    with torch.inference_mode():
+        states = [encode(section) for section in sections]
+        found = {
+            "encode_ms": milliseconds(lambda: encode(sections[0]), seconds) / spec.batch,
+            "fuse_ms": milliseconds(lambda: fuse(states), seconds) / spec.batch,
         }
-        if DEVICE.type == "cuda":
-            found["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / GIB
-    return found | {"sr": sr, "indices": indices}
+    if GPU:
+        found["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / GIB
+    return found | ({"notes": list(network.notes)} if network.notes else {})
 
 
-def operations(preset: str, scale: int, tile: int) -> float:
-    """Multiply-adds of a centre, each as two operations, counted by torch on meta tensors."""
-    network = models.build("gpemsr", scale, preset).to("meta").eval()
-    total = 0
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        state = network.encode_section(torch.empty(1, 1, tile, tile, device="meta"))  # type: ignore[operator]
-        network.fuse_window([state] * 5)  # type: ignore[operator]
-        total = counter.get_total_flops()
-    return float(total)
-
-
-def rates() -> dict[str, float]:
-    """TFLOP/s of a large matrix product in each precision."""
-    n = 8192 if DEVICE.type == "cuda" else 512
-    found = {}
-    for name, dtype, tf32 in (
-        ("float32", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("bfloat16", torch.bfloat16, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-        found[name] = 2 * n**3 / milliseconds(lambda a=a, b=b: a @ b, 0.3) / 1e9
-    return found
-
-
-FULL = [
-    # preset, scale, tile, cell, ways and batches
-    ("paper", 8, 96, 64, dict.fromkeys(WAYS, (1,))),
-    ("small", 8, 96, 64, dict.fromkeys(WAYS, (1,))),
-    ("paper", 8, 96, 64, {"bfloat16-graphs": (4, 8), "tf32-graphs": (4, 8)}),
-    ("small", 8, 96, 64, {"bfloat16-graphs": (4, 8, 16), "tf32-graphs": (8,)}),
-    ("paper", 8, 160, 128, {"float32": (1,), "tf32": (1,), "tf32-graphs": (1, 4), "bfloat16-graphs": (1, 4)}),
-    ("small", 8, 160, 128, {"tf32-graphs": (1, 8), "bfloat16-graphs": (1, 8)}),
-    ("paper", 16, 112, 64, {"float32": (1,), "tf32": (1,), "tf32-graphs": (1, 4), "bfloat16-graphs": (1, 4)}),
-    ("small", 16, 112, 64, {"float32": (1,), "tf32-graphs": (1, 4), "bfloat16-graphs": (1, 4)}),
-    ("paper", 16, 176, 128, {"tf32-graphs": (1,), "bfloat16-graphs": (1,)}),
+ALL = ("float32", "tf32", "bfloat16", "float16")
+FULL: list[tuple[str, int, int, dict[str, tuple[int, ...]]]] = [
+    # preset, scale, cell; batches by precision
+    ("paper", 8, 64, {"float32": (1,), "tf32": (1, 8), "bfloat16": (1, 8)}),
+    ("small", 8, 128, {"float32": (1,), "tf32": (4,), "bfloat16": (4,)}),
+    ("paper", 8, 128, {"tf32": (4,), "bfloat16": (4,)}),
+    ("small", 8, 64, {"float32": (1,), "tf32": (8,), "bfloat16": (8, 16)}),
+    ("paper", 8, 64, {"tf32": (4, 16), "bfloat16": (4, 16), "float16": (8,), "float32": (8,)}),
+    ("paper", 16, 64, {"float32": (1,), "tf32": (8,), "bfloat16": (8,)}),
+    ("small", 8, 128, {"tf32": (1, 8), "bfloat16": (8, 16), "float32": (4,)}),
+    ("small", 16, 64, {"float32": (1,), "tf32": (8,), "bfloat16": (8,)}),
+    ("paper", 16, 128, {"tf32": (4,), "bfloat16": (4,)}),
+    ("small", 16, 128, {"tf32": (4,), "bfloat16": (4,)}),
 ]
-SMOKE = [("small", 8, 32, 16, {"float32": (1,), "bfloat16-stored": (1, 2)})]
+SMOKE = [("small", 8, 16, {"float32": (1,), "bfloat16": (2,)})]
 
 
-def speed(seconds: str = "100", sizes: str = "full") -> None:
-    end, ceiling = time.perf_counter() + float(seconds), rates()
-    say(matrix_tflops={key: float(f"{value:.4g}") for key, value in ceiling.items()})
-    for preset, scale, tile, cell, ways in FULL if sizes == "full" else SMOKE:
-        flops = operations(preset, scale, tile)
-        reference: dict[str, Any] | None = None
-        for name, batches in ways.items():
-            for batch in batches:
+def speed(seconds: str = "130", sizes: str = "full") -> None:
+    """All of FULL within so many seconds, by graphs; plain calls beside them for the first batch of a precision."""
+    end, timed = time.perf_counter() + float(seconds), 0.4 if GPU else 0.0
+    ceiling = {name: matrix_tflops(DEVICE, name) for name in ALL if GPU or name in ("float32", "bfloat16")}
+    say(matrix_tflops={name: float(f"{value:.4g}") for name, value in ceiling.items()})
+    for preset, scale, cell, batches in FULL if sizes == "full" else SMOKE:
+        wanted: tuple[Tensor, Tensor] | None = None
+        for precision, sizes_of_batch in batches.items():
+            for batch in sizes_of_batch:
                 if time.perf_counter() > end:
-                    say(stopped="out of time", at=[preset, scale, tile, name, batch])
+                    say(stopped="out of time", at=[preset, scale, cell, precision, batch])
                     return
-                label = {"preset": preset, "scale": scale, "tile": tile, "cell": cell, "way": name, "batch": batch}
+                spec = spec_of(preset, scale, cell, precision, batch)
+                label = {"preset": preset, "scale": scale, "cell": cell, "precision": precision, "batch": batch}
                 try:
-                    if reference is None:
-                        reference = centre(WAYS["float32"], preset, scale, tile, 1, 0.01)
-                    found = centre(WAYS[name], preset, scale, tile, batch, 0.4)
+                    wanted = wanted or sr_of(ready(replace(spec, precision=FLOAT32)), sections_of(spec))
+                    network = ready(spec)
+                    sr, indices = sr_of(network, sections_of(spec))
+                    ways = [True, False] if GPU and batch == sizes_of_batch[0] else [GPU]
+                    for graphs in ways:
+                        found = centre(network, graphs, timed)
+                        total = found["encode_ms"] + found["fuse_ms"]
+                        rate = spec_operations(spec) / total / 1e9
+                        say(
+                            **label,
+                            graphs=graphs,
+                            ms=total,
+                            **found,
+                            tflops=rate,
+                            share=rate / ceiling[precision],
+                            msr_voxels_s=(cell * scale) ** 2 / total / 1e3,
+                            psnr=psnr(sr, wanted[0]),
+                            indices_changed=(indices != wanted[1]).float().mean().item(),
+                        )
                 except Exception as error:  # a way that fails is a result
-                    say(**label, failed=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-                    continue
-                sr, indices = found.pop("sr"), found.pop("indices")
-                total = found["encode_ms"] + found["fuse_ms"]
-                rate = flops / total / 1e9
-                of = "bfloat16" if "bfloat16" in name else "tf32" if "tf32" in name else "float32"
-                say(
-                    **label,
-                    ms=total,
-                    **found,
-                    tflops=rate,
-                    share=rate / ceiling[of],
-                    msr_voxels_s=(cell * scale) ** 2 / total / 1e3,
-                    psnr=psnr(sr[:1], reference["sr"]),
-                    indices_changed=(indices[:1] != reference["indices"]).float().mean().item(),
-                )
+                    say(**label, failed=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
 def golden(folder: str) -> None:
-    """The reference vectors (EMSR_SHARED/golden) in float32 on this device: largest differences."""
+    """The reference vectors (EMSR_SHARED/golden) in float32 and tf32 on this device: largest differences."""
     spec = importlib.util.spec_from_file_location("golden_fill", Path(folder) / "fill.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     rule = importlib.util.module_from_spec(spec)
@@ -303,15 +227,17 @@ def golden(folder: str) -> None:
             state[key] = torch.tensor(fixed).view(shape) if fixed else torch.from_numpy(rule.fill(key, tuple(shape), 1))
         network = SuperResolver(params).eval()
         weights.load_published(network, state)
-        for way in ("float32", "tf32"):
-            with prepared(WAYS[way], network) as on_device:
+        network.to(DEVICE)
+        for precision in ("float32", "tf32") if GPU else ("float32",):
+            device.fix_rounding(DEVICE, precision)
+            with torch.inference_mode():
                 sections = torch.from_numpy(arrays["input"])[0].to(DEVICE)
-                states = [on_device.encode_section(section[None]) for section in sections]
-                indices = torch.cat([on_device.prior.indices(section[None]) for section in sections]).cpu().numpy()
-                sr = on_device.fuse_window(states).cpu().numpy()
+                states = [network.encode_section(section[None]) for section in sections]
+                indices = torch.cat([network.prior.indices(section[None]) for section in sections]).cpu().numpy()
+                sr = network.fuse_window(states).cpu().numpy()
             say(
                 golden=name,
-                way=way,
+                precision=precision,
                 sr_difference=float(np.abs(sr - arrays["sr"]).max()),
                 indices_equal=bool((indices.reshape(arrays["indices"].shape) == arrays["indices"]).all()),
                 limit=1e-4,
@@ -319,98 +245,170 @@ def golden(folder: str) -> None:
 
 
 def same() -> None:
-    """Whether a tile gives the same bytes twice, beside other tiles of a batch, and at another place of the batch."""
-    for preset, name in (("paper", "float32"), ("paper", "tf32"), ("paper", "bfloat16-stored"), ("small", "tf32")):
-        batch = sections_of(96 if DEVICE.type == "cuda" else 32, 8, 4)
-        with prepared(WAYS[name], network_of(preset, 8)) as network:
+    """Whether a tile gives the same bytes twice, beside other tiles, at another place of the batch, and by graphs."""
+    cell, batch = (64, 8) if GPU else (16, 2)
+    for preset in ("paper", "small"):
+        for precision in ALL if GPU else ("float32",):
+            network = ready(spec_of(preset, 8, cell, precision, batch))
+            window = sections_of(network.spec)
 
-            def run(inputs: Tensor, network: SuperResolver = network) -> Tensor:
-                return network.fuse_window([network.encode_section(section) for section in inputs]).float()
+            def run(sections: list[Tensor], graphs: bool, network: Network = network) -> Tensor:
+                encode, fuse = (network._encode, network._fuse) if graphs else (network.encode, network.fuse)
+                with torch.inference_mode():
+                    grey: Tensor = fuse([encode(section) for section in sections])[0]
+                    return grey
 
-            alone, whole, turned = run(batch[:, :1]), run(batch), run(batch.roll(1, 1))
-            mixed = run(torch.cat([batch[:, :1], batch[:, 2:], batch[:, 1:2]], 1))
+            plain = run(window, False)
+            mixed = [torch.cat([section[:1], section.flip(0)[:-1]]) for section in window]
+            recorded = [run(window, True) for _ in range(2)][-1]
             say(
                 same=preset,
-                way=name,
-                twice=torch.equal(alone, run(batch[:, :1])),
-                batch_twice=torch.equal(whole, run(batch)),
-                other_place=torch.equal(whole, turned.roll(-1, 0)),
-                other_neighbours=torch.equal(whole[:1], mixed[:1]),
-                alone_or_in_batch=torch.equal(alone, whole[:1]),
-                largest_difference=(alone - whole[:1]).abs().max().item(),
+                precision=precision,
+                batch=batch,
+                twice=torch.equal(plain, run(window, False)),
+                other_place=torch.equal(plain, run([section.roll(1, 0) for section in window], False).roll(-1, 0)),
+                other_neighbours=torch.equal(plain[:1], run(mixed, False)[:1]),
+                graphs=torch.equal(plain, recorded),
+                notes=list(network.notes),
             )
 
 
-def kernels(preset: str = "paper", scale: str = "8", ways: str = "float32,tf32,bfloat16-stored") -> None:
-    """Which kernels take the time of a centre, and how far a CUDA graph is from the same call without one."""
-    tile = 96 if DEVICE.type == "cuda" else 32
-    inputs = sections_of(tile, int(scale), 1)
-    for way in ways.split(","):
-        with prepared(WAYS[way], network_of(preset, int(scale))) as network:
-            states = [network.encode_section(section) for section in inputs]
-            for what, function, arguments in (
-                ("encode", lambda section, network=network: network.encode_section(section).pyramid[0], inputs[0]),
-                ("fuse", network.fuse_window, states),
+def operators() -> None:
+    """Ways of computing one operator, in milliseconds of a batch of 8 tiles of preset paper at x8: each choice of the
+    product beside what else there is.
+    """
+    b, tile = (8, 96) if GPU else (1, 16)
+    for name in ("tf32", "bfloat16") if GPU else (FLOAT32,):
+        kind = torch.bfloat16 if name == "bfloat16" else torch.float32
+        device.fix_rounding(DEVICE, name)
+        with torch.inference_mode():
+            for side, width in ((tile // 2, 512), (2 * tile, 128)):
+                x = channels_last(torch.randn(b, width, side, side, device=DEVICE).to(kind))
+                norm = GroupNorm(width, 32).to(DEVICE)
+                theirs = copy.deepcopy(norm).to(kind)
+                group_norm = nn.GroupNorm.forward
+                say(
+                    operator="group norm",
+                    precision=name,
+                    shape=list(x.shape),
+                    by_channels=milliseconds(lambda norm=norm, x=x: norm.by_channels(x)),
+                    torch=milliseconds(lambda norm=theirs, x=x: channels_last(group_norm(norm, x))),
+                    compiled=_compiled_ms(norm.by_channels, x),
+                )
+            for tokens in ((tile // 2) ** 2, tile**2):
+                q = torch.randn(b, 1, tokens, 512, device=DEVICE).to(kind)
+                attention = functional.scaled_dot_product_attention
+
+                def products(q: Tensor) -> Tensor:
+                    return (q @ q.transpose(-1, -2) * 512**-0.5).softmax(-1) @ q
+
+                say(
+                    operator="attention",
+                    precision=name,
+                    tokens=tokens,
+                    torch=milliseconds(lambda q=q: attention(q, q, q), 0.2),
+                    products=milliseconds(lambda q=q: products(q), 0.2),
+                )
+            conv = DeformableConv(64, 8).to(DEVICE).to(kind)
+            x = channels_last(torch.randn(5 * b, 64, tile, tile, device=DEVICE).to(kind))
+            nn.init.normal_(conv.offsets.weight, std=0.05)
+            say(
+                operator="deformable",
+                precision=name,
+                sampled=milliseconds(lambda: conv(x, x)),
+                compiled=_compiled_ms(lambda x: conv(x, x), x),
+            )
+
+
+def _compiled_ms(function: Callable[[Tensor], Tensor], x: Tensor) -> float | str:
+    """Milliseconds of a function by torch.compile; why not, where it cannot be compiled here."""
+    if not GPU:
+        return "not on a CPU"
+    try:
+        compiled = torch.compile(function, dynamic=False)
+        return milliseconds(lambda: compiled(x))
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def compiled(seconds: str = "100") -> None:
+    """torch.compile before the graphs: what it takes, and what it gives."""
+    end = time.perf_counter() + float(seconds)
+    for precision in ("bfloat16", "tf32") if GPU else ():
+        if time.perf_counter() > end:
+            say(stopped="out of time", at=precision)
+            return
+        spec = spec_of("paper", 8, 64, precision, 8)
+        network, began = ready(spec), time.perf_counter()
+        plain = sr_of(network, sections_of(spec))[0]
+        module = network.module
+        try:
+            for name in ("encode_section", "fuse_window"):
+                setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+            graphs = Graphs()
+            network._encode, network._fuse, network._graphs = graphs.of(network.encode), graphs.of(network.fuse), graphs
+            found = centre(network, True, 0.4)
+            found |= {"ms": found["encode_ms"] + found["fuse_ms"], "first_s": time.perf_counter() - began}
+            found["psnr_to_plain"] = psnr(sr_of(network, sections_of(spec))[0], plain)
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
+        say(compiled=precision, batch=8, **found)
+
+
+def authors(seconds: str = "20") -> None:
+    """The stand-in for the authors' way on this device: milliseconds a centre of 64 x 64 LR voxels in a tile of 96."""
+    device.fix_rounding(DEVICE, FLOAT32)
+    way = AuthorsWay(built("paper", 8))
+    way.net, way.vgg = way.net.to(DEVICE), way.vgg.to(DEVICE)
+    window = made(96 if GPU else 16, 8)[None].to(DEVICE)
+    say(authors_way=FLOAT32, ms=milliseconds(lambda: way(window), float(seconds) / 2 if GPU else 0.0))
+
+
+def kernels(preset: str = "paper", scale: str = "8", precisions: str = "tf32,bfloat16") -> None:
+    """Which kernels take the time of a centre."""
+    cell, batch = (64, 8) if GPU else (16, 1)
+    for precision in precisions.split(",") if GPU else (FLOAT32,):
+        network = ready(spec_of(preset, int(scale), cell, precision, batch))
+        sections = sections_of(network.spec)
+        with torch.inference_mode():
+            states = [network.encode(section) for section in sections]
+            for what, function in (
+                ("encode", lambda network=network, section=sections[0]: network.encode(section)),
+                ("fuse", lambda network=network, states=states: network.fuse(states)),
             ):
-                first = function(arguments).clone()
-                again = function(arguments).clone()
-                found = {"twice": (first - again).abs().max().item()}
-                if DEVICE.type == "cuda":
-                    replay = captured(function, arguments)
-                    found["graph_ms"] = milliseconds(replay, 0.2)
-                    found["graph"] = (first - replay()).abs().max().item()
+                function()
                 wait()
                 with torch.profiler.profile() as profile:
-                    function(arguments)
+                    function()
                     wait()
                 on_device = [row for row in profile.key_averages() if row.device_type != torch.autograd.DeviceType.CPU]
-                rows = sorted(on_device, key=lambda row: -row.self_device_time_total)
+                rows = sorted(
+                    (row for row in on_device if not row.key.startswith(("aten::", "torchvision::"))),
+                    key=lambda row: -row.self_device_time_total,
+                )
                 total = sum(row.self_device_time_total for row in rows)
-                launched = sum(row.count for row in rows)
                 say(
                     kernels=what,
                     preset=preset,
                     scale=int(scale),
-                    way=way,
-                    device_ms=total / 1e3,
-                    launched=launched,
-                    **found,
+                    precision=precision,
+                    batch=batch,
+                    device_ms=total / 1e3 / batch,
+                    launched=sum(row.count for row in rows),
                 )
-                for row in rows[:16]:
+                for row in rows[:20]:
                     say(share=row.self_device_time_total / total, count=row.count, kernel=row.key[:110])
 
 
-def settings(preset: str = "paper", scale: str = "8") -> None:
-    """What cuDNN's two switches cost: `deterministic`, and `benchmark`, which takes the fastest algorithm it tries."""
-    tile = 96 if DEVICE.type == "cuda" else 32
-    for name in ("float32", "float32-contiguous", "tf32-nobands", "tf32-contiguous", "bfloat16-stored"):
-        for deterministic, benchmark in ((True, False), (False, False), (True, True), (False, True)):
-            inputs = sections_of(tile, int(scale), 1)
-            with prepared(WAYS[name], network_of(preset, int(scale))) as network:
-                torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
-                states = [network.encode_section(section) for section in inputs]
-                say(
-                    settings=name,
-                    deterministic=deterministic,
-                    benchmark=benchmark,
-                    encode_ms=milliseconds(
-                        lambda network=network, section=inputs[0]: network.encode_section(section), 0.2
-                    ),
-                    fuse_ms=milliseconds(lambda network=network, states=states: network.fuse_window(states), 0.2),
-                    twice=torch.equal(network.fuse_window(states), network.fuse_window(states)),
-                )
-
-
 def main(what: str, *arguments: str) -> None:
-    if DEVICE.type == "cpu":
-        torch.set_num_threads(1)
     {
-        "rates": lambda: say(**rates()),
         "golden": golden,
         "speed": speed,
         "same": same,
+        "operators": operators,
+        "compiled": compiled,
+        "authors": authors,
         "kernels": kernels,
-        "settings": settings,
     }[what](*arguments)
 
 

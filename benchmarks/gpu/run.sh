@@ -1,41 +1,68 @@
 #!/bin/bash
 # All that is measured on a GPU, most important first, each part within its time; results are written as they come.
 #
-#   bash benchmarks/gpu/run.sh [OUT=gpu-results] [GOLDEN=../shared/golden] [PART ...]     all parts, or those named
+#   bash benchmarks/gpu/run.sh [--smoke] [OUT=gpu-results] [GOLDEN=../shared/golden] [PART ...]    all parts, or those named
 #
+# With --smoke every part runs as small as it can, on a CPU too: that shows that the script works, and measures nothing.
 # Needs torch with torchvision, tensorstore and, from .whl, what benchmarks/gpu/fetch_wheels.sh fetched. No network.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=$(realpath -m "${1:-gpu-results}") golden=${2:-../shared/golden} only=" ${*:3} " scratch=$(mktemp -d)
+smoke=
+if [ "${1:-}" = --smoke ]; then
+  smoke=1
+  shift
+fi
+out=$(realpath -m "${1:-gpu-results}") golden=$(realpath -m "${2:-../shared/golden}") only=" ${*:3} " scratch=$(mktemp -d)
 mkdir -p "$out"
-if compgen -G '.whl/*.whl' >/dev/null; then
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$scratch/site" .whl/*.whl
+trap 'rm -rf "$scratch"' EXIT
+python=${PYTHON:-python3}
+if [ -z "$smoke" ] && compgen -G '.whl/*.whl' >/dev/null; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$scratch/site" .whl/*.whl
   export PYTHONPATH=$scratch/site
 fi
 export PYTHONPATH=$PWD:${PYTHONPATH:-} PYTHONUNBUFFERED=1
+failed=0
 part() { # NAME SECONDS COMMAND...
-  local name=$1 seconds=$2 began=$SECONDS
+  local name=$1 seconds=$2 began=$SECONDS code
   [[ $only == "  " || $only == *" $name "* ]] || return
   shift 2
   timeout -k 5 "$seconds" "$@" 2>"$scratch/said" | tee -a "$out/results.jsonl"
-  echo "$name: exit ${PIPESTATUS[0]} after $((SECONDS - began)) s" | tee -a "$out/errors.txt"
+  code=${PIPESTATUS[0]}
+  echo "$name: exit $code after $((SECONDS - began)) s" | tee -a "$out/errors.txt"
+  [ "$code" = 0 ] || failed=1
   grep -v -e '^$' -e USDT "$scratch/said" | tail -n 30 >>"$out/errors.txt"
   tail -n 2 "$out/errors.txt"
 }
 {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader
-  python3 -c "import torch; print('torch', torch.__version__, 'cudnn', torch.backends.cudnn.version())"
-} | tee "$out/machine.txt"
-(cd benchmarks/gpu && python3 -c "import network, volume") || exit 1
-network="python3 benchmarks/gpu/network.py" volume="python3 benchmarks/gpu/volume.py"
-part golden 40 $network golden "$golden"
-part kernels 60 $network kernels
-part settings 60 $network settings
-part busy-float32 50 $volume busy "$scratch/v" float32 small 256
-part busy-bfloat16 50 $volume busy "$scratch/v" bfloat16 small 256
-part speed 145 $network speed 130
-part law1 110 $volume law1 "$scratch/v"
-part train-vqgan 50 python3 benchmarks/gpu/training.py "$scratch/t" vqgan paper 32-true 35
-part train-vqgan-bfloat16 50 python3 benchmarks/gpu/training.py "$scratch/t" vqgan paper bf16-mixed 35
+  "$python" -c "import torch; print('torch', torch.__version__, 'cudnn', torch.backends.cudnn.version())"
+} 2>&1 | tee "$out/machine.txt"
+network="$python benchmarks/gpu/network.py" volume="$python benchmarks/gpu/volume.py"
+training="$python benchmarks/gpu/training.py"
+(cd benchmarks/gpu && "$python" -c "import network, volume, training") || exit 1
+doctor() { "$python" -m pipeline doctor --json >"$out/doctor.json" && echo '{"doctor": "ok"}'; }
+if [ -n "$smoke" ]; then
+  part speed 60 $network speed 30 smoke
+  part same 60 $network same
+  part operators 60 $network operators
+  part kernels 60 $network kernels
+  part authors 60 $network authors 0
+  part busy 90 $volume busy "$scratch/v" float32 small 16 2
+  part train 90 $training "$scratch/t" flow,vqgan,indexer,network 3 float32 smoke
+  exit $failed
+fi
+export -f doctor
+export python out
+part doctor 75 bash -c doctor
+part golden 30 $network golden "$golden"
+part speed 130 $network speed 115
 part same 40 $network same
-rm -rf "$scratch"
+part busy-paper 60 $volume busy "$scratch/v" bfloat16 paper 512
+part law1 90 $volume law1 "$scratch/v"
+part operators 40 $network operators
+part compiled 90 $network compiled 80
+part kernels 30 $network kernels
+part busy-small 40 $volume busy "$scratch/v" tf32 small 512
+part authors 20 $network authors 10
+part train 110 $training "$scratch/t" network,vqgan,indexer,flow 10 bfloat16,tf32
+exit $failed

@@ -1,10 +1,10 @@
 """Runs `emsr run` on this machine's GPU: law 1 over slab shapes, and how busy the network is in a whole run.
 
     python benchmarks/gpu/volume.py law1 FOLDER
-    python benchmarks/gpu/volume.py busy FOLDER [precision=float32] [preset=small] [side=512]
+    python benchmarks/gpu/volume.py busy FOLDER [precision=float32] [preset=small] [side=512] [sections=16]
 
 `law1` makes one small volume with three slab shapes, two numbers of workers, and once more, and compares all stored
-bytes. `busy` makes 16 sections of `side` x `side` LR voxels with one worker, and prints the report's seconds by step.
+bytes. `busy` makes `sections` of `side` x `side` LR voxels with one worker, and prints the report's seconds by step.
 `paper` has random weights. Every line of output is one JSON object.
 """
 
@@ -119,8 +119,10 @@ def law1(folder: Path) -> None:
         )
 
 
-def busy(folder: Path, precision: str = "float32", preset: str = "small", side: str = "512") -> None:
-    source = source_in(folder, (16, int(side), int(side)))
+def busy(
+    folder: Path, precision: str = "float32", preset: str = "small", side: str = "512", sections: str = "16"
+) -> None:
+    source = source_in(folder, (int(sections), int(side), int(side)))
     network: dict[str, Any] = {"weights": "builtin", "precision": precision}
     if preset == "paper":
         path = folder / "random.safetensors"
@@ -128,7 +130,7 @@ def busy(folder: Path, precision: str = "float32", preset: str = "small", side: 
             weights.save(path, live_network(8), "none: random")
         network |= {"weights": str(path), "preset": "paper"}
     name = f"busy-{precision}-{preset}"
-    seconds = run(folder, source, name, [16, 128, 128], 1, network)
+    seconds = run(folder, source, name, [16, 256, 256], 1, network)
     report = folder / f"{name}.emsr" / "report.json"
     if report.exists():
         body = json.loads(report.read_text())
