@@ -56,8 +56,9 @@ def diagnose(config: Config | None, say: Say) -> Diagnosis:
         gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         for on in [*gpus, torch.device("cpu")]:
             checkup = _Checkup(on, found.machine["memory_bytes"], formula, asked, say)
+            known = any(before.kind == checkup.found.kind for before in found.devices)
             found.devices.append(checkup.found)
-            checkup.all()
+            checkup.all(timed=not known)
     return found
 
 
@@ -73,15 +74,18 @@ class _Checkup:
         self._precisions = _precisions(on)
         self._say: Say = lambda text: say(f"{self.found.kind}: {text}")
 
-    def all(self) -> None:
-        """Every check; one that the device cannot go on after becomes its `error`."""
+    def all(self, timed: bool) -> None:
+        """Every check; one that the device cannot go on after becomes its `error`. Of GPUs of one kind one is timed."""
         try:
             for precision in self._precisions:
                 self.found.matrix_tflops[precision] = rates.matrix_tflops(self._on, precision)
             self._vectors()
             self._same()
-            self._rates()
-        except (EmsrError, RuntimeError, OSError) as error:
+            if timed:
+                self._rates()
+            else:
+                self.found.notes.append("networks were timed on the first GPU of this kind")
+        except (EmsrError, RuntimeError) as error:
             self.found.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def _vectors(self) -> None:
@@ -113,7 +117,7 @@ class _Checkup:
         end = time.monotonic() + RATES_S[self._on.type]
         for spec in self._timed():
             float32: Window | None = None
-            for precision in self._precisions:
+            for precision in self._precisions if spec.weights else ("float32",):
                 chosen = with_precision(spec, precision, batch=spec.batch)
                 what = f"{_name(chosen)}, {precision}"
                 if time.monotonic() > end:
@@ -167,6 +171,10 @@ class _Checkup:
             if precision != "float16" or self._is_asked(precision):
                 raise
             self.found.notes.append(f"{what}: it overflows")
+        except RuntimeError as error:
+            if not device.out_of_memory(error):
+                raise
+            self.found.notes.append(f"{what}: no memory for it")
 
 
 def _name(spec: NetworkSpec) -> str:

@@ -33,6 +33,8 @@ SECTIONS = {"cuda": 8, "cpu": 1}
 """Sections of the slab that is timed."""
 TIMED_S = {"cuda": 0.4, "cpu": 0.0}
 """Seconds for which it is repeated, once at least."""
+MIN_S = 1e-6
+"""Encoding takes at least so long; it is a difference of two times, which may come out below."""
 
 
 def matrix_tflops(on: torch.device, precision: str) -> float:
@@ -107,7 +109,7 @@ def measure(network: Network, tflops: float, window: Window, float32: Window) ->
         spec.lattice.halo,
         spec.precision,
         tiles,
-        encode_ms=1e3 * max(0.0, both - fuse),
+        encode_ms=1e3 * max(MIN_S, both - fuse),
         fuse_ms=1e3 * fuse,
         sr_voxels_per_s=(spec.lattice.cell * spec.scale) ** 2 / both,
         tflops=rate,
