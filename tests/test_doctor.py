@@ -92,6 +92,17 @@ def test_rates_agree_with_each_other(report: Any) -> None:
         assert device["rates"][0]["psnr_db"] is None
 
 
+def test_the_script_writes_the_vectors_that_come_with_emsr(tmp_path: Path) -> None:
+    """Its own check that the likeliest codes are far apart holds, and what it finds is what is stored."""
+    script = [sys.executable, "benchmarks/reference_vectors.py", str(tmp_path / "vectors.npz")]
+    subprocess.run(script, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
+    with np.load(tmp_path / "vectors.npz") as made, np.load(vectors.PATH) as stored:
+        assert set(made) == set(stored)
+        for name in stored:
+            allowed = 1e-4 * vectors.STEPS if name.endswith("sr") else 0
+            assert np.abs(made[name].astype(int) - stored[name]).max() <= allowed, name
+
+
 def test_the_vectors_are_small_and_reach_both_presets_and_scales() -> None:
     assert vectors.PATH.stat().st_size < 400_000
     assert {(vector.preset, vector.scale) for vector in vectors.VECTORS} == {
