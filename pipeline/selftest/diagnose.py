@@ -76,6 +76,8 @@ class _Checkup:
 
     def all(self, timed: bool) -> None:
         """Every check; one that the device cannot go on after becomes its `error`. Of GPUs of one kind one is timed."""
+        if self._on.type == "cuda":
+            torch.cuda.set_device(self._on)
         try:
             for precision in self._precisions:
                 self.found.matrix_tflops[precision] = rates.matrix_tflops(self._on, precision)
@@ -108,7 +110,7 @@ class _Checkup:
         else:
             spec = self._asked or self._formula.spec(VECTORS[2])
             cell, batch = spec.lattice.cell, max(SAME_CUDA_BATCH, spec.batch)
-        for precision in self._precisions:
+        for precision in self._able(spec):
             self._say(f"the same tiles again, {precision}")
             with self._left_out(f"{precision}: same bytes not looked at", precision):
                 self.found.same.append(same.check(Network(with_precision(spec, precision, cell, batch), self._on)))
@@ -117,7 +119,7 @@ class _Checkup:
         end = time.monotonic() + RATES_S[self._on.type]
         for spec in self._timed():
             float32: Window | None = None
-            for precision in self._precisions if spec.weights else ("float32",):
+            for precision in self._able(spec):
                 chosen = with_precision(spec, precision, batch=spec.batch)
                 what = f"{_name(chosen)}, {precision}"
                 if time.monotonic() > end:
@@ -125,12 +127,20 @@ class _Checkup:
                     continue
                 self._say(f"time of {what}")
                 with self._left_out(f"{what} not timed", precision):
-                    network = Network(chosen, self._on)
-                    window = rates.one_window(network)
+                    window = self._time(chosen, float32)
                     float32 = float32 or window
-                    self.found.rates.append(
-                        rates.measure(network, self.found.matrix_tflops[precision], window, float32)
-                    )
+
+    def _time(self, spec: NetworkSpec, float32: Window | None) -> Window:
+        """Time one network; `float32` is what it made of a window in that precision, None in that precision itself."""
+        network = Network(spec, self._on)
+        window = rates.one_window(network)
+        tflops = self.found.matrix_tflops[spec.precision]
+        self.found.rates.append(rates.measure(network, tflops, window, float32 or window))
+        return window
+
+    def _able(self, spec: NetworkSpec) -> tuple[str, ...]:
+        """The precisions of a network: interpolation has float32 alone."""
+        return self._precisions if spec.weights else ("float32",)
 
     def _timed(self) -> Iterator[NetworkSpec]:
         """The networks to be timed, in float32."""
