@@ -118,25 +118,28 @@ class _Checkup:
     def _rates(self) -> None:
         end = time.monotonic() + RATES_S[self._on.type]
         for spec in self._timed():
-            float32: Window | None = None
-            for precision in self._able(spec):
-                chosen = with_precision(spec, precision, batch=spec.batch)
-                what = f"{_name(chosen)}, {precision}"
-                if time.monotonic() > end:
-                    self.found.notes.append(f"{what} not timed: no time left")
-                    continue
-                self._say(f"time of {what}")
-                with self._left_out(f"{what} not timed", precision):
-                    window = self._time(chosen, float32)
-                    float32 = float32 or window
+            if time.monotonic() > end:
+                self.found.notes.append(f"{_name(spec)} not timed: no time left")
+                continue
+            self._say(f"{_name(spec)}, a window in float32")
+            with self._left_out(f"{_name(spec)} not timed", "float32"):
+                self._in_each_precision(spec, rates.one_window(Network(spec, self._on)), end)
 
-    def _time(self, spec: NetworkSpec, float32: Window | None) -> Window:
-        """Time one network; `float32` is what it made of a window in that precision, None in that precision itself."""
+    def _in_each_precision(self, spec: NetworkSpec, float32: Window, end: float) -> None:
+        """Time a network; `float32` is what it makes of a window in that precision."""
+        for precision in self._able(spec):
+            what = f"{_name(spec)}, {precision}"
+            if time.monotonic() > end:
+                self.found.notes.append(f"{what} not timed: no time left")
+                continue
+            self._say(f"time of {what}")
+            with self._left_out(f"{what} not timed", precision):
+                self._time(with_precision(spec, precision, batch=spec.batch), float32)
+
+    def _time(self, spec: NetworkSpec, float32: Window) -> None:
         network = Network(spec, self._on)
-        window = rates.one_window(network)
-        tflops = self.found.matrix_tflops[spec.precision]
-        self.found.rates.append(rates.measure(network, tflops, window, float32 or window))
-        return window
+        window = float32 if spec.precision == "float32" else rates.one_window(network)
+        self.found.rates.append(rates.measure(network, self.found.matrix_tflops[spec.precision], window, float32))
 
     def _able(self, spec: NetworkSpec) -> tuple[str, ...]:
         """The precisions of a network: interpolation has float32 alone."""

@@ -25,7 +25,7 @@ def describe(target: str | None = None) -> dict[str, Any]:
     import torch
     from distributed.system import memory_limit
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (None if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
     driver, gpus = _nvidia()
     return {
         "platform": platform.platform(),

@@ -39,7 +39,7 @@ def _machine(has: dict[str, Any]) -> list[str]:
     return [
         *(f"mend         {problem}" for problem in has["problems"]),
         f"machine      {has['cpu']}, {has['usable_cores']} of {has['cores']} cores, {_gb(has['memory_bytes'])} memory",
-        f"files        {files['soft']:,} open at most, `ulimit -n` may raise it to {files['hard']:,}",
+        f"files        {_count(files['soft'])} open at most, `ulimit -n` may raise it to {_count(files['hard'])}",
         "disk         " + ", ".join(f"{_gb(free)} free in {path}" for path, free in has["free_disk_bytes"].items()),
         f"software     Python {has['python']}, torch {has['torch']}, {driver}, {has['platform']}",
     ]
@@ -48,7 +48,9 @@ def _machine(has: dict[str, Any]) -> list[str]:
 def _device(console: Console, device: DeviceFound) -> None:
     products = ", ".join(f"{name} {rate:.3g}" for name, rate in device.matrix_tflops.items())
     console.print(f"\n{device.kind}, {_gb(device.memory_bytes)}; TFLOP/s of a large matrix product: {products}")
-    vectors = _table("reference vector", "precision", "PSNR dB", "largest difference", "indices changed", "wanted", "")
+    vectors = _table(
+        "reference vector", "precision", "PSNR dB", "largest difference", "indices changed", "wanted", "verdict"
+    )
     for v in device.vectors:
         vectors.add_row(
             v.name,
@@ -59,10 +61,12 @@ def _device(console: Console, device: DeviceFound) -> None:
             f"{v.least_psnr_db:.0f} dB" if v.tolerance is None else f"{v.tolerance:.0e}, none changed",
             "right" if v.ok else "WRONG",
         )
+    console.print()
     console.print(vectors)
     same = _table("same bytes", "twice", "at another place beside others")
     for s in device.same:
         same.add_row(s.precision, *("yes" if equal else "NO" for equal in (s.twice, s.other_place)))
+    console.print()
     console.print(same)
     rates = _table(
         "network", "cell+halo", "precision", "batch", "encode ms", "fuse ms", "M SR voxel/s", "TFLOP/s", "share",
@@ -83,6 +87,7 @@ def _device(console: Console, device: DeviceFound) -> None:
             str(r.indices_changed),
             ("" if r.peak_bytes is None else f"{r.peak_bytes / 1e9:.2f}, ") + f"{r.formula_bytes / 1e9:.2f}",
         )
+    console.print()
     console.print(rates)
     for note in device.notes:
         console.print(f"note         {note}")
@@ -97,6 +102,10 @@ def _table(*columns: str) -> Table:
 
 def _psnr(value: float | None) -> str:
     return "equal" if value is None else f"{value:.1f}"
+
+
+def _count(limit: int | None) -> str:
+    return "any number" if limit is None else f"{limit:,}"
 
 
 def _gb(size: int) -> str:
