@@ -46,9 +46,10 @@ def report() -> Any:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command looks at the first vector only, and times nothing."""
+    """The command looks at the first vector only, and times a small tile of it only."""
     monkeypatch.setattr(diagnose, "VECTORS", vectors.VECTORS[:1])
-    monkeypatch.setattr(diagnose, "RATES_S", {"cpu": -1.0})
+    monkeypatch.setattr(diagnose, "SMALLEST", ("small", 8, 1))
+    monkeypatch.setattr(diagnose, "RATES_S", {"cpu": 0.0})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
