@@ -25,7 +25,9 @@ from pipeline.selftest.networks import Formula, Window, with_precision
 
 Say = Callable[[str], None]
 RATES_S = {"cuda": 100.0, "cpu": 24.0}
-"""Seconds within which networks are timed on one device; what would begin later is left out, but for the first."""
+"""Seconds within which networks are timed on one device, on a CPU its own; what would begin later is left out, but for
+the first.
+"""
 SIZES = {"cuda": (("small", 64, 1), ("paper", 64, 1), ("paper", 64, 8), ("paper", 128, 4), ("small", 128, 8))}
 """Without a volume.yaml: preset, cell and batch of what is timed, most important first. A CPU times SMALLEST."""
 SMALLEST = ("small", 32, 1)
@@ -72,6 +74,7 @@ class _Checkup:
         memory = torch.cuda.get_device_properties(on).total_memory if on.type == "cuda" else memory_bytes
         self.found = DeviceFound(device.describe(on), memory)
         self._precisions = _precisions(on)
+        self._clock = time.process_time if on.type == "cpu" else time.monotonic
         self._say: Say = lambda text: say(f"{self.found.kind}: {text}")
 
     def all(self, timed: bool) -> None:
@@ -116,9 +119,9 @@ class _Checkup:
                 self.found.same.append(same.check(Network(with_precision(spec, precision, cell, batch), self._on)))
 
     def _rates(self) -> None:
-        end = time.monotonic() + RATES_S[self._on.type]
+        end = self._clock() + RATES_S[self._on.type]
         for spec in self._timed():
-            if self.found.rates and time.monotonic() > end:
+            if self.found.rates and self._clock() > end:
                 self.found.notes.append(f"{_name(spec)} not timed: no time left")
                 continue
             self._say(f"{_name(spec)}, a window in float32")
@@ -129,7 +132,7 @@ class _Checkup:
         """Time a network; `float32` is what it makes of a window in that precision."""
         for precision in self._able(spec):
             what = f"{_name(spec)}, {precision}"
-            if self.found.rates and time.monotonic() > end:
+            if self.found.rates and self._clock() > end:
                 self.found.notes.append(f"{what} not timed: no time left")
                 continue
             self._say(f"time of {what}")
@@ -140,6 +143,7 @@ class _Checkup:
         network = Network(spec, self._on)
         window = float32 if spec.precision == "float32" else rates.one_window(network)
         self.found.rates.append(rates.measure(network, self.found.matrix_tflops[spec.precision], window, float32))
+        self.found.notes += [f"{_name(spec)}, {spec.precision}: {note}" for note in network.notes]
 
     def _able(self, spec: NetworkSpec) -> tuple[str, ...]:
         """The precisions of a network: interpolation has float32 alone."""

@@ -15,6 +15,7 @@ from pipeline.config.volume import NetworkConfig
 from pipeline.inference.describe import describe
 from pipeline.inference.network import Network
 from pipeline.plan.network_spec import NetworkSpec
+from pipeline.process import device
 
 
 class Formula:
@@ -59,18 +60,21 @@ def with_precision(spec: NetworkSpec, precision: str, cell: int | None = None, b
     return replace(spec, precision=precision, batch=batch, lattice=lattice)
 
 
-def run_window(network: Network, lr: NDArray[np.uint8]) -> Window:
-    """One window (N, H, W) of LR voxels, of any size that the network takes, through its module."""
+def run_window(network: Network, lr: NDArray[np.uint8], cut: int = 0) -> Window:
+    """One window (N, H, W) of LR voxels, of any size that the network takes, through its module. SR is without what
+    `cut` LR voxels on each side become.
+    """
     import torch
 
     seen: list[torch.Tensor] = []
     indexer = getattr(getattr(network.module, "prior", None), "indexer", None)
     hook = None if indexer is None else indexer.register_forward_hook(lambda *call: seen.append(call[2].argmax(1)))
     try:
-        with torch.inference_mode(), network._precision():
+        device.fix_rounding(network.device, network.spec.precision)  # of the network built last, perhaps
+        with torch.inference_mode():
             sections = torch.from_numpy(lr).to(network.device).float().div_(255)[:, None, None]
             states = [network.module.encode_section(section) for section in sections]  # type: ignore[operator]
-            sr = network.module.fuse_window(states)[0, 0].float().cpu().numpy()  # type: ignore[operator]
+            sr = network.module.fuse_window(states, cut)[0, 0].float().cpu().numpy()  # type: ignore[operator]
     finally:
         if hook is not None:
             hook.remove()

@@ -39,8 +39,7 @@ MIN_S = 1e-6
 
 def matrix_tflops(on: torch.device, precision: str) -> float:
     """TFLOP/s of a product of two large square matrices, the best of several."""
-    device.fix_rounding(on)
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    device.fix_rounding(on, precision)
     n = MATRIX[on.type]
     factors = (
         torch.rand(2, n, n, generator=torch.Generator(on).manual_seed(1), device=on).sub_(0.5).to(TYPES[precision])
@@ -51,7 +50,7 @@ def matrix_tflops(on: torch.device, precision: str) -> float:
 
 
 @functools.cache
-def operations(name: str, preset: str | None, scale: int, tile: int, window: int) -> float:
+def operations(name: str, preset: str | None, scale: int, tile: int, halo: int, window: int) -> float:
     """Operations of one section encoded and one window fused, a multiplication and an addition being two. They are
     counted by torch, on tensors without memory.
     """
@@ -59,19 +58,19 @@ def operations(name: str, preset: str | None, scale: int, tile: int, window: int
         network = models.build(name, scale, preset).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         state = network.encode_section(torch.empty(1, 1, tile, tile, device="meta"))  # type: ignore[operator]
-        network.fuse_window([state] * window)  # type: ignore[operator]
+        network.fuse_window([state] * window, halo)  # type: ignore[operator]
     return float(counter.get_total_flops())
 
 
 def spec_operations(spec: NetworkSpec) -> float:
     """The same for one tile of a network."""
-    return operations(spec.name, spec.preset, spec.scale, spec.lattice.tile, spec.lattice.window)
+    return operations(spec.name, spec.preset, spec.scale, spec.lattice.tile, spec.lattice.halo, spec.lattice.window)
 
 
 def one_window(network: Network) -> Window:
-    """One tile's window of sections through the network, to compare precisions by."""
+    """One cell's window of sections through the network, to compare precisions by."""
     lr, _ = strip(network.spec, 1, 1)
-    return run_window(network, lr)
+    return run_window(network, lr, network.spec.lattice.halo)
 
 
 def measure(network: Network, tflops: float, window: Window, float32: Window) -> RateFound:
