@@ -15,7 +15,7 @@ from pipeline.config.volume import Config
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.doctor",
-        description="Check what this machine's devices compute, and how fast. Starts no cluster and reads no volume.",
+        description="Check what this machine's devices compute, and how fast. Starts no cluster.",
     )
     parser.add_argument("volume", nargs="?", help="path of volume.yaml: its network is timed")
     parser.add_argument("--json", action="store_true", help="print the finding as JSON")

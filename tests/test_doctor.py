@@ -196,13 +196,14 @@ def test_a_device_that_cannot_compute_is_named(
 def test_the_network_of_volume_yaml_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither source nor target need be there."""
+    """Neither source nor target need be there; that the source is not is a note."""
     monkeypatch.setattr(diagnose, "RATES_S", {"cpu": 1000.0})
     path = volume_yaml(tmp_path / "volume.yaml", "nowhere.zarr", "sr", network__name="bicubic", network__cell=24)
     assert doctor.main([str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (rate,) = found["devices"][0]["rates"]
     assert (rate["name"], rate["preset"], rate["cell"], rate["halo"], rate["batch"]) == ("bicubic", None, 24, 8, 1)
+    assert "nowhere.zarr" in found["devices"][0]["notes"][0]
     assert str(tmp_path) in found["machine"]["free_disk_bytes"]
 
 

@@ -14,7 +14,9 @@ import torch
 from models.vectors import VECTORS
 from pipeline import __version__
 from pipeline.base.errors import DataError, EmsrError, TooLargeError
-from pipeline.config.volume import Config
+from pipeline.base.geometry import ZYX, Box
+from pipeline.config.volume import Config, NetworkConfig, SourceConfig
+from pipeline.inference.defaults import for_workers, lattice_for
 from pipeline.inference.describe import describe
 from pipeline.inference.network import Network
 from pipeline.plan.network_spec import NetworkSpec
@@ -22,8 +24,11 @@ from pipeline.process import device
 from pipeline.selftest import machine, rates, same, vectors
 from pipeline.selftest.findings import DeviceFound, Diagnosis
 from pipeline.selftest.networks import Formula, Window, with_precision
+from pipeline.storage.sources.open import open_source
 
 Say = Callable[[str], None]
+LARGE = Box(ZYX(0, 0, 0), ZYX(1 << 12, 1 << 16, 1 << 16))
+"""A volume whose lattice and batch are those of most."""
 RATES_S = {"cuda": 100.0, "cpu": 24.0}
 """Seconds within which networks are timed on one device, on a CPU its own; what would begin later is left out, but for
 the first.
@@ -40,8 +45,8 @@ WINDOWS_TIMED = 4.5
 
 
 def diagnose(config: Config | None, say: Say) -> Diagnosis:
-    """Check every GPU that torch sees, and the CPU. With a volume.yaml its network is timed, and what it asks for must
-    work. `say` is told what is done now.
+    """Check every GPU that torch sees, and the CPU. With a volume.yaml its network is timed, as a first run on such
+    devices would compute it, and what it asks for must work. `say` is told what is done now.
 
     Raises NetworkError where the network of `config` cannot be had.
     """
@@ -52,12 +57,14 @@ def diagnose(config: Config | None, say: Say) -> Diagnosis:
         machine.describe(None if config is None else config.target.url),
         [],
     )
-    asked = None if config is None else describe(config.network)
+    bounds, unread = (LARGE, "") if config is None else _bounds(config.source, say)
     with tempfile.TemporaryDirectory(prefix="emsr-doctor-") as folder:
         formula = Formula(Path(folder))
         gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         for on in [*gpus, torch.device("cpu")]:
+            asked = None if config is None else _as_run(config.network, bounds, on)
             checkup = _Checkup(on, found.machine["memory_bytes"], formula, asked, say)
+            checkup.found.notes += [unread] if unread else []
             known = any(before.kind == checkup.found.kind for before in found.devices)
             found.devices.append(checkup.found)
             checkup.all(timed=not known)
@@ -71,9 +78,11 @@ class _Checkup:
         self, on: torch.device, memory_bytes: int, formula: Formula, asked: NetworkSpec | None, say: Say
     ) -> None:
         self._on, self._formula, self._asked = on, formula, asked
-        memory = torch.cuda.get_device_properties(on).total_memory if on.type == "cuda" else memory_bytes
-        self.found = DeviceFound(device.describe(on), memory)
-        self._precisions = _precisions(on)
+        facts = device.facts(on)
+        self.found = DeviceFound(facts.kind, facts.memory_bytes if on.type == "cuda" else memory_bytes)
+        self._precisions = tuple(
+            precision for precision in facts.precisions if self._is_asked(precision) or _is_native(on, precision)
+        )
         self._clock = time.process_time if on.type == "cpu" else time.monotonic
         self._say: Say = lambda text: say(f"{self.found.kind}: {text}")
 
@@ -198,11 +207,25 @@ def _name(spec: NetworkSpec) -> str:
     return f"{spec.preset or spec.name} x{spec.scale}, cell {spec.lattice.cell}, batch {spec.batch}"
 
 
-def _precisions(on: torch.device) -> tuple[str, ...]:
-    """What the device computes in: a CPU bfloat16 only where it multiplies it by itself."""
-    if on.type == "cpu":
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        return ("float32", "bfloat16") if "avx512_bf16" in flags or "amx_bf16" in flags else ("float32",)
-    if torch.cuda.get_device_capability(on) >= (8, 0):
-        return ("float32", "tf32", "bfloat16", "float16")
-    return ("float32", "float16")
+def _is_native(on: torch.device, precision: str) -> bool:
+    """Whether the device multiplies in this precision by itself: CPUs at most bfloat16."""
+    if on.type == "cuda" or precision == "float32":
+        return True
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return precision == "bfloat16" and any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _as_run(network: NetworkConfig, bounds: Box, on: torch.device) -> NetworkSpec:
+    """What a first run computes of a volume with these bounds where all workers have this device."""
+    spec = describe(network)
+    spec = replace(spec, lattice=lattice_for(spec, network, bounds))
+    return for_workers(spec, network, bounds, [device.facts(on)])
+
+
+def _bounds(source: SourceConfig, say: Say) -> tuple[Box, str]:
+    """The source's voxels, which decide the lattice; LARGE, and why, where it cannot be opened here."""
+    say("the source's size")
+    try:
+        return open_source(source).info.bounds, ""
+    except EmsrError as error:
+        return LARGE, f"the tiles are those of a large volume, since the source cannot be opened here: {error}"
