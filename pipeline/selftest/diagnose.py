@@ -38,7 +38,7 @@ SIZES = {"cuda": (("small", 64, 1), ("paper", 64, 1), ("paper", 64, 8), ("paper"
 SMALLEST = ("small", 32, 1)
 SAME_CPU_CELL, SAME_CUDA_BATCH = 16, 4
 """What is computed twice: on a CPU small tiles without a halo, on a GPU so many tiles at once."""
-CPU_SHARE = 0.3
+CPU_SHARE = 0.5
 """Of a matrix product's rate, what a network reaches on a CPU at least: with it the time of a tile is foreseen."""
 WINDOWS_TIMED = 4.5
 """A CPU computes so many windows' operations (each of one section and one window) to time one of them."""

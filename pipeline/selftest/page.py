@@ -35,13 +35,14 @@ def verdict(found: Diagnosis) -> list[str]:
 
 def _machine(has: dict[str, Any]) -> list[str]:
     files, gpus = has["open_files"], has["gpus"]
-    driver = f"driver {has['driver']}, {len(gpus)} GPU(s)" if has["driver"] else "no NVIDIA driver (nvidia-smi)"
+    driver = f"driver {has['driver']}, {len(gpus)} GPU(s)" if has["driver"] else "no NVIDIA driver (no nvidia-smi)"
     return [
         *(f"mend         {problem}" for problem in has["problems"]),
         f"machine      {has['cpu']}, {has['usable_cores']} of {has['cores']} cores, {_gb(has['memory_bytes'])} memory",
         f"files        {_count(files['soft'])} open at most, `ulimit -n` may raise it to {_count(files['hard'])}",
         "disk         " + ", ".join(f"{_gb(free)} free in {path}" for path, free in has["free_disk_bytes"].items()),
-        f"software     Python {has['python']}, torch {has['torch']}, {driver}, {has['platform']}",
+        f"system       {has['platform']}, {driver}",
+        f"software     Python {has['python']}, torch {has['torch']}",
     ]
 
 
@@ -69,7 +70,7 @@ def _device(console: Console, device: DeviceFound) -> None:
     console.print()
     console.print(same)
     rates = _table(
-        "network", "cell+halo", "precision", "batch", "encode ms", "fuse ms", "M SR voxel/s", "TFLOP/s", "share",
+        "network", "cell+halo", "precision", "batch", "encode ms", "fuse ms", "Mvoxel/s", "TFLOP/s", "share",
         "PSNR dB", "indices", "GB, formula",
     )  # fmt: skip
     for r in device.rates:
