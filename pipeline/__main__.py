@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "TIFF or PNG sections into OME-Zarr",
     "train": "train one stage of the network on your volume",
     "evaluate": "score volumes against ground truth",
+    "doctor": "check what this machine computes, and how fast",
 }
 
 

@@ -37,6 +37,7 @@ FLAGS = {
     "convert": ["SOURCE", "TARGET", "--voxel-size-nm", "--chunk"],
     "train": ["stage"],
     "evaluate": ["table"],
+    "doctor": ["volume", "--json"],
 }
 """Flags are few: what changes a run stands in volume.yaml."""
 

@@ -33,12 +33,12 @@ class Network:
     """A network on its device, ready to run. Building it is slow. Only one thread at a time may run it (DEVICE_LOCK).
 
     One process uses one device: GPU number EMSR_DEVICE (0) where torch sees one, else one core of the CPU. More cores
-    are more workers.
+    are more workers. `on` names another one.
     """
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    def __init__(self, spec: NetworkSpec, on: torch.device | None = None) -> None:
         self.spec = spec
-        self.device = device.pick()
+        self.device = on or device.pick()
         self._gpu = self.device.type == "cuda"
         device.fix_rounding(self.device, spec.precision)
         self.module = models.build(spec.name, spec.scale, spec.preset)

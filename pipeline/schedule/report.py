@@ -65,6 +65,12 @@ def write(prepared: Prepared, run: RunState, crew: Sequence[Mapping[str, str]], 
         "workers": {name: dataclasses.asdict(did) for name, did in totals.workers.items()},
         "set_aside": totals.aside,
         "crew": list(crew),
+        "computed": {
+            "precision": prepared.job.network.precision,
+            "batch": prepared.job.network.batch,
+            "devices": sorted({entry["device"] for entry in crew}),
+            "libraries": sorted({entry["libraries"] for entry in crew}),
+        },
         "looked_for_in_vain": list(lost),
         "bad_sections": prepared.spec["source"]["bad_sections"],
         "failures": [
