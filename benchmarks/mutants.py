@@ -130,7 +130,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("            self._left += len(lease.span)\n", ""),
         ("self._returned.appendleft(span[most:])", "self._returned.append(span[most:])"),
         ("limit = min(start + most, self._plan.column_end(start))", "limit = start + most"),
-        ("min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair)", "min(int(max_s / self._mean_s), fair)"),
+        ("min(MAX_LEASE_TASKS, int(lease_s / task_s))", "int(lease_s / task_s)"),
         ("if capacity.workers < 2 or", "if capacity.workers < 1 or"),
         ("now - self._searched_at < 1.0", "now - self._searched_at < 0.0"),
         ("len(self._recent_s) * 9 // 10", "len(self._recent_s) * 5 // 10"),

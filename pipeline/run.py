@@ -32,6 +32,7 @@ from pipeline.schedule.check_workers import check_workers
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.execute import execute
+from pipeline.schedule.leases import lease_seconds, tasks_in
 from pipeline.schedule.progress import RunProgress, SurveyProgress
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.sample import look_for
@@ -150,7 +151,9 @@ def _dry_run(prepared: Prepared) -> int:
         print(line)
     for line in chosen.describe(prepared):
         print(line)
-    print_price(prepared, worker_count(config.cluster))
+    workers = worker_count(config.cluster)
+    lease_s = lease_seconds(workers * config.work.in_flight)
+    print_price(prepared, workers, lambda slab_s: tasks_in(lease_s, slab_s))
     if job is not None:
         print(f"each worker\n\n{job}")
     return 0
