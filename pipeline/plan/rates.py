@@ -32,6 +32,9 @@ class Rate:
         """Rows, and columns, of the tile that was measured."""
         return self.cell + 2 * self.halo
 
+    def __str__(self) -> str:
+        return f"tile {self.tile}, batch {self.batch}"
+
 
 @dataclass(frozen=True)
 class MeasuredDevice:
@@ -75,10 +78,6 @@ class Fit:
     def seconds(self, calls: Calls) -> float:
         """Seconds of the device for so many calls."""
         return self.scaled * (calls.encoded * self.rate.encode_ms + calls.fused * self.rate.fuse_ms) / 1000
-
-    def __str__(self) -> str:
-        measured = f"tile {self.rate.tile}, batch {self.rate.batch}"
-        return measured if self.scaled == 1 else f"{measured}, x {self.scaled:.2f}"
 
 
 def _nearest(rates: Iterable[Rate], network: NetworkSpec) -> Fit:

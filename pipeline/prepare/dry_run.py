@@ -156,7 +156,7 @@ def _print_device(prepared: Prepared, cost: SlabCost, fleet: Fleet, device: Meas
         if fit.scaled != 1 or not fit.same_batch:
             print(
                 f"         {precision} was not measured at tile {network.lattice.tile}, batch {network.batch}: "
-                "hours are by the voxels of the nearest tile that was"
+                f"hours are those of {fit.rate}, by voxels (x {fit.scaled:.2f})"
             )
 
 

@@ -52,11 +52,11 @@ class Fleet:
         if self.price is not None:
             table.add_column(f"cost at {self.price:g}/h")
         for precision, fit in device.fits(network).items():
-            hours = self.hours(cost, self._network_seconds(plan, network.batch, fit, cost))
+            hours = self.hours(cost, self.network_seconds(plan, network.batch, fit, cost))
             cells = [
                 f"{precision} (chosen)" if precision == network.precision else precision,
                 f"{fit.tile_ms:.1f}",
-                str(fit),
+                str(fit.rate),
                 f"{hours.device:,.2f}",
                 duration(hours.workers),
                 duration(hours.workers / self.workers),
@@ -64,7 +64,7 @@ class Fleet:
             table.add_row(*cells, *([] if self.price is None else [self.money(hours)]))
         return table
 
-    def _network_seconds(self, plan: Plan, batch: int, fit: Fit, cost: SlabCost) -> float:
+    def network_seconds(self, plan: Plan, batch: int, fit: Fit, cost: SlabCost) -> float:
         """Seconds of the device for a slab. The longer a lease, the fewer sections are encoded twice; the faster a
         slab, the longer a lease.
         """
