@@ -33,7 +33,7 @@ from pipeline.plan.rates import MeasuredDevice, Rate
 from pipeline.plan.receipt import WRITTEN
 from pipeline.prepare import measured
 from pipeline.prepare.hours import Fleet, Hours
-from pipeline.prepare.measured import measured_device
+from pipeline.prepare.measured import check_precision, measured_device
 from pipeline.prepare.place import claim
 from pipeline.prepare.prepare import prepare
 from pipeline.schedule.leases import lease_seconds, tasks_in
@@ -188,7 +188,7 @@ def test_leases_are_as_long_as_the_scheduler_makes_them() -> None:
 
 
 def device(*rates: Rate, kind: str = "cuda NVIDIA X") -> MeasuredDevice:
-    return MeasuredDevice(kind, "2027-01-01", "here", rates)
+    return MeasuredDevice(kind, 9, "2027-01-01", "here", rates)
 
 
 def rate(tile: int = 96, batch: int = 1, precision: str = "float32", encode_ms: float = 10, **other: Any) -> Rate:
@@ -363,10 +363,6 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "huge cell": (lambda path: doctor(path.parent, rate(10**9)), r"devices\.1\.rates\.0\.cell"),
     "other preset": (lambda path: doctor(path.parent, rate(preset="paper")), "no rate of gpemsr x8, preset small"),
     "other scale": (lambda path: doctor(path.parent, rate(scale=16)), "no rate of gpemsr x8"),
-    "other precision": (
-        lambda path: doctor(path.parent, rate(precision="tf32"), rate(precision="bfloat16")),
-        r"in float32 on cuda NVIDIA X; in tf32, bfloat16 it has.* set network\.precision to tf32 or bfloat16",
-    ),
 }
 
 
@@ -378,6 +374,16 @@ def test_files_that_name_no_price(case: str, tmp_path: Path) -> None:
         measured_device(ClusterConfig(measured=str(tmp_path / "doctor.json")), SMALL)
     assert "emsr doctor" in str(error.value)
     assert len(str(error.value)) < 700
+
+
+def test_a_precision_that_was_not_measured_is_named_beside_those_that_were(tmp_path: Path) -> None:
+    path = doctor(tmp_path, rate(precision="tf32"), rate(precision="bfloat16"))
+    found = measured_device(ClusterConfig(measured=str(path)), SMALL)
+    assert found is not None
+    check_precision(found, replace(SMALL, precision="tf32"))
+    wanted = r"in float32 on cuda NVIDIA X; in tf32, bfloat16 it has.* set network\.precision to tf32 or bfloat16"
+    with pytest.raises(UserError, match=wanted):
+        check_precision(found, SMALL)
 
 
 def test_a_file_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pipeline.plan.rates import MeasuredDevice, Rate
 MEASURED_DEVICES = (
     MeasuredDevice(
         "cuda NVIDIA H100 80GB HBM3",
+        81_559 << 20,
         "2026-11-27",
         "eager, one tile at a time, no CUDA graphs",
         (

@@ -38,9 +38,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class MeasuredDevice:
-    """A device with its rates. `kind` is its name as in process/device.describe; `how` says how it was measured."""
+    """A device with its rates. `kind` and `memory_bytes` are as in process/device; `how` says how it was measured."""
 
     kind: str
+    memory_bytes: int
     date: str
     how: str
     rates: tuple[Rate, ...]

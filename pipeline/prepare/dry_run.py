@@ -21,7 +21,7 @@ from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.hours import Fleet, duration
 from pipeline.prepare.mask_reach import reach
-from pipeline.prepare.measured import measured_device
+from pipeline.prepare.measured import check_precision, measured_device
 from pipeline.prepare.prepared import Prepared
 from pipeline.process.children import starting_processes
 from pipeline.worker.check import refuse_other_precision
@@ -49,6 +49,8 @@ def print_price(prepared: Prepared, workers: int, slabs_in_lease: Callable[[floa
     """
     job, source, plan, cluster = prepared.job, prepared.source, prepared.job.plan, prepared.config.cluster
     device = measured_device(cluster, job.network)
+    if device is not None:
+        check_precision(device, job.network)
     try:
         cost: SlabCost | None = measured_cost(job, network=device is None)
     except DataError as error:

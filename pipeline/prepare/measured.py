@@ -36,6 +36,7 @@ class _Rate(BaseModel):
 
 class _Device(BaseModel):
     kind: _Word
+    memory_bytes: Annotated[int, Field(strict=True, ge=1)]
     rates: tuple[_Rate, ...]
 
 
@@ -50,15 +51,20 @@ class _Report(BaseModel):
 def measured_device(cluster: ClusterConfig, network: NetworkSpec) -> MeasuredDevice | None:
     """The device in the file of `cluster.measured` on which workers would compute; None where the key is not given.
 
-    That is the first GPU on which this network was measured, or the CPU where there is none or `gpus_per_worker` is 0.
-
-    Raises UserError where the file is missing, is none of doctor's, or has no rate of this network in its precision.
+    That is the first GPU on which this network was measured, in whichever precision; the CPU where there is no GPU or
+    `gpus_per_worker` is 0. Raises UserError where the file is missing, is none of doctor's, or has no such device.
     """
     if cluster.measured is None:
         return None
     path, report = cluster.measured, _read(cluster.measured)
     devices = [
-        MeasuredDevice(device.kind, report.date, path, tuple(Rate(**rate.model_dump()) for rate in device.rates))
+        MeasuredDevice(
+            device.kind,
+            device.memory_bytes,
+            report.date,
+            path,
+            tuple(Rate(**rate.model_dump()) for rate in device.rates),
+        )
         for device in report.devices
     ]
     gpus, cpus = ([d for d in devices if d.is_gpu == gpu] for gpu in (True, False))
@@ -70,17 +76,27 @@ def measured_device(cluster: ClusterConfig, network: NetworkSpec) -> MeasuredDev
             "a file of the kind of machine that the workers are",
             MAKE_ONE,
         )
-    device = next((d for d in usable if network.precision in d.fits(network)), usable[0])
-    if network.precision not in (known := device.fits(network)):
-        preset = f", preset {network.preset}" if network.preset else ""
-        others = f"; in {', '.join(known)} it has" if known else ""
+    known = [device for device in usable if device.fits(network)]
+    if not known:
         raise UserError(
-            f"cluster.measured {path} has no rate of {network.name} x{network.scale}{preset} in {network.precision} "
-            f"on {device.kind}{others}",
-            "a rate of the network that volume.yaml names",
-            MAKE_ONE + (f", or set network.precision to {' or '.join(known)}" if known else ""),
+            f"cluster.measured {path} has no rate of {_called(network)} on {usable[0].kind}", "one", MAKE_ONE
         )
-    return device
+    return known[0]
+
+
+def check_precision(device: MeasuredDevice, network: NetworkSpec) -> None:
+    """Raises UserError where the network was not measured in its precision on the device of `cluster.measured`."""
+    if network.precision not in (known := device.fits(network)):
+        raise UserError(
+            f"cluster.measured {device.how} has no rate of {_called(network)} in {network.precision} on {device.kind}; "
+            f"in {', '.join(known)} it has",
+            "a rate of the network in the precision of the run",
+            f"{MAKE_ONE}, or set network.precision to {' or '.join(known)}",
+        )
+
+
+def _called(network: NetworkSpec) -> str:
+    return f"{network.name} x{network.scale}" + (f", preset {network.preset}" if network.preset else "")
 
 
 def _read(path: str) -> _Report:
