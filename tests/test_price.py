@@ -178,12 +178,14 @@ def test_leases_are_as_long_as_the_scheduler_makes_them() -> None:
     """By hand: 10 slabs of 4 sections in z, a tile each, 0.1 s a call, leases of 5 s.
 
     One slab a lease would encode 6 + 8 x 8 + 6 sections and take 1.16 s a slab, so that four make a lease. Those encode
-    18 + 20 + 10 and take 0.88 s, so that five do: 22 + 22 sections, 0.84 s, five again.
+    18 + 20 + 10 and take 0.88 s, so that five do: 22 + 22 sections, 0.84 s, five again. Where two threads share the
+    device a slab takes 2.32 s, so that two make a lease: 10 + 3 x 12 + 10 sections, 0.96 s, two again.
     """
     box = Box.of((0, 0, 0), (40, 64, 64))
     plan = Plan(box, box, ZYX(4, 64, 64), 8, SMALL.lattice, (), None)
     fit = device(rate(encode_ms=100, fuse_ms=100.0)).fits(SMALL)["float32"]
     assert fleet().network_seconds(plan, 1, fit, SlabCost(0, 0, 0, {}, 0)) == pytest.approx(0.84)
+    assert fleet(in_flight=2).network_seconds(plan, 1, fit, SlabCost(0, 0, 0, {}, 0)) == pytest.approx(0.96)
     assert fleet().network_seconds(plan, 1, fit, SlabCost(0, 0, 9, {}, 0)) == pytest.approx(1.16), "encoding is slow"
 
 
