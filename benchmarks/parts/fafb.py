@@ -41,14 +41,14 @@ class Work(NamedTuple):
 
 
 @cache
-def work(scale: int, tile: int) -> Work:
+def work(scale: int, tile: int, halo: int) -> Work:
     """Operations counted on meta tensors, which hold no data. Attention grows with the square of the tile's area."""
     network: Any = models.build("gpemsr", scale, "paper").to("meta").eval()
     with torch.inference_mode():
         with FlopCounterMode(display=False) as section:
             state = network.encode_section(torch.zeros(1, 1, tile, tile, device="meta"))
         with FlopCounterMode(display=False) as window:
-            network.fuse_window([state] * 5)
+            network.fuse_window([state] * 5, halo)
     return Work(section.get_total_flops(), window.get_total_flops())
 
 
@@ -70,7 +70,7 @@ def plan_of(scale: int, target: TargetConfig, cell: int | None = None) -> Plan:
 
 def slab_flop(plan: Plan) -> float:
     """Floating-point operations of a slab, in the mean."""
-    done, calls = work(plan.scale, plan.lattice.tile), network_calls(plan, 1, SLABS_PER_LEASE)
+    done, calls = work(plan.scale, plan.lattice.tile, plan.lattice.halo), network_calls(plan, 1, SLABS_PER_LEASE)
     return (done.per_section * calls.encoded + done.per_window * calls.fused) / plan.slabs
 
 

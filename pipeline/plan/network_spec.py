@@ -13,8 +13,7 @@ class NetworkSpec:
 
     `batch` is the number of tiles that are computed at once. On a GPU another number gives other last bits.
     `weights_sha256` is empty for networks without weights. `weights` says where they lie, which changes no output.
-    `weights_licence` is the licence of the data that they were trained on; it goes into the provenance. `batch` tiles
-    are computed at once.
+    `weights_licence` is the licence of the data that they were trained on; it goes into the provenance.
     """
 
     name: str
