@@ -245,7 +245,7 @@ def test_devices_that_come_with_emsr_are_those_of_the_document() -> None:
             assert known.encode_ms + known.fuse_ms == pytest.approx(rows[key], rel=1e-3)
 
 
-def doctor(folder: Path, *rates: Rate, kind: str = "cuda NVIDIA X") -> Path:
+def doctor(folder: Path, *rates: Rate, kind: str = "cuda NVIDIA X", memory_bytes: int = 9) -> Path:
     """A file as `emsr doctor --json` writes it, with keys that a price does not read."""
     written = [vars(each) | {"sr_voxels_per_s": 1e6, "tflops": 3.5, "psnr_db": None, "peak_bytes": 5} for each in rates]
     report = {
@@ -255,7 +255,13 @@ def doctor(folder: Path, *rates: Rate, kind: str = "cuda NVIDIA X") -> Path:
         "ok": True,
         "devices": [
             {"kind": "cpu x86_64", "memory_bytes": 9, "matrix_tflops": {"float32": 0.1}, "rates": [vars(rate())]},
-            {"kind": kind, "memory_bytes": 9, "matrix_tflops": {"tf32": 300}, "vectors": [], "rates": written},
+            {
+                "kind": kind,
+                "memory_bytes": memory_bytes,
+                "matrix_tflops": {"tf32": 300},
+                "vectors": [],
+                "rates": written,
+            },
         ],
     }
     path = folder / "doctor.json"
@@ -294,6 +300,7 @@ def test_the_price_of_a_measured_device(masked: bool, tmp_path: Path, capsys: py
             "price_per_hour": 2.5,
         },
         network__precision="float32",
+        network__batch=1,
         **({"source__mask": {"url": "mask.zarr"}} if masked else {}),
     )
     if masked:
@@ -323,19 +330,40 @@ def test_the_price_of_a_measured_device(masked: bool, tmp_path: Path, capsys: py
     assert "s network" not in said, "the network is not tried on this machine"
 
 
-def test_workers_elsewhere_are_priced_by_the_devices_that_come_with_emsr(
+def test_what_the_file_does_not_leave_open_is_chosen_for_the_measured_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a login node: the hours are this CPU's, and beside them stand those of a GPU."""
-    path = small_run(tmp_path, cluster={"kind": "address", "address": "tcp://h:1", "workers": 4, "price_per_hour": 2})
+    """As the first run on such workers would: tf32, and a batch as large as a section of this small volume."""
+    path = small_run(tmp_path, cluster={"measured": "doctor.json", "workers": 1})
+    doctor(tmp_path, rate(48), rate(48, 4, "tf32"), memory_bytes=80 << 30)
     assert run.main([str(path), "--dry-run"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "one worker like this machine's CPU" in said
-    assert "at 2 an hour" in said
-    assert "Set cluster.measured" in said
+    said = capsys.readouterr().out
+    assert "precision tf32, batch 4 (by the device of cluster.measured" in said
+    assert {"float32", "tf32 (chosen)"} <= cells(said).keys()
+    assert (
+        "float32 was not measured at tile 48, batch 4: hours are those of tile 48, batch 1, by voxels" in said
+    )
+    assert "tf32 was not measured" not in said
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_workers_elsewhere_are_priced_by_the_devices_that_come_with_emsr(
+    precision: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a login node: hours, if any, are this CPU's, which has no tf32; beside them stand those of a GPU."""
+    elsewhere = {"kind": "address", "address": "tcp://h:1", "workers": 4, "price_per_hour": 2}
+    path = small_run(tmp_path, cluster=elsewhere, network__precision=precision)
+    assert run.main([str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    said = " ".join(text.split())
+    tried = precision is None
+    assert ("one worker like this machine's CPU" in said) == tried
+    assert ("at 2 an hour" in said) == tried
+    assert ("The network is not tried on this machine" in said) != tried
+    assert "set cluster.measured" in said
     assert "cuda NVIDIA H100 80GB HBM3, measured on 2026-11-27 (eager" in said
-    for precision in ("float32", "tf32"):
-        assert f"{precision} was not measured at tile 48, batch 1" in said
+    assert {"float32", "tf32 (chosen)"} <= cells(text).keys()
+    assert "float32 was not measured at tile 48, batch" in said
 
 
 def test_workers_like_this_machine_are_priced_by_it_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import ClusterError, DataError
+from pipeline.inference.defaults import for_workers
 from pipeline.inference.footprint import footprint
 from pipeline.plan.measured_devices import MEASURED_DEVICES
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.plan import Plan
 from pipeline.plan.price import Footprint, input_voxels, memory_bytes
 from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.hours import Fleet, duration
 from pipeline.prepare.mask_reach import reach
-from pipeline.prepare.measured import check_precision, measured_device
+from pipeline.prepare.measured import check_precision, facts
 from pipeline.prepare.prepared import Prepared
 from pipeline.process.children import starting_processes
 from pipeline.worker.check import refuse_other_precision
@@ -41,20 +44,21 @@ def measured_cost(job: Job, network: bool) -> SlabCost:
         return pool.submit(measure, job).result()
 
 
-def print_price(prepared: Prepared, workers: int, slabs_in_lease: Callable[[float], int]) -> None:
+def print_price(
+    prepared: Prepared, device: MeasuredDevice | None, workers: int, slabs_in_lease: Callable[[float], int]
+) -> None:
     """The price as tables on the terminal, for so many workers.
 
-    `slabs_in_lease` tells from the seconds that a thread takes for a slab how many make a lease. Raises UserError where
-    the file of `cluster.measured` does not do.
+    `device` is that of `cluster.measured`. `slabs_in_lease` tells from the seconds that a thread takes for a slab how
+    many make a lease. Raises UserError where the device was not measured in the precision of the run.
     """
     job, source, plan, cluster = prepared.job, prepared.source, prepared.job.plan, prepared.config.cluster
-    device = measured_device(cluster, job.network)
     if device is not None:
         check_precision(device, job.network)
+    cost: SlabCost | None = None
     try:
-        cost: SlabCost | None = measured_cost(job, network=device is None)
+        cost = measured_cost(job, network=device is None and _computes(job.network))
     except DataError as error:
-        cost = None
         print(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     dtype = ", uint16" if source.dtype == "uint16" else ""
@@ -81,7 +85,17 @@ def print_price(prepared: Prepared, workers: int, slabs_in_lease: Callable[[floa
         _print_tried(prepared, cost, fleet)
     else:
         print(f"one slab {cost.read_s:.2f} s read, {cost.write_s:.2f} s encode (tried on this machine)")
-        _print_device(prepared, cost, fleet, device)
+        _print_device(plan, job.network, cost, fleet, device)
+
+
+def _computes(network: NetworkSpec) -> bool:
+    """Whether this machine's device computes in the network's precision; a line says it where not."""
+    try:
+        refuse_other_precision(network)
+    except ClusterError as error:
+        print(f"The network is not tried on this machine: {error.saw}")
+        return False
+    return True
 
 
 def _print_levels(prepared: Prepared, cost: SlabCost | None) -> None:
@@ -126,34 +140,38 @@ def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | N
 
 def _print_tried(prepared: Prepared, cost: SlabCost, fleet: Fleet) -> None:
     """Hours by the slab that was tried here; beside them those of measured devices, where the workers are elsewhere."""
-    cluster = prepared.config.cluster
-    hours = fleet.hours(cost, cost.network_s)
+    cluster, network = prepared.config.cluster, prepared.job.network
     elsewhere = cost.gpu_weights is None and (cluster.kind != "local" or bool(cluster.gpus_per_worker))
-    like = "this machine's CPU" if elsewhere else "this machine"
-    print(
-        f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode "
-        "(tried on this machine)"
-    )
-    print(
-        f"time     {duration(hours.workers)} on one worker like {like}, "
-        f"{duration(hours.workers / fleet.workers)} on {fleet.workers}"
-        + ("" if fleet.price is None else f"; cost {fleet.money(hours)} at {fleet.price:g} an hour")
-    )
+    if cost.network_s is None:
+        print(f"one slab {cost.read_s:.2f} s read, {cost.write_s:.2f} s encode (tried on this machine)")
+    else:
+        hours = fleet.hours(cost, cost.network_s)
+        like = "this machine's CPU" if elsewhere else "this machine"
+        print(
+            f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode "
+            "(tried on this machine)"
+        )
+        print(
+            f"time     {duration(hours.workers)} on one worker like {like}, "
+            f"{duration(hours.workers / fleet.workers)} on {fleet.workers}"
+            + ("" if fleet.price is None else f"; cost {fleet.money(hours)} at {fleet.price:g} an hour")
+        )
     if not elsewhere:
         return
     print(
-        "         Workers are on other machines. Set cluster.measured to what `emsr doctor --json` wrote on one of them"
+        "         The workers are elsewhere: set cluster.measured to what `emsr doctor --json` wrote on such a machine"
     )
     for device in MEASURED_DEVICES if cluster.gpus_per_worker != 0 else ():
-        if device.fits(prepared.job.network):
-            _print_device(prepared, cost, fleet, device)
+        if device.fits(network):
+            stated, bounds = prepared.config.network, prepared.source.bounds
+            there = for_workers(network, stated, bounds, [facts(device, network)])
+            _print_device(prepared.job.plan, there, cost, fleet, device)
 
 
-def _print_device(prepared: Prepared, cost: SlabCost, fleet: Fleet, device: MeasuredDevice) -> None:
+def _print_device(plan: Plan, network: NetworkSpec, cost: SlabCost, fleet: Fleet, device: MeasuredDevice) -> None:
     """A row of hours for each precision in which the network was measured on `device`."""
-    network = prepared.job.network
     print(f"time     of {fleet.slabs:,.0f} slabs on {device.kind}, measured on {device.date} ({device.how})")
-    Console(width=WIDTH).print(fleet.table(prepared.job.plan, network, device, cost))
+    Console(width=WIDTH).print(fleet.table(plan, network, device, cost))
     for precision, fit in device.fits(network).items():
         if fit.scaled != 1 or not fit.same_batch:
             print(

@@ -37,7 +37,7 @@ class Fleet:
     slabs_in_lease: Callable[[float], int]
 
     def hours(self, cost: SlabCost, network_s: float) -> Hours:
-        """Hours where the network takes `network_s` for a slab, and the rest what it took here."""
+        """Hours where the network takes `network_s` for a slab, and the rest takes what it took here."""
         busy_s = slab_seconds(cost.read_s, network_s, cost.write_s, self.in_flight)
         return Hours(self.slabs * network_s / 3600, self.slabs * busy_s / 3600)
 

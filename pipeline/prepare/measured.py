@@ -14,6 +14,7 @@ from pipeline.base.waits import waiting
 from pipeline.config.cluster import ClusterConfig
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.rates import MeasuredDevice, Rate
+from pipeline.process.device import Facts
 
 MAKE_ONE = "Run `emsr doctor volume.yaml --json > doctor.json` on a machine like the workers'"
 _Count = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
@@ -93,6 +94,11 @@ def check_precision(device: MeasuredDevice, network: NetworkSpec) -> None:
             "a rate of the network in the precision of the run",
             f"{MAKE_ONE}, or set network.precision to {' or '.join(known)}",
         )
+
+
+def facts(device: MeasuredDevice, network: NetworkSpec) -> Facts:
+    """What decides precision and batch where workers have this device: it has the precisions that were measured."""
+    return Facts(device.kind, device.memory_bytes, tuple(device.fits(network)))
 
 
 def _called(network: NetworkSpec) -> str:

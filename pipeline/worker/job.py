@@ -125,12 +125,12 @@ class SlabCost:
     """What one slab cost on this machine, for the price of a run.
 
     Seconds by part, stored over raw bytes by level, resident bytes of the process before the slab, what the network
-    holds of the process's memory, and the bytes of the weights where a GPU has them. `network_s` is 0 where the network
-    was not tried.
+    holds of the process's memory, and the bytes of the weights where a GPU has them. `network_s` is None where the
+    network was not tried.
     """
 
     read_s: float
-    network_s: float
+    network_s: float | None
     write_s: float
     stored_share: dict[int, float]
     base_bytes: int

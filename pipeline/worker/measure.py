@@ -79,7 +79,7 @@ def _read_and_encoded(job: Job) -> SlabCost:
     with DEVICE_LOCK:
         sr = super_resolve(opened.network, lr[halo : len(lr) - halo], range(slab.lr.shape.z), slab)
     write_s, share = _encoded(opened, slab, owned_voxels(job.plan, slab, lr), sr)
-    return SlabCost(read_s, 0.0, write_s, share, opened.base_bytes)
+    return SlabCost(read_s, None, write_s, share, opened.base_bytes)
 
 
 def _middle(job: Job) -> Slab:
