@@ -340,9 +340,7 @@ def test_what_the_file_does_not_leave_open_is_chosen_for_the_measured_device(
     said = capsys.readouterr().out
     assert "precision tf32, batch 4 (by the device of cluster.measured" in said
     assert {"float32", "tf32 (chosen)"} <= cells(said).keys()
-    assert (
-        "float32 was not measured at tile 48, batch 4: hours are those of tile 48, batch 1, by voxels" in said
-    )
+    assert "float32 was not measured at tile 48, batch 4: hours are those of tile 48, batch 1, by voxels" in said
     assert "tf32 was not measured" not in said
 
 

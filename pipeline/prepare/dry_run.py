@@ -121,8 +121,9 @@ def _print_levels(prepared: Prepared, cost: SlabCost | None) -> None:
 
 def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | None) -> None:
     plan, in_flight = prepared.job.plan, prepared.config.work.in_flight
-    held = footprint(prepared.job.network)
-    resident = cost.network if device is None else Footprint() if device.is_gpu else held
+    gpu = device.is_gpu if device is not None else cost.gpu_weights is not None or cost.network_s is None
+    held = footprint(prepared.job.network, gpu)
+    resident = cost.network if device is None else Footprint() if gpu else held
     memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], resident)
     cached = in_flight * held.slab_cache_bytes(plan)
     network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
@@ -131,7 +132,7 @@ def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | N
         print(f"{promised})")
         total = _size(cost.gpu_weights + held.tile_bytes + cached)
         print(f"GPU      {total} per worker (weights {_size(cost.gpu_weights)}, {network})")
-    elif device is not None and device.is_gpu:
+    elif gpu:
         print(f"{promised})")
         print(f"GPU      {_size(held.tile_bytes + cached)} per worker beside the weights ({network})")
     else:
