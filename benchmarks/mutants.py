@@ -34,6 +34,7 @@ COPIES = "tests/test_stragglers.py -k 'no_other_worker or has_gone'"
 WORKER = "tests/test_worker.py tests/test_bad_sections.py -k 'worker or empty_output'"
 INFERENCE = "tests/test_inference.py"
 PRICE = "tests/test_plan.py -k 'by_hand or input_voxels'"
+DEVICE_PRICE = "tests/test_price.py -k 'formula or overlap or slowest or as_long or nearest or files or must or take'"
 REQUESTS = "tests/test_requests.py -k 'not third'"
 WATCHDOG = "tests/test_watchdog.py"
 QUALITY = "tests/test_section_quality.py -k 'not undamaged and not destroyed'"
@@ -131,7 +132,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("            self._left += len(lease.span)\n", ""),
         ("self._returned.appendleft(span[most:])", "self._returned.append(span[most:])"),
         ("limit = min(start + most, self._plan.column_end(start))", "limit = start + most"),
-        ("min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair)", "min(int(max_s / self._mean_s), fair)"),
+        ("min(MAX_LEASE_TASKS, int(lease_s / task_s))", "int(lease_s / task_s)"),
         ("if capacity.workers < 2 or", "if capacity.workers < 1 or"),
         ("now - self._searched_at < 1.0", "now - self._searched_at < 0.0"),
         ("len(self._recent_s) * 9 // 10", "len(self._recent_s) * 5 // 10"),
@@ -428,6 +429,27 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("in_flight * 2 * _second_pass_read(plan))", "in_flight * _second_pass_read(plan))"),
         ("stored / (voxels / plan.levels[0].shape.product * output_voxels(plan))", "stored / voxels"),
         ("+ ([plan.fidelity.shape] if plan.fidelity else [])", ""),
+    ],
+    ("pipeline/plan/price.py", DEVICE_PRICE): [
+        ("leased = slabs_per_lease if plan.lattice.window > 1 else 1", "leased = slabs_per_lease"),
+        ("plan.section(start - halo), plan.section(stop - 1 + halo)", "start - halo, stop - 1 + halo"),
+        (" - (bisect_right(bad, last) - bisect_left(bad, first))", ""),
+        ("-(-high * wide // batch) * batch", "high * wide"),
+        ("max(read_s, network_s, write_s, (read_s", "max(read_s, network_s, write_s, 0 * (read_s"),
+    ],
+    ("pipeline/plan/rates.py", DEVICE_PRICE): [
+        ("Fit(rate, (tile / rate.tile) ** 2,", "Fit(rate, tile / rate.tile,"),
+        ("abs(math.log(r.tile / tile))", "abs(r.tile - tile)"),
+        ("(rate.name, rate.preset, rate.scale) ==", "(rate.name, network.preset, rate.scale) =="),
+    ],
+    ("pipeline/prepare/hours.py", DEVICE_PRICE): [
+        ("thread_s = self.in_flight * slab_seconds(", "thread_s = slab_seconds("),
+        ("hours.workers * self.price", "hours.device * self.price"),
+        ("while longer > leased:", "while not leased:"),
+    ],
+    ("pipeline/prepare/measured.py", DEVICE_PRICE): [
+        ("if cluster.gpus_per_worker == 0", "if not cluster.gpus_per_worker"),
+        ("file.read(MAX_MEASURED_BYTES + 1)", "file.read()[:MAX_MEASURED_BYTES]"),
     ],
     ("pipeline/base/waits.py", WATCHDOG): [
         ("        progress.step = replace(progress.step, at=time.monotonic())\n", "        pass\n"),

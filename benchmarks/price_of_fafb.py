@@ -33,7 +33,6 @@ TARGETS = {
     "OME-Zarr, blosc-zstd": TargetConfig(url="x"),
     "precomputed jpeg": TargetConfig(url="x", format="precomputed", encoding="jpeg"),
 }
-SLABS_PER_LEASE = 4
 
 
 def shares(hr: np.ndarray, target: TargetConfig) -> list[float]:
@@ -72,7 +71,7 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
     _, later_reads, later_puts = second_pass(plan)
     stored = [level.shape.product * fafb.TISSUE * share[min(k, len(share) - 1)] for k, level in enumerate(plan.levels)]
     fidelity = plan.fidelity.shape.product * fafb.TISSUE if plan.fidelity else 0
-    flop = fafb.slab_flop(plan, SLABS_PER_LEASE) * slabs
+    flop = fafb.slab_flop(plan) * slabs
     yield "source", f"{plan.region.shape} at {4 * scale} nm"
     yield "slabs, of which tissue", f"{plan.slabs / 1e6:.2f} M, {slabs / 1e6:.2f} M"
     yield "read, without halo", f"{read.owned * fafb.TISSUE / 1e12:.2f} TB"
@@ -87,9 +86,12 @@ def rows(scale: int, name: str, hr: np.ndarray) -> Iterator[tuple[str, str]]:
         f"{stored[0] / 1e12:.0f}, {sum(stored) / 1e12:.0f}, {fidelity / 1e12:.1f} TB",
     )
     yield "floating-point operations", f"{flop:.2e}"
-    for device, rate in fafb.GPU_TFLOPS.items():
-        known = "measured" if device == "H100" else "assumed"
-        yield f"{device}-hours at {rate:.1f} TFLOP/s, {known}", f"{flop / (rate * 1e12) / 3600:,.0f}"
+    for cell in (64, 128):
+        on_cells = fafb.plan_of(scale, target, cell)
+        for precision, fit in fafb.h100_fits(on_cells).items():
+            hours = fafb.h100_slab_seconds(on_cells, precision) * slabs / 3600
+            scaled = "" if fit.scaled == 1 else f" (by voxels of tile {fit.rate.tile})"
+            yield f"H100-hours, {precision}, cell {cell}", f"{hours:,.0f}{scaled}"
     yield "hours of a CPU core at 54 GFLOP/s", f"{flop / (fafb.CPU_CORE_TFLOPS * 1e12) / 3600:,.0f}"
 
 

@@ -294,18 +294,16 @@ def simulate(
     return result
 
 
-def fafb_scenario(plan: Plan, tflops: float) -> Scenario:
-    """Workers of one device that reaches `tflops`, shared by two threads."""
-    leases = 4.0
+def fafb_scenario(plan: Plan, slab_s: float) -> Scenario:
+    """Workers of one device that computes a slab in `slab_s`, shared by two threads."""
     read = input_voxels(plan, fafb.SOURCE_CHUNK).decoded / fafb.SOURCE_CHUNK.product / plan.slabs
-    return Scenario(
-        task_s=2 * fafb.slab_flop(plan, leases) / (tflops * 1e12), reads=read, writes=fafb.puts_per_slab(plan)
-    )
+    return Scenario(task_s=2 * slab_s, reads=read, writes=fafb.puts_per_slab(plan))
 
 
 def scenarios(plan: Plan) -> dict[str, Scenario]:
-    gpu = fafb_scenario(plan, fafb.GPU_TFLOPS["A100"])
-    cpu = replace(fafb_scenario(plan, fafb.CPU_CORE_TFLOPS), walltime_s=24 * HOUR, death_s=1000 * HOUR)
+    gpu = fafb_scenario(plan, fafb.h100_slab_seconds(plan, "tf32"))
+    core_s = fafb.slab_flop(plan) / (fafb.CPU_CORE_TFLOPS * 1e12)
+    cpu = replace(fafb_scenario(plan, core_s), walltime_s=24 * HOUR, death_s=1000 * HOUR)
     spot = replace(gpu, death_s=4 * HOUR, back_s=900)
     many = replace(gpu, writes=256.0)  # unsharded: an object per chunk
     return {"gpu": gpu, "cpu": cpu, "spot": spot, "refused": many, "budget": replace(many, budget_writes=1000.0)}

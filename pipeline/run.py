@@ -19,10 +19,12 @@ from pipeline.cluster.connect import batch_job, connect, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.inference.defaults import undecided
+from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.receipt import QUARANTINED, WRITTEN
 from pipeline.prepare import chosen
 from pipeline.prepare.dry_run import print_price
 from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
+from pipeline.prepare.measured import facts, measured_device
 from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
 from pipeline.prepare.prepare import prepare, settled
 from pipeline.prepare.prepared import Prepared
@@ -32,6 +34,7 @@ from pipeline.schedule.check_workers import check_workers
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.execute import execute
+from pipeline.schedule.leases import lease_seconds, tasks_in
 from pipeline.schedule.progress import RunProgress, SurveyProgress
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.sample import look_for
@@ -70,7 +73,9 @@ def run(config: Config, dry_run: bool = False) -> int:
     prepared = prepare(config, lambda survey, source: _detect(config, survey, source, keep=not dry_run))
     resumed = check_place(prepared)
     if dry_run:
-        return _dry_run(prepared if resumed else settled(prepared, [device_facts()]))
+        device = measured_device(config.cluster, prepared.job.network)
+        found = facts(device, prepared.job.network) if device else device_facts()
+        return _dry_run(prepared if resumed else settled(prepared, [found]), device)
     run_id = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
     prepared = replace(prepared, job=replace(prepared.job, run=run_id))
     job = prepared.job
@@ -143,14 +148,16 @@ def _warn_of_profiler(hosts: set[str]) -> None:
     )
 
 
-def _dry_run(prepared: Prepared) -> int:
+def _dry_run(prepared: Prepared, device: MeasuredDevice | None) -> int:
     config = prepared.config
     job = batch_job(config.cluster, config.work.in_flight)
     for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
         print(line)
     for line in chosen.describe(prepared):
         print(line)
-    print_price(prepared, worker_count(config.cluster))
+    workers = worker_count(config.cluster)
+    lease_s = lease_seconds(workers * config.work.in_flight)
+    print_price(prepared, device, workers, lambda slab_s: tasks_in(lease_s, slab_s))
     if job is not None:
         print(f"each worker\n\n{job}")
     return 0

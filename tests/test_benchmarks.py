@@ -185,7 +185,7 @@ def test_the_price_of_fafb_is_the_one_in_the_document(tmp_path: Path) -> None:
     depend = {label for label in printed if label.startswith("stored") or label in ("noise", "constant")}
     depend |= {label for label in printed if label.endswith("and back")}
     same = {label: cells for label, cells in printed.items() if label not in depend}
-    assert len(same) == 13, "a head and twelve rows"
+    assert len(same) == 15, "a head and fourteen rows"
     assert same.items() <= documented.items()
     labels = ("stored over raw, mip 0, coarser", "stored: mip 0, all, fidelity at most")
     share, stored = (float(printed[label][0].split(",")[0]) for label in labels)

@@ -72,7 +72,7 @@ FULL: dict[str, Any] = {
         "in_flight": 2,
         "budget": {"output_bytes": "10TB"},
     },
-    "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 0},
+    "cluster": {"kind": "local", "workers": 2, "gpus_per_worker": 0, "measured": "doctor.json", "price_per_hour": 2.5},
 }
 MAY_BE_NULL = {
     "array",
@@ -90,6 +90,7 @@ MAY_BE_NULL = {
     "halo",
 }
 MAY_BE_NULL |= {"precision", "batch", "slab_shape", "budget", "workers", "address", "gpus_per_worker"}
+MAY_BE_NULL |= {"measured", "price_per_hour"}
 
 CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("source.url", "nowhere.zarr", "nowhere"),
@@ -197,6 +198,10 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("cluster.address", "tcp://here:1", "cluster.kind"),
     ("cluster.gpus_per_worker", -2, "0"),
     ("cluster.gpus_per_worker", 2, "1"),
+    ("cluster.measured", "two\nlines", "one line"),
+    ("cluster.price_per_hour", 0, "greater than 0"),
+    ("cluster.price_per_hour", True, "number"),
+    ("cluster.price_per_hour", float("inf"), "finite number"),
 ]
 
 

@@ -16,7 +16,11 @@ import models
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import TargetConfig
 from pipeline.plan.lattice import Lattice
+from pipeline.plan.measured_devices import MEASURED_DEVICES
+from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
+from pipeline.plan.price import network_calls
+from pipeline.plan.rates import Fit
 from pipeline.prepare import layout
 
 SECTIONS = 7062
@@ -24,6 +28,7 @@ FINE = ZYX(SECTIONS, 155_648, 253_952)
 TISSUE = 106e12 / FINE.product
 """Share of the bounding box that is tissue."""
 SOURCE_CHUNK = ZYX(8, 256, 256)
+SLABS_PER_LEASE = 4
 
 
 class Work(NamedTuple):
@@ -36,28 +41,25 @@ class Work(NamedTuple):
 
 
 @cache
-def work(scale: int, tile: int) -> Work:
+def work(scale: int, tile: int, halo: int) -> Work:
     """Operations counted on meta tensors, which hold no data. Attention grows with the square of the tile's area."""
     network: Any = models.build("gpemsr", scale, "paper").to("meta").eval()
     with torch.inference_mode():
         with FlopCounterMode(display=False) as section:
             state = network.encode_section(torch.zeros(1, 1, tile, tile, device="meta"))
         with FlopCounterMode(display=False) as window:
-            network.fuse_window([state] * 5)
+            network.fuse_window([state] * 5, halo)
     return Work(section.get_total_flops(), window.get_total_flops())
 
 
-GPU_TFLOPS = {"A100": 0.35 * 19.5, "H100": 11.5}
-"""What the network reaches in float32. The H100's is measured (docs/performance.md, "On a GPU"; x8). The A100's
-is assumed: 35 % of the peak that its maker states for float32 without tensor cores. The H100 reaches 17 % of its own.
-"""
 CPU_CORE_TFLOPS = 0.090 * 0.6
 """A core does 90 GFLOP/s at best, and 0.6 of that is reached."""
 
 
-def plan_of(scale: int, target: TargetConfig) -> Plan:
+def plan_of(scale: int, target: TargetConfig, cell: int | None = None) -> Plan:
+    """The plan with default shapes; without `cell` the network's own."""
     traits = models.NETWORKS["gpemsr"]
-    lattice = Lattice(traits.cell, traits.halo[scale], traits.window, traits.padding)
+    lattice = Lattice(cell or traits.cell, traits.halo[scale], traits.window, traits.padding)
     region = ZYX(FINE.z, FINE.y // scale, FINE.x // scale)
     shapes = layout.choose(region, scale, target, None)
     box = Box.at(ZYX(0, 0, 0), region)
@@ -66,12 +68,21 @@ def plan_of(scale: int, target: TargetConfig) -> Plan:
     )
 
 
-def slab_flop(plan: Plan, slabs_per_lease: float) -> float:
-    """Floating-point operations of one slab: tiles are larger than cells, and a lease has a z-halo."""
-    done, lattice = work(plan.scale, plan.lattice.tile), plan.lattice
-    cells = plan.slab_shape.y * plan.slab_shape.x / lattice.cell**2
-    halo = 1 + 2 * lattice.z_halo / (plan.slab_shape.z * slabs_per_lease)
-    return (done.per_section * halo + done.per_window) * plan.slab_shape.z * cells
+def slab_flop(plan: Plan) -> float:
+    """Floating-point operations of a slab, in the mean."""
+    done, calls = work(plan.scale, plan.lattice.tile, plan.lattice.halo), network_calls(plan, 1, SLABS_PER_LEASE)
+    return (done.per_section * calls.encoded + done.per_window * calls.fused) / plan.slabs
+
+
+def h100_fits(plan: Plan) -> dict[str, Fit]:
+    """What a tile takes on an H100, by precision."""
+    (h100,) = MEASURED_DEVICES
+    return h100.fits(NetworkSpec("gpemsr", plan.scale, "paper", "", "float32", plan.lattice))
+
+
+def h100_slab_seconds(plan: Plan, precision: str) -> float:
+    """What an H100 computes for a slab, in the mean."""
+    return h100_fits(plan)[precision].seconds(network_calls(plan, 1, SLABS_PER_LEASE)) / plan.slabs
 
 
 def is_tissue(plan: Plan, index: int) -> bool:

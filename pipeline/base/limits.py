@@ -27,3 +27,5 @@ MAX_BAD_SECTIONS = 10_000
 """The plan records each; a volume with more is to be repaired first."""
 MAX_WEIGHTS_BYTES = 4 << 30
 """Of a weights file that is fetched."""
+MAX_MEASURED_BYTES = 4 << 20
+"""Of the file of `cluster.measured`."""

@@ -57,6 +57,7 @@ def _one_line(value: str) -> str:
 
 
 Line = Annotated[StrictStr, AfterValidator(_one_line)]
+Money = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -124,6 +125,8 @@ class ClusterConfig(_Model):
     tune: StrictBool | None = None
     gpus_per_worker: Annotated[StrictInt, Field(ge=0, le=1)] | None = None
     mixed: StrictBool = False
+    measured: Line | None = None
+    price_per_hour: Money | None = None
     slurm: SlurmConfig | None = None
     kubernetes: KubernetesConfig | None = None
 
@@ -171,11 +174,18 @@ class ClusterConfig(_Model):
         return self.workers or 1, self.workers or 1
 
     def beside(self, folder: Path) -> ClusterConfig:
-        """The same with paths of certificates made absolute; relative ones start from `folder`, that of volume.yaml."""
-        if self.security is None:
-            return self
-        paths = {key: str(folder / os.path.expanduser(path)) for key, path in self.security.model_dump().items()}
-        return self.model_copy(update={"security": SecurityConfig(**paths)})
+        """The same with all paths made absolute; relative ones start from `folder`, that of volume.yaml."""
+
+        def absolute(path: str) -> str:
+            return str(folder / os.path.expanduser(path))
+
+        changed: dict[str, object] = {}
+        if self.security is not None:
+            paths = {key: absolute(path) for key, path in self.security.model_dump().items()}
+            changed["security"] = SecurityConfig(**paths)
+        if self.measured is not None:
+            changed["measured"] = absolute(self.measured)
+        return self.model_copy(update=changed)
 
 
 _KINDS = {

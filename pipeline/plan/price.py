@@ -1,7 +1,9 @@
-"""What a plan costs, by formula: voxels read with halo, bytes of memory, voxels written."""
+"""What a plan costs, by formula: voxels read with halo, calls of the network, bytes of memory, voxels written."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from dataclasses import dataclass
 
 from pipeline.base.geometry import ZYX
@@ -19,6 +21,14 @@ class Input:
     owned: int
     requested: int
     decoded: int
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a plan asks of its network, in tiles: sections encoded, and windows fused."""
+
+    encoded: int
+    fused: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,44 @@ def input_voxels(plan: Plan, chunk: ZYX) -> Input:
         requested *= sum(stop - start for start, stop in spans)
         decoded *= sum((-(-(stop - origin) // size) - (start - origin) // size) * size for start, stop in spans)
     return Input(owned, requested, decoded)
+
+
+def network_calls(plan: Plan, batch: int, slabs_per_lease: int) -> Calls:
+    """Calls for all slabs, in leases of so many.
+
+    A tile of a slab fuses a window for each of the slab's sections. Each section of a lease is encoded once for a tile,
+    those of its z-halo too: the next lease encodes its own again. A slab's tiles go through the network in batches of
+    one size, the last one filled up with repeats, which count.
+    """
+    leased = slabs_per_lease if plan.lattice.window > 1 else 1
+    halo, bad = plan.lattice.z_halo, sorted(plan.bad_sections)
+    encoded = 0
+    for start in range(plan.region.start.z, plan.region.stop.z, leased * plan.slab_shape.z):
+        stop = min(start + leased * plan.slab_shape.z, plan.region.stop.z)
+        first, last = plan.section(start - halo), plan.section(stop - 1 + halo)
+        encoded += last + 1 - first - (bisect_right(bad, last) - bisect_left(bad, first))
+    rows, columns = _cells(plan, "y"), _cells(plan, "x")
+    tiles = sum(
+        slabs * others * -(-high * wide // batch) * batch
+        for high, slabs in rows.items()
+        for wide, others in columns.items()
+    )
+    return Calls(tiles * encoded, tiles * plan.region.shape.z)
+
+
+def _cells(plan: Plan, axis: str) -> Counter[int]:
+    """How many cells a slab touches along `axis`, and how many slabs in a row touch so many."""
+    cell = plan.lattice.cell
+    spans = [(getattr(slab.lr.start, axis), getattr(slab.lr.stop, axis)) for slab in _along(plan, axis)]
+    return Counter(-(-stop // cell) - start // cell for start, stop in spans)
+
+
+def slab_seconds(read_s: float, network_s: float, write_s: float, in_flight: int) -> float:
+    """Seconds that a worker needs for each slab of many, `in_flight` of them at a time.
+
+    They overlap, so that the slowest part decides; or the slab's own time, where too few are in flight.
+    """
+    return max(read_s, network_s, write_s, (read_s + network_s + write_s) / in_flight)
 
 
 def _along(plan: Plan, axis: str) -> list[Slab]:

@@ -16,7 +16,8 @@ MUCH = 1.5
 def describe(prepared: Prepared) -> Iterator[str]:
     """The network's lattice, precision and batch; then what of it is computed in vain."""
     network = prepared.job.network
-    device = " (by this machine's device; a run takes what its workers have)"
+    by = "this machine's device" if prepared.config.cluster.measured is None else "the device of cluster.measured"
+    device = f" (by {by}; a run takes what its workers have)"
     yield (
         f"network  {network.name} x{network.scale}, cell {network.lattice.cell}, halo {network.lattice.halo}, "
         f"precision {network.precision}, batch {network.batch}{device * undecided(prepared.config.network)}"

@@ -1,4 +1,8 @@
-"""`run --dry-run`: the price on the terminal, with seconds and compression from one slab tried on this machine."""
+"""`run --dry-run`: the price on the terminal.
+
+Seconds and compression are those of one slab tried on this machine. What the network takes comes from the device that
+`cluster.measured` names, where it does.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +14,92 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import ClusterError, DataError
+from pipeline.inference.defaults import for_workers
 from pipeline.inference.footprint import footprint
-from pipeline.plan.price import input_voxels, memory_bytes
+from pipeline.plan.measured_devices import MEASURED_DEVICES
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.plan import Plan
+from pipeline.plan.price import Footprint, input_voxels, memory_bytes
+from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.target_spec import FIDELITY
+from pipeline.prepare.hours import Fleet, duration
 from pipeline.prepare.mask_reach import reach
+from pipeline.prepare.measured import check_precision, facts
 from pipeline.prepare.prepared import Prepared
 from pipeline.process.children import starting_processes
 from pipeline.worker.check import refuse_other_precision
 from pipeline.worker.job import Job, SlabCost
-from pipeline.worker.measure import measure_slab
+from pipeline.worker.measure import measure_slab, measure_without_network
+
+WIDTH = 110
+"""Of tables, in characters."""
 
 
-def measured_cost(job: Job) -> SlabCost:
-    """What the slab in the volume's middle costs. It is tried in a fresh process like a worker's."""
+def measured_cost(job: Job, network: bool) -> SlabCost:
+    """What the slab in the volume's middle costs, with its network or without. It is tried in a fresh process like a
+    worker's.
+    """
+    measure = measure_slab if network else measure_without_network
     with starting_processes(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure_slab, job).result()
+        return pool.submit(measure, job).result()
 
 
-def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = print) -> None:
-    """The price as a table on the terminal, for so many workers."""
-    job, source, plan = prepared.job, prepared.source, prepared.job.plan
-    in_flight = prepared.config.work.in_flight
+def print_price(
+    prepared: Prepared, device: MeasuredDevice | None, workers: int, slabs_in_lease: Callable[[float], int]
+) -> None:
+    """The price as tables on the terminal, for so many workers.
+
+    `device` is that of `cluster.measured`. `slabs_in_lease` tells from the seconds that a thread takes for a slab how
+    many make a lease. Raises UserError where the device was not measured in the precision of the run.
+    """
+    job, source, plan, cluster = prepared.job, prepared.source, prepared.job.plan, prepared.config.cluster
+    if device is not None:
+        check_precision(device, job.network)
     cost: SlabCost | None = None
     try:
-        refuse_other_precision(job.network)
-        cost = measured_cost(job)
-    except ClusterError as error:
-        say(f"There is no calibration: {error.saw}")
+        cost = measured_cost(job, network=device is None and _computes(job.network))
     except DataError as error:
-        say(f"The middle of the volume cannot be read, so there is no calibration: {error}")
+        print(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
     dtype = ", uint16" if source.dtype == "uint16" else ""
-    say(f"source   {source.format}, {source.bounds.shape} LR voxels{dtype}, read by {source.reader}")
-    say(
+    print(f"source   {source.format}, {source.bounds.shape} LR voxels{dtype}, read by {source.reader}")
+    print(
         f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels"
         + (f", then {plan.tasks - plan.slabs:,} pyramid blocks" if plan.tasks > plan.slabs else "")
     )
-    say(
+    print(
         f"read     {_size(read.requested)} for {_size(read.owned)} "
         f"(halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
     )
+    share = 1.0
     if (mask := reach(prepared)) is not None:
-        say(f"mask     {mask}")
+        print(f"mask     {mask}")
+        share = mask.touched / mask.looked
+    _print_levels(prepared, cost)
+    if cost is None:
+        return
+    _print_memory(prepared, cost, device)
+    in_flight = prepared.config.work.in_flight
+    fleet = Fleet(workers, in_flight, plan.slabs * share, cluster.price_per_hour, slabs_in_lease)
+    if device is None:
+        _print_tried(prepared, cost, fleet)
+    else:
+        print(f"one slab {cost.read_s:.2f} s read, {cost.write_s:.2f} s encode (tried on this machine)")
+        _print_device(plan, job.network, cost, fleet, device)
+
+
+def _computes(network: NetworkSpec) -> bool:
+    """Whether this machine's device computes in the network's precision; a line says it where not."""
+    try:
+        refuse_other_precision(network)
+    except ClusterError as error:
+        print(f"The network is not tried on this machine: {error.saw}")
+        return False
+    return True
+
+
+def _print_levels(prepared: Prepared, cost: SlabCost | None) -> None:
+    plan = prepared.job.plan
     table = Table("level", "shape", "shard", "raw", "stored (estimate)", title=None)
     total_raw = total_stored = 0
     for k, level in enumerate([*plan.levels, *([plan.fidelity] if plan.fidelity else [])]):
@@ -68,34 +116,69 @@ def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = p
         name = str(k) if k < len(plan.levels) else "fidelity"
         table.add_row(name, str(level.shape), str(level.shard), _size(raw), _size(int(raw * share)) if share else "?")
     table.add_row("all", "", "", _size(total_raw), _size(total_stored) if cost else "?")
-    Console(width=110).print(table)
-    if cost is not None:
-        busy = max(cost.network_s, cost.write_s, cost.read_s)
-        hours = plan.slabs * busy / 3600
-        memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], cost.network)
-        held = footprint(job.network, gpu=cost.gpu_weights is not None)
-        cached = in_flight * held.slab_cache_bytes(plan)
-        network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
-        if cost.gpu_weights is None:
-            say(
-                f"memory   {_size(memory)} per worker "
-                f"({in_flight} slabs in flight, process {_size(cost.base_bytes)}, {network})"
-            )
-        else:
-            say(f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)})")
-            say(
-                f"GPU      {_size(cost.gpu_weights + held.tile_bytes + cached)} per worker "
-                f"(weights {_size(cost.gpu_weights)}, {network})"
-            )
-        say(
+    Console(width=WIDTH).print(table)
+
+
+def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | None) -> None:
+    plan, in_flight = prepared.job.plan, prepared.config.work.in_flight
+    gpu = device.is_gpu if device is not None else cost.gpu_weights is not None or cost.network_s is None
+    held = footprint(prepared.job.network, gpu)
+    resident = cost.network if device is None else Footprint() if gpu else held
+    memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], resident)
+    cached = in_flight * held.slab_cache_bytes(plan)
+    network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
+    promised = f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)}"
+    if cost.gpu_weights is not None:
+        print(f"{promised})")
+        total = _size(cost.gpu_weights + held.tile_bytes + cached)
+        print(f"GPU      {total} per worker (weights {_size(cost.gpu_weights)}, {network})")
+    elif gpu:
+        print(f"{promised})")
+        print(f"GPU      {_size(held.tile_bytes + cached)} per worker beside the weights ({network})")
+    else:
+        print(f"{promised}, {network})")
+
+
+def _print_tried(prepared: Prepared, cost: SlabCost, fleet: Fleet) -> None:
+    """Hours by the slab that was tried here; beside them those of measured devices, where the workers are elsewhere."""
+    cluster, network = prepared.config.cluster, prepared.job.network
+    elsewhere = cost.gpu_weights is None and (cluster.kind != "local" or bool(cluster.gpus_per_worker))
+    if cost.network_s is None:
+        print(f"one slab {cost.read_s:.2f} s read, {cost.write_s:.2f} s encode (tried on this machine)")
+    else:
+        hours = fleet.hours(cost, cost.network_s)
+        like = "this machine's CPU" if elsewhere else "this machine"
+        print(
             f"one slab {cost.read_s:.2f} s read, {cost.network_s:.2f} s network, {cost.write_s:.2f} s encode "
             "(tried on this machine)"
         )
-        say(f"time     {_hours(hours)} on one worker like this machine, {_hours(hours / workers)} on {workers}")
+        print(
+            f"time     {duration(hours.workers)} on one worker like {like}, "
+            f"{duration(hours.workers / fleet.workers)} on {fleet.workers}"
+            + ("" if fleet.price is None else f"; cost {fleet.money(hours)} at {fleet.price:g} an hour")
+        )
+    if not elsewhere:
+        return
+    print(
+        "         The workers are elsewhere: set cluster.measured to what `emsr doctor --json` wrote on such a machine"
+    )
+    for device in MEASURED_DEVICES if cluster.gpus_per_worker != 0 else ():
+        if device.fits(network):
+            stated, bounds = prepared.config.network, prepared.source.bounds
+            there = for_workers(network, stated, bounds, [facts(device, network)])
+            _print_device(prepared.job.plan, there, cost, fleet, device)
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} minutes"
+def _print_device(plan: Plan, network: NetworkSpec, cost: SlabCost, fleet: Fleet, device: MeasuredDevice) -> None:
+    """A row of hours for each precision in which the network was measured on `device`."""
+    print(f"time     of {fleet.slabs:,.0f} slabs on {device.kind}, measured on {device.date} ({device.how})")
+    Console(width=WIDTH).print(fleet.table(plan, network, device, cost))
+    for precision, fit in device.fits(network).items():
+        if fit.scaled != 1 or not fit.same_batch:
+            print(
+                f"         {precision} was not measured at tile {network.lattice.tile}, batch {network.batch}: "
+                f"hours are those of {fit.rate}, by voxels (x {fit.scaled:.2f})"
+            )
 
 
 def _size(count: float) -> str:

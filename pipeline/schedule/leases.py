@@ -35,6 +35,16 @@ MAX_STARTS = 3
 """A lease is started so often at most."""
 
 
+def lease_seconds(threads: int) -> float:
+    """About how long a lease takes where there are so many threads."""
+    return max(LEASE_S, threads / LEASES_PER_S)
+
+
+def tasks_in(lease_s: float, task_s: float) -> int:
+    """How many tasks of `task_s` seconds make a lease of `lease_s`, far from a run's end."""
+    return max(1, min(MAX_LEASE_TASKS, int(lease_s / task_s)))
+
+
 @dataclass(frozen=True)
 class Capacity:
     """The workers that are there, and their threads in all."""
@@ -98,7 +108,7 @@ class Leases:
         """
         if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
             return None
-        max_s = max(LEASE_S, capacity.threads / LEASES_PER_S)
+        max_s = lease_seconds(capacity.threads)
         if self._elsewhere:
             index, failed_on = self._elsewhere.popleft()
             self._left -= 1
@@ -186,7 +196,7 @@ class Leases:
         if self._mean_s <= 0:
             return 1
         fair = max(self._left // (2 * capacity.slots), int(MIN_LEASE_S / self._mean_s))
-        return max(1, min(MAX_LEASE_TASKS, int(max_s / self._mean_s), fair))
+        return max(1, min(tasks_in(max_s, self._mean_s), fair))
 
     def _late_lease(self, now: float, capacity: Capacity) -> Lease | None:
         """A lease that is late, now that nothing else is left. A task writes whole shards of the same bytes: two may do

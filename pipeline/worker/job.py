@@ -125,13 +125,14 @@ class SlabCost:
     """What one slab cost on this machine, for the price of a run.
 
     Seconds by part, stored over raw bytes by level, resident bytes of the process before the slab, what the network
-    holds of the process's memory, and the bytes of the weights where a GPU has them.
+    holds of the process's memory, and the bytes of the weights where a GPU has them. `network_s` is None where the
+    network was not tried.
     """
 
     read_s: float
-    network_s: float
+    network_s: float | None
     write_s: float
     stored_share: dict[int, float]
     base_bytes: int
-    network: Footprint
-    gpu_weights: int | None
+    network: Footprint = Footprint()  # noqa: RUF009 - frozen
+    gpu_weights: int | None = None

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 from pipeline.base.waits import LIMIT_S, no_answer, say
 from pipeline.inference.tiles import DEVICE_LOCK, super_resolve
+from pipeline.plan.lattice import Lattice
+from pipeline.plan.network_spec import NetworkSpec
+from pipeline.plan.plan import Slab
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.process.watchdog import run_watched
+from pipeline.storage.volume import Uint8Array
 from pipeline.worker.job import Job, SlabCost
-from pipeline.worker.open_job import open_job
+from pipeline.worker.open_job import OpenJob, open_job
 from pipeline.worker.slab import encode_slab, owned_voxels, read_with_halo
 
 
@@ -18,9 +24,21 @@ def measure_slab(job: Job) -> SlabCost:
 
     Raises what `process_slab` raises, NoAnswerError where nothing goes on for work.stall_s.
     """
+    return _watched(job, lambda: _measured(job))
+
+
+def measure_without_network(job: Job) -> SlabCost:
+    """Read and encode the slab in the middle of the region, for a job whose network is for other devices than this.
+
+    What is encoded is the slab enlarged by bicubic interpolation. Raises what `measure_slab` raises.
+    """
+    return _watched(job, lambda: _read_and_encoded(job))
+
+
+def _watched(job: Job, measure: Callable[[], SlabCost]) -> SlabCost:
     costs: list[SlabCost] = []
     stall_s = max(job.stall_s, LIMIT_S)
-    stall = run_watched(lambda: costs.append(_measured(job)), stall_s, say)
+    stall = run_watched(lambda: costs.append(measure()), stall_s, say)
     if stall is not None:
         raise no_answer(stall.what or f"the network\n{stall.stack}", stall_s)
     return costs[0]
@@ -28,8 +46,7 @@ def measure_slab(job: Job) -> SlabCost:
 
 def _measured(job: Job) -> SlabCost:
     opened = open_job(job)
-    plan = job.plan
-    slab = plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2))
+    slab = _middle(job)
     with DEVICE_LOCK:  # once unmeasured: the first call builds caches
         super_resolve(opened.network, *read_with_halo(opened, slab), slab)
     began = time.perf_counter()
@@ -37,18 +54,44 @@ def _measured(job: Job) -> SlabCost:
     read = time.perf_counter()
     sr = super_resolve(opened.network, lr, sections, slab)
     computed = time.perf_counter()
-    objects = encode_slab(opened, slab, owned_voxels(plan, slab, lr), sr)
-    encoded = time.perf_counter()
-    share = {}
-    for level in [*range(plan.levels_by_slabs), *([FIDELITY] if plan.fidelity is not None else [])]:
-        box = plan.fidelity_box(slab) if level == FIDELITY else plan.level_box(slab, level)
-        share[level] = sum(len(objects[key]) for key in opened.target.keys(level, box)) / box.size
+    owned = owned_voxels(job.plan, slab, lr)
+    write_s, share = _encoded(opened, slab, owned, sr)
     return SlabCost(
         read - began,
         computed - read,
-        encoded - computed,
+        write_s,
         share,
         opened.base_bytes,
         opened.network.resident,
-        gpu_weights=opened.network.weight_bytes if opened.network.device.type == "cuda" else None,
+        opened.network.weight_bytes if opened.network.device.type == "cuda" else None,
     )
+
+
+def _read_and_encoded(job: Job) -> SlabCost:
+    spec = NetworkSpec("bicubic", job.plan.scale, None, "", "float32", Lattice(job.plan.lattice.cell, 8, 1, "edge"))
+    opened = open_job(replace(job, network=spec))
+    slab = _middle(job)
+    read_with_halo(opened, slab)  # once unmeasured: the first call builds caches
+    began = time.perf_counter()
+    lr, _ = read_with_halo(opened, slab)
+    read_s = time.perf_counter() - began
+    halo = job.plan.lattice.z_halo
+    with DEVICE_LOCK:
+        sr = super_resolve(opened.network, lr[halo : len(lr) - halo], range(slab.lr.shape.z), slab)
+    write_s, share = _encoded(opened, slab, owned_voxels(job.plan, slab, lr), sr)
+    return SlabCost(read_s, None, write_s, share, opened.base_bytes)
+
+
+def _middle(job: Job) -> Slab:
+    return job.plan.slab(job.plan.slab_at(job.plan.region.start + job.plan.region.shape // 2))
+
+
+def _encoded(opened: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> tuple[float, dict[int, float]]:
+    """Seconds that encoding takes, and stored over raw bytes by level."""
+    plan, began = opened.plan, time.perf_counter()
+    objects = encode_slab(opened, slab, owned, sr)
+    seconds, share = time.perf_counter() - began, {}
+    for level in [*range(plan.levels_by_slabs), *([FIDELITY] if plan.fidelity is not None else [])]:
+        box = plan.fidelity_box(slab) if level == FIDELITY else plan.level_box(slab, level)
+        share[level] = sum(len(objects[key]) for key in opened.target.keys(level, box)) / box.size
+    return seconds, share
