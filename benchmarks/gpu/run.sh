@@ -35,7 +35,6 @@ part busy-float32 50 $volume busy "$scratch/v" float32 small 256
 part busy-bfloat16 50 $volume busy "$scratch/v" bfloat16 small 256
 part speed 145 $network speed 130
 part law1 110 $volume law1 "$scratch/v"
-part train-vqgan 50 python3 benchmarks/gpu/training.py "$scratch/t" vqgan paper 32-true 35
-part train-vqgan-bfloat16 50 python3 benchmarks/gpu/training.py "$scratch/t" vqgan paper bf16-mixed 35
+part train 100 python3 benchmarks/gpu/training.py "$scratch/t" vqgan 35 float32,bfloat16
 part same 40 $network same
 rm -rf "$scratch"

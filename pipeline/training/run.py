@@ -58,7 +58,7 @@ def run(config: StageConfig) -> int:
         found, complaints = checkpoint.read(config.output, torch.device("cpu"))
         for line in complaints:
             print(f"emsr: {line}; the checkpoint before it is used", file=sys.stderr)
-        prepared = _with_precision(prepared, found)
+        prepared = with_precision(prepared, found)
         changed = {} if found is None else _changes(prepared, found)
         with processes.others(prepared.config, bool(prepared.gpus)), devices.memory(config):
             loop = make_loop(prepared, Ranks(0, config.devices, processes.waits))
@@ -82,7 +82,7 @@ def run_rank(config: StageConfig, ranks: Ranks, folder: Path) -> None:
         loop.run(prepared.crops, prepared.windows, lambda *_: None, lambda _: None)
 
 
-def _with_precision(prepared: Prepared, found: dict[str, Any] | None) -> Prepared:
+def with_precision(prepared: Prepared, found: dict[str, Any] | None) -> Prepared:
     """`prepared` with the precision that was stated, else that of the checkpoint `found`, else what is chosen."""
     config, gpus = prepared.config, prepared.gpus
     if config.precision is not None:
