@@ -475,9 +475,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("scale < self._scale", "scale <= self._scale"),
         ('group | {"fused": True, "foreach": None}', "group"),
     ],
-    ("models/training/loop.py", "tests/test_train_faults.py -k finite"): [
-        ("torch.stack(norms).square().sum()", "torch.stack(norms).sum()"),
-    ],
     ("pipeline/training/devices.py", PRECISION): [
         ('bool(count) and precision != "float32"', 'precision != "float32"'),
         ("tf32 = all(", "tf32 = any("),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ from models.config import X8_SMALL
 from models.training.ahead import AHEAD, Ahead, Drawn
 from models.training.busy import Busy
 from models.training.crops import Augmentation, Bytes, Crops, Volume
-from models.training.loop import Loop, Recipe, learning_rate
+from models.training.loop import Loop, NotFiniteError, Recipe, learning_rate
 from models.training.ranks import Ranks
-from models.training.stages import FlowStage, IndexerStage, NetworkStage, Stage, VQGANStage
+from models.training.stages import FlowStage, IndexerStage, Losses, NetworkStage, Stage, VQGANStage
 from models.vqgan import VQGAN
 from pipeline.base import waits
 from pipeline.base.errors import NoAnswerError
@@ -203,6 +205,25 @@ def test_a_step_waits_for_its_device_only_where_losses_and_gradients_are_looked_
     with Refusing():
         loop._one_step(drawn, 1e-4)
     assert len(ranks.reads) == 1
+
+
+class Steep(FlowStage):
+    """A loss so steep that squares of its gradients, which Adam would keep, are infinite; they themselves are not."""
+
+    def losses(self, *arguments: Any) -> Losses:
+        return {"loss": 1e24 * super().losses(*arguments)["loss"]}
+
+
+def test_gradients_whose_squares_are_infinite_change_nothing() -> None:
+    loop = Loop(Fabric(accelerator="cpu", devices=1), Steep(X8_SMALL), Recipe(9, 1))
+    before = weights(loop)
+    with pytest.raises(NotFiniteError) as raised:
+        loop.run(crops(2), [], lambda *_: None, lambda _: None)
+    assert raised.value.step == 0
+    assert math.isfinite(raised.value.parts["loss"])
+    assert max(float(p.grad.abs().max()) for p in loop.stage.network.parameters() if p.grad is not None) < math.inf
+    assert all_equal(weights(loop), before)
+    assert not loop.adam.state
 
 
 def test_updates_left_out_by_float16_are_counted() -> None:
