@@ -13,11 +13,16 @@ import pytest
 import torch
 from conftest import REPOSITORY, texture, write_lr
 from safetensors import safe_open
-from test_train import stage_yaml, tensors
+from test_train import NO_PRIOR, stage_yaml, tensors
 
+from models.config import X8_SMALL
+from models.training.parts import Part, save_part
+from models.training.ranks import ALONE
+from models.vqgan import VQGAN
 from pipeline.config import stage as stage_config
 from pipeline.train import main
 from pipeline.training import devices
+from pipeline.training.run import make_loop, prepare_run
 
 WORDS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
@@ -104,6 +109,25 @@ def test_a_checkpoint_of_a_gpu_says_what_a_cpu_needs_to_be_told(
     assert f"The checkpoint in {tmp_path / 'flow'} keeps its own: give another one to change it" in said
     assert main([str(stage_yaml(tmp_path, "flow", steps=2, accelerator="cpu", precision="float32"))]) == 0
     assert "precision was tf32, is float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["flow", "vqgan", "indexer", "network"])
+def test_mixed_precision_does_not_round_images(hr: Path, tmp_path: Path, stage: str) -> None:
+    """Convolutions are bfloat16; what they are given, and what comes out of the network, is float32."""
+    vqgan = tmp_path / "vqgan.safetensors"
+    save_part(vqgan, Part("vqgan", X8_SMALL, "CC0", VQGAN(X8_SMALL.prior).state_dict(), {}))
+    keys: dict[str, Any] = {"indexer": {"network__vqgan": vqgan.name}, "network": NO_PRIOR}.get(stage, {})
+    path = stage_yaml(tmp_path, stage, precision="bfloat16", accelerator="cpu", losses__adversarial=0.0, **keys)
+    prepared = prepare_run(stage_config.load(path))
+    loop = make_loop(prepared, ALONE)
+    seen: dict[str, set[torch.dtype]] = {"given": set(), "convolved": set(), "made": set()}
+    loop.stage.network.register_forward_pre_hook(lambda _, given: seen["given"].update(x.dtype for x in given))
+    first = next(m for m in loop.stage.network.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_hook(lambda _, given, made: seen["convolved"].add(made.dtype))
+    drawn = loop.stage.draw(prepared.crops.batch(0, 0, 1), 0)
+    made = loop.stage.losses(loop.network, None, drawn, 0)
+    seen["made"].update(loss.dtype for loss in made.values())
+    assert seen == {"given": {torch.float32}, "convolved": {torch.bfloat16}, "made": {torch.float32}}
 
 
 def test_gpus_take_tf32_where_all_of_them_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
 from pipeline.base.errors import UserError
 from pipeline.config.stage import StageConfig
 from pipeline.process import device
 
-FABRIC = {"float32": "32-true", "tf32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-"""Lightning Fabric's words. The last two are mixed: weights and their updates stay float32."""
+MIXED = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}
+"""Lightning Fabric's words. Weights and their updates stay float32, as in the other precisions."""
 TF32_CAPABILITY = (8, 0)
 """The first CUDA compute capability whose tensor cores take TF32, and bfloat16."""
 
@@ -46,6 +48,22 @@ def check(precision: str, count: int, do: str) -> None:
 def choose(count: int) -> str:
     """The precision where none was stated: tf32 where every GPU has it, else float32."""
     return "tf32" if "tf32" in _possible(count) else "float32"
+
+
+class Mixed(MixedPrecision):  # type: ignore[misc]
+    """Autocast alone. Fabric would also round a network's inputs: the image that SR is added to, and with the images
+    the positions at which the flow samples them, to a quarter of a voxel and worse.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def of_fabric(precision: str, count: int) -> Precision:
+    """How Lightning Fabric runs forward and backward passes on `count` GPUs, or a CPU where that is 0."""
+    if precision not in MIXED:
+        return Precision()
+    return Mixed(MIXED[precision], "cuda" if count else "cpu")
 
 
 def set_rounding(precision: str, count: int) -> None:

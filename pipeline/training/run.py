@@ -134,8 +134,10 @@ def make_loop(prepared: Prepared, ranks: Ranks) -> Loop:
     fabric = Fabric(
         accelerator="cuda" if prepared.gpus else "cpu",
         devices=[ranks.rank] if prepared.gpus else 1,
-        precision=devices.FABRIC[config.precision],
-        plugins=[LightningEnvironment()],  # otherwise it looks for Slurm, and warns where `srun` is not used
+        plugins=[
+            devices.of_fabric(config.precision, prepared.gpus),
+            LightningEnvironment(),  # otherwise it looks for Slurm, and warns where `srun` is not used
+        ],
     )
     return Loop(fabric, prepared.stage, _recipe(config), ranks)
 
