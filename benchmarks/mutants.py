@@ -39,6 +39,8 @@ REQUESTS = "tests/test_requests.py -k 'not third'"
 WATCHDOG = "tests/test_watchdog.py"
 QUALITY = "tests/test_section_quality.py -k 'not undamaged and not destroyed'"
 LOSSES = "tests/test_training_losses.py tests/test_training_samples.py"
+AHEAD = "tests/test_train_ahead.py -k 'order or error or busy or left_out or not_fused'"
+PRECISION = "tests/test_train_precision.py -k 'float32_on or take_tf32 or keeps or earlier_word_is'"
 GOLDEN = "tests/test_golden.py -k 'vectors and x8'"
 """These tests read files in EMSR_SHARED."""
 BANDS = "tests/test_bands.py"
@@ -484,6 +486,25 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("if place in (5, 10):", "if place in (5, 12):"),
         ("(image - self.mean) / self.std", "image / self.std"),
         ("layers += [conv, nn.ReLU(inplace=True)]", "layers += [conv]"),
+    ],
+    ("models/training/ahead.py", AHEAD): [
+        ("step, drawn = self._drawn.popleft()", "step, drawn = self._drawn.pop()"),
+        ("drawn.set_exception(error)", "drawn.set_result(())"),
+    ],
+    ("models/training/busy.py", AHEAD): [
+        ("(until - self._finished[0][0])", "until"),
+    ],
+    ("models/training/loop.py", AHEAD): [
+        ("scale < self._scale", "scale <= self._scale"),
+        ('group | {"fused": True, "foreach": None}', "group"),
+    ],
+    ("pipeline/training/devices.py", PRECISION): [
+        ('bool(count) and precision != "float32"', 'precision != "float32"'),
+        ("tf32 = all(", "tf32 = any("),
+    ],
+    ("pipeline/training/run.py", PRECISION): [
+        ("taken = kept or devices.choose(gpus)", "taken = devices.choose(gpus)"),
+        ('{"precision": EARLIER_WORDS.get(word, word)}', '{"precision": word}'),
     ],
     ("models/vqgan.py", GOLDEN): [
         (

@@ -59,11 +59,14 @@ def rows(table: str) -> dict[str, list[str]]:
         ("network_speed.py", ("memory", "8", "8")),
         ("lattice.py", ("small", "phantom", "8", "16", "1", "16", "8")),
         ("gpu/network.py", ("speed", "20", "smoke")),
+        ("gpu/training.py", ("{tmp}", "flow,vqgan,indexer,network", "5", "chosen", "smoke")),
         ("precision.py", ("small", "phantom", "8", "16", "1", "bfloat16,contiguous,batch2")),
     ],
 )
-def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
-    assert benchmark(name, *arguments)
+def test_benchmarks_run(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    said = benchmark(name, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert said
+    assert '"error"' not in said
 
 
 def test_nothing_is_named_after_a_slab_in_dask() -> None:

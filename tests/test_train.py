@@ -88,9 +88,11 @@ def test_four_stages_make_weights_that_the_pipeline_runs(
         said = capsys.readouterr().err
         assert "step 3/3" in said
         assert "steps/s" in said
+        assert "  device busy " in said
         assert "left" in said
         lines = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 3]
+        assert all(0 < line["device_busy"] <= 1 for line in lines)
         assert list((tmp_path / stage / "tensorboard").iterdir())
     codebook = load_file(tmp_path / "vqgan" / "last.safetensors")["codebook.weight"]
     path = tmp_path / "network" / "best-psnr.safetensors"

@@ -195,7 +195,7 @@ def test_the_vqgan_stage_adds_up_its_losses() -> None:
     batch = torch.zeros(1, 1, 1, 12, 12), torch.rand(1, 1, 1, 96, 96)
     assert stage.critic is not None
     for step, gan, r1 in ((30, False, False), (31, True, False), (32, True, True)):
-        found = stage.losses(stage.network, stage.critic, batch, step)
+        found = stage.losses(stage.network, stage.critic, stage.draw(batch, step), step)
         total = found["l1"] + 10 * found["codebook"] + (0.05 * found["generator"] if gan else 0)
         assert found["loss"].item() == pytest.approx(total.item())
         assert ("generator" in found) == gan

@@ -97,7 +97,7 @@ PAIRS: dict[str, Any] = {
     "validate_every": 300,
     "after": ["vqgan"],
 }
-WINDOWS: dict[str, Any] = {"stage": "network", "centres": 4, "validate_every": 250, "precision": "bf16-mixed"}
+WINDOWS: dict[str, Any] = {"stage": "network", "centres": 4, "validate_every": 250, "precision": "bfloat16"}
 """Settings that the indexer stages, and that the network stages have in common. `after` and `start` name the stages
 whose weights they take."""
 
@@ -113,7 +113,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "quantise_from": 500,
         "revive_every": 100,
         "losses": {"codebook": 1.0, "adversarial": 0.0, "perceptual": 0.1},
-        "precision": "bf16-mixed",
+        "precision": "bfloat16",
     },
     "indexer-x8": PAIRS | {"scale": 8},
     "network-x8": WINDOWS

@@ -17,8 +17,12 @@ class CodeUsage:
         self.counts = torch.zeros(codes, dtype=torch.int64)
 
     def count(self, indices: Tensor, ranks: Ranks = ALONE) -> None:
-        """Add codes of any shape to the counts."""
-        self.counts += ranks.sum(torch.bincount(indices.flatten().cpu(), minlength=len(self.counts)))
+        """Add codes of any shape to the counts, which move to their device. A GPU is not waited for, as it would be by
+        bincount.
+        """
+        flat = indices.flatten()
+        found = torch.zeros(len(self.counts), dtype=torch.int64, device=flat.device)
+        self.counts = self.counts.to(flat.device) + ranks.sum(found.index_add_(0, flat, torch.ones_like(flat)))
 
     def revive(self, codebook: Codebook, latent: Tensor, rng: np.random.Generator, ranks: Ranks = ALONE) -> Tensor:
         """Set every row with a count of 0 to one of the encoder's outputs `latent` (B, d, h, w), drawn at random from

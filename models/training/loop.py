@@ -6,13 +6,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models.training.ahead import SILENT, Ahead, Drawn, Waits
+from models.training.busy import Busy
 from models.training.crops import Crops
 from models.training.ranks import ALONE, Ranks
 from models.training.stages import Batch, Losses, Stage
@@ -20,7 +25,9 @@ from models.training.stages import Batch, Losses, Stage
 MIN_RATE = 1e-7
 """The learning rate at the end of each cycle of the cosine."""
 REPORTED_STEPS = 50
-"""Reported losses are means over so many steps."""
+"""Reported losses, and the share of time in which the device was busy, are means over so many steps."""
+GRADIENTS = "gradients"
+"""The name by which the squared norm of all gradients is looked at, beside the losses."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Recipe:
 @dataclass
 class Progress:
     """What is reported after a step: means of the losses over the last steps, and after a validation also its scores,
-    its images (1, H, W) and the names of the scores that are the best so far.
+    its images (1, H, W) and the names of the scores that are the best so far. `busy` is the share of time in which the
+    device computed (`Busy`), None before that is known.
     """
 
     step: int
@@ -53,6 +61,7 @@ class Progress:
     losses: dict[str, float]
     rate: float
     steps_per_s: float
+    busy: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     images: list[Tensor] = field(default_factory=list)
     best: list[str] = field(default_factory=list)
@@ -108,16 +117,20 @@ class Loop:
         self.fabric, self.stage, self.recipe, self.ranks = fabric, stage, recipe, ranks
         self.step, self.skipped = 0, 0
         self.failed: int | None = None
+        self.critic_started: int | None = None
         self.best: dict[str, float] = {}
         self.critic: Any = None
         self.network = fabric.setup_module(stage.network)
         trained = [p for p in stage.network.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas)
+        self.adam = torch.optim.Adam(trained, recipe.rate, betas=recipe.betas, fused=True)
         if stage.critic is not None:
             self.critic = fabric.setup_module(stage.critic)
-            self.critic_adam = torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas)
-            self.critic_started: int | None = None
+            self.critic_adam = torch.optim.Adam(stage.critic.parameters(), recipe.rate, betas=recipe.betas, fused=True)
+        for helper in stage.helpers():
+            fabric.to_device(helper)
         self.scaler: torch.amp.GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
+        self._scale = self.scaler.get_scale() if self.scaler is not None else 1.0
+        self.busy = Busy(fabric.device, REPORTED_STEPS)
         self.averaged = (
             {n: p.detach().clone() for n, p in stage.network.named_parameters() if p.requires_grad}
             if recipe.average
@@ -127,6 +140,7 @@ class Loop:
 
     def state(self) -> State:
         """What `go_on` takes."""
+        self._count_skipped()
         state: State = {"step": self.step, "best": self.best, "averaged": self.averaged}
         state |= {"failed": self.failed, "skipped": self.skipped}
         state |= {"network": self.stage.network.state_dict(), "adam": self.adam.state_dict()}
@@ -149,11 +163,11 @@ class Loop:
         """
         self.step, self.best, self.skipped = state["step"], state["best"], state["skipped"]
         self.stage.network.load_state_dict(state["network"])
-        self.adam.load_state_dict(state["adam"])
+        _load(self.adam, state["adam"])
         if self.critic is not None and "critic" in state:
             assert self.stage.critic is not None
             self.stage.critic.load_state_dict(state["critic"])
-            self.critic_adam.load_state_dict(state["critic_adam"])
+            _load(self.critic_adam, state["critic_adam"])
             self.critic_started = state["critic_started"]
         for name, value in state["averaged"].items():
             self.averaged[name].copy_(value)
@@ -161,6 +175,7 @@ class Loop:
             self.stage.usage.counts.copy_(state["usage"])  # type: ignore[attr-defined]
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
+            self._scale = self.scaler.get_scale()
         if state["failed"] is not None and not try_again:
             self.step, self.skipped = self.step + 1, self.skipped + 1
 
@@ -182,10 +197,11 @@ class Loop:
         tell: Callable[[Progress], None],
         keep: Callable[[State], None] = lambda _: None,
         stopped: Callable[[], bool] = lambda: False,
+        waits: Waits = SILENT,
     ) -> bool:
         """Train to the last step and return True, or False where `stopped()` was true in any rank before. `windows` are
         those of the validation, `tell` is called after every step, `keep` with every checkpoint. Checkpoint and weights
-        are written in both cases.
+        are written in both cases. `waits` is told what is waited for.
 
         Raises NotFiniteError where a loss or a gradient is not finite, once `keep` has the state before that step.
         """
@@ -195,68 +211,74 @@ class Loop:
         )
         recent: list[dict[str, float]] = []
         began, first = time.monotonic(), self.step
-        while self.step < self.recipe.steps and not self.ranks.any(stopped()):
-            rate = learning_rate(self.step, self.recipe)
-            batch = crops.batch(self.recipe.seed, self.step, self.recipe.batch, self.ranks.rank)
-            try:
-                recent = [*recent[1 - REPORTED_STEPS :], self._one_step(batch, rate)]
-            except NotFiniteError:
-                self.failed = self.step
-                keep(self.state())
-                raise
-            self.step += 1
-            speed = (self.step - first) / max(time.monotonic() - began, 1e-9)
-            progress = Progress(self.step, self.recipe.steps, _means(recent), rate, speed)
-            if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
-                self._validate(windows, save, progress)
-            tell(progress)
-            if self.step % self.recipe.checkpoint_every == 0 and self.step < self.recipe.steps:
-                keep(self.state())
+        with closing(Ahead(self._draw(crops), range(first, self.recipe.steps), self.fabric.device, waits)) as ahead:
+            while self.step < self.recipe.steps and not self.ranks.any(stopped()):
+                rate = learning_rate(self.step, self.recipe)
+                drawn = ahead.take()
+                try:
+                    recent = [*recent[1 - REPORTED_STEPS :], self._one_step(drawn, rate)]
+                except NotFiniteError:
+                    self.failed = self.step
+                    keep(self.state())
+                    raise
+                self.step += 1
+                speed = (self.step - first) / max(time.monotonic() - began, 1e-9)
+                progress = Progress(self.step, self.recipe.steps, _means(recent), rate, speed)
+                if windows and (self.step % self.recipe.validate_every == 0 or self.step == self.recipe.steps):
+                    self._validate(windows, save, progress)
+                progress.busy = self.busy.share()
+                tell(progress)
+                if self.step % self.recipe.checkpoint_every == 0 and self.step < self.recipe.steps:
+                    keep(self.state())
         keep(self.state())
         with _Averaged(self):
             save("last", self.stage.network, self._facts())
         return self.step >= self.recipe.steps
 
-    def _one_step(self, batch: Batch, rate: float) -> dict[str, float]:
+    def _draw(self, crops: Crops) -> Callable[[int], Drawn]:
+        """What the losses of a step take, by its number."""
+        seed, count, rank = self.recipe.seed, self.recipe.batch, self.ranks.rank
+        return lambda step: self.stage.draw(crops.batch(seed, step, count, rank), step)
+
+    def _one_step(self, drawn: Drawn, rate: float) -> dict[str, float]:
         """Update all weights and return the losses, means over the ranks. Raises NotFiniteError before anything but
-        gradients is changed.
+        gradients is changed. The device is waited for once, in `_checked`.
         """
-        moved: Batch = self.fabric.to_device(batch)
-        self.network.train()
-        losses = self.stage.losses(self.network, self.critic, moved, self.step)
-        found = self._gradients(self.adam, losses, "loss", rate)
-        updated = [self.adam]
-        if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
-            self.critic_started = self.step if self.critic_started is None else self.critic_started
-            critic_rate = learning_rate(self.step, self.recipe, self.critic_started)
-            found |= self._gradients(self.critic_adam, of_critic, "critic_loss", critic_rate)
-            updated.append(self.critic_adam)
-        self._update(updated)
-        anew = self.stage.after_step(self.step)
-        with torch.no_grad():
-            for name, parameter in self.stage.network.named_parameters():
-                if name in self.averaged:
-                    self.averaged[name].lerp_(parameter, 1 - decay(self.step, self.recipe))
-                    if name in anew:  # a row's average is of values that it no longer has
-                        rows = anew[name].to(parameter.device)
-                        self.averaged[name][rows] = parameter[rows]
+        with self.busy.computing():
+            self.network.train()
+            losses = self.stage.losses(self.network, self.critic, self.fabric.to_device(drawn), self.step)
+            norms = {self.adam: self._gradients(self.adam, losses["loss"], rate)}
+            critic_started = self.critic_started
+            if self.critic is not None and (of_critic := self.stage.critic_losses(self.critic, self.step)):
+                critic_started = self.step if critic_started is None else critic_started
+                critic_rate = learning_rate(self.step, self.recipe, critic_started)
+                norms[self.critic_adam] = self._gradients(self.critic_adam, of_critic["critic_loss"], critic_rate)
+                losses |= of_critic
+            found = self._checked(losses, list(norms.values()))
+            self.critic_started = critic_started
+            self._update(list(norms))
+            self._average(self.stage.after_step(self.step))
         return found
 
-    def _gradients(self, adam: torch.optim.Adam, losses: Losses, name: str, rate: float) -> dict[str, float]:
-        """Set the learning rate, and the gradients of `losses[name]`, averaged over the ranks. Returns the losses."""
-        found = self.ranks.mean({part: float(value.detach()) for part, value in losses.items()})
-        if not all(math.isfinite(value) for value in found.values()):
-            raise NotFiniteError(self.step, found)
+    def _gradients(self, adam: torch.optim.Adam, loss: Tensor, rate: float) -> Tensor:
+        """Set the learning rate, and the gradients of `loss`, averaged over the ranks. Returns their norm."""
         for group in adam.param_groups:
             group["lr"] = rate
         adam.zero_grad()
-        self.fabric.backward(losses[name])
+        self.fabric.backward(loss)
         parameters = [p for group in adam.param_groups for p in group["params"]]
         self.ranks.average_gradients(parameters)
-        if self.scaler is None:
-            squares = torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None])
-            if not bool(torch.isfinite(squares.sum())):  # Adam keeps the squares
-                raise NotFiniteError(self.step, found)
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _checked(self, losses: Losses, norms: list[Tensor]) -> dict[str, float]:
+        """The losses as numbers. Raises NotFiniteError."""
+        squares = torch.stack(norms).square().sum()  # Adam keeps squares
+        found = self.ranks.read({**losses, GRADIENTS: squares})
+        gradients = found.pop(GRADIENTS)
+        finite = all(math.isfinite(value) for value in found.values())
+        if not finite or (self.scaler is None and not math.isfinite(gradients)):
+            raise NotFiniteError(self.step, found)
+        self._count_skipped()
         return found
 
     def _update(self, optimisers: list[torch.optim.Adam]) -> None:
@@ -264,21 +286,41 @@ class Loop:
             for adam in optimisers:
                 adam.step()
             return
-        before = self.scaler.get_scale()
         for adam in optimisers:
             self.scaler.step(adam)
         self.scaler.update()
-        self.skipped += self.scaler.get_scale() < before  # a gradient was not finite in float16: smaller next time
+
+    def _average(self, anew: dict[str, Tensor]) -> None:
+        """Move the averaged weights towards the trained ones, but for the rows `anew`, which they take."""
+        if not self.averaged:
+            return
+        parameters = dict(self.stage.network.named_parameters())
+        move = get_ema_multi_avg_fn(decay(self.step, self.recipe))  # type: ignore[no-untyped-call]
+        move(list(self.averaged.values()), [parameters[name] for name in self.averaged], None)
+        with torch.no_grad():
+            for name, rows in anew.items():  # a row's average is of values that it no longer has
+                self.averaged[name][rows] = parameters[name][rows]
+
+    def _count_skipped(self) -> None:
+        """A gradient that was not finite in float16 has made the scale smaller, and left out its update. The scale is
+        on the device: it is looked at where nothing else is left to be done there.
+        """
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            self.skipped += scale < self._scale
+            self._scale = scale
 
     def _facts(self) -> dict[str, Any]:
+        self._count_skipped()
         return {"steps": self.step} | ({"skipped_updates": self.skipped} if self.skipped else {})
 
     def _validate(self, windows: list[Batch], save: Save, progress: Progress) -> None:
         self.network.eval()
         with torch.no_grad(), _Averaged(self):
-            progress.scores, progress.images = self.stage.validate(
-                self.stage.network, [self.fabric.to_device(w) for w in windows]
-            )
+            with self.busy.computing():
+                progress.scores, progress.images = self.stage.validate(
+                    self.stage.network, [self.fabric.to_device(w) for w in windows]
+                )
             for name, sign in self.stage.better.items():
                 value = progress.scores.get(name)
                 if value is not None and sign * value > sign * self.best.get(name, -sign * math.inf):
@@ -311,6 +353,12 @@ class _Averaged:
                 parameter.copy_(self._trained[name])
 
 
+def _load(adam: torch.optim.Adam, state: State) -> None:
+    """Take an optimiser's state, also that of an Adam that was not fused."""
+    groups = [group | {"fused": True, "foreach": None} for group in state["param_groups"]]
+    adam.load_state_dict(state | {"param_groups": groups})
+
+
 def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -327,6 +375,7 @@ def to_json(progress: Progress) -> dict[str, Any]:
         "step": progress.step,
         "rate": progress.rate,
         "steps_per_s": progress.steps_per_s,
+        **({} if progress.busy is None else {"device_busy": round(progress.busy, 4)}),
         **progress.losses,
         **progress.scores,
     }

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.layers import channels_last, weights_channels_last
+
 BANDWIDTH = 0.5
 """The contextual loss' h (Mechrez et al., 2018): how fast the similarity of two features falls with their distance."""
 EPSILON = 1e-5
@@ -75,12 +77,13 @@ class Features(nn.Module):
             conv.load_state_dict({"weight": weight, "bias": bias})
             layers += [conv, nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers).requires_grad_(False)
+        weights_channels_last(self)
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         """Grey images (B, 1, H, W) in 0..1, normalised as three equal channels -> (B, 256, H/4, W/4)."""
-        return self.layers((image - self.mean) / self.std)  # type: ignore[no-any-return]
+        return self.layers(channels_last((image - self.mean) / self.std))  # type: ignore[no-any-return]
 
 
 def reference_loss(features: nn.Module, sr: Tensor, references: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch.nn import Parameter
 @dataclass(frozen=True)
 class Ranks:
     """This process is number `rank` of `count`. With more than one, torch.distributed's default group connects them,
-    and all of them call each method in the same order. A lone process needs no group. `waits` makes a context in which
-    this rank waits for the others.
+    by nccl for tensors on GPUs and by gloo for those on CPUs, and all of them call each method in the same order. A
+    lone process needs no group. `waits` makes a context in which this rank waits for the others; what is on a GPU is
+    only queued, and waited for in `read`.
     """
 
     rank: int = 0
@@ -23,36 +24,35 @@ class Ranks:
     waits: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, compare=False)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of all ranks' tensors of one shape, on the device of this one's."""
+        """The sum of all ranks' tensors of one shape."""
         if self.count == 1:
             return value
-        total = value.detach().clone().to(_device())
+        total = value.detach().clone()
         with self.waits():
             distributed.all_reduce(total)
-            _finish()
-        return total.to(value.device)
+        return total
 
     def gather(self, value: Tensor) -> Tensor:
         """All ranks' tensors of one shape, one after the other along the first dimension."""
         if self.count == 1:
             return value
-        own = value.detach().contiguous().to(_device())
+        own = value.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(self.count)]
         with self.waits():
             distributed.all_gather(parts, own)
-            _finish()
-        return torch.cat(parts).to(value.device)
+        return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any rank."""
         return flag if self.count == 1 else bool(self.sum(torch.tensor(float(flag))) > 0)
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean of each value over the ranks. All have the same names; it is not finite where one of them is not."""
-        if self.count == 1:
-            return values
-        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float64)) / self.count
-        return dict(zip(values, total.tolist(), strict=True))
+    def read(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """The mean of each single number over the ranks. All have the same names; it is not finite where one of them is
+        not. Waits until the device, and those of the other ranks, have come so far.
+        """
+        total = self.sum(torch.stack([value.detach().double() for value in values.values()])) / self.count
+        with self.waits() if self.count > 1 else nullcontext():
+            return dict(zip(values, total.tolist(), strict=True))
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replace the gradient of each parameter that has one by its mean over the ranks."""
@@ -68,22 +68,10 @@ class Ranks:
         if self.count == 1:
             return
         for tensor in tensors:
-            sent = tensor.detach().contiguous().to(_device())
+            sent = tensor.detach().contiguous()
             with self.waits():
                 distributed.broadcast(sent, 0)
-                _finish()
             tensor.detach().copy_(sent)
 
 
 ALONE = Ranks()
-
-
-def _finish() -> None:
-    """Wait for what was only queued on a GPU so far."""
-    if distributed.get_backend() == "nccl":
-        torch.cuda.synchronize()
-
-
-def _device() -> str:
-    """Where the group's tensors must be."""
-    return "cuda" if distributed.get_backend() == "nccl" else "cpu"

@@ -16,6 +16,7 @@ from models.discriminator import Discriminator
 from models.flow import SPyNet
 from models.indexer import Indexer
 from models.network import SuperResolver
+from models.training.ahead import Drawn
 from models.training.codes import CodeUsage
 from models.training.losses import codebook_loss, critic_loss, generator_loss, index_loss, r1_penalty, reference_loss
 from models.training.ranks import ALONE, Ranks
@@ -45,8 +46,18 @@ class Stage(Protocol):
     better: dict[str, int]
     ranks: Ranks
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
-        """The network's losses for a batch of LR (B, N, 1, h, w) and HR (B, N, 1, H, W)."""
+    def helpers(self) -> list[nn.Module]:
+        """Frozen networks that losses and scores use beside `network`."""
+        ...
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        """What `losses` takes in this step: LR and HR, or what is made of them, with all that is drawn at random. On
+        the host, in another thread than the steps, and before the steps before are done.
+        """
+        ...
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, drawn: Drawn, step: int) -> Losses:
+        """The network's losses for what `draw` has drawn."""
         ...
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
@@ -85,9 +96,16 @@ class FlowStage:
     def __post_init__(self) -> None:
         self.network: nn.Module = SPyNet(self.params.flow_widths, self.params.flow_levels)
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
+    def helpers(self) -> list[nn.Module]:
+        return []
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        """First and second image, and the flow between them (`warped_pair`)."""
         own = [self.ranks.rank] if self.ranks.rank else []
-        first, second, flow = self._pair(batch, np.random.default_rng([self.seed, step, 1, *own]))
+        return warped_pair(*batch, np.random.default_rng([self.seed, step, 1, *own]), self.shift, self.bend)
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, drawn: Drawn, step: int) -> Losses:
+        first, second, flow = drawn
         return {"loss": endpoint_error(network(first, second), flow)}
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
@@ -98,16 +116,12 @@ class FlowStage:
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         found, still = [], []
-        for i, batch in enumerate(windows):
-            first, second, flow = self._pair(batch, np.random.default_rng([self.seed, i, 2]))
+        for i, (lr, hr) in enumerate(windows):
+            drawn = warped_pair(lr.cpu(), hr.cpu(), np.random.default_rng([self.seed, i, 2]), self.shift, self.bend)
+            first, second, flow = (part.to(lr.device) for part in drawn)
             found.append(float(endpoint_error(network(first, second), flow)))
             still.append(float(endpoint_error(torch.zeros_like(flow), flow)))
         return {"endpoint_error": float(np.mean(found)), "endpoint_error_of_no_flow": float(np.mean(still))}, []
-
-    def _pair(self, batch: Batch, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        lr, hr = batch
-        first, second, flow = warped_pair(lr.cpu(), hr.cpu(), rng, self.shift, self.bend)
-        return first.to(lr.device), second.to(lr.device), flow.to(lr.device)
 
 
 @dataclass
@@ -145,13 +159,32 @@ class VQGANStage:
         self._real_and_fake: tuple[Tensor, Tensor] | None = None
         self._latent: Tensor | None = None
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
-        real = batch[1].flatten(0, 1)
-        share = 1.0 if not self.quantise_from else min(1.0, step / self.quantise_from - 1)
-        image, latent, quantised = network(real, self._tokens(real, share, step))
+    def helpers(self) -> list[nn.Module]:
+        return _modules(self.perceptual)
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        """HR as (B, 1, H, W), and which tokens are quantised, (B, 1, h, w): a share of them, drawn anew in each step;
+        nothing once all are. All ranks draw those of all samples of the step, and each takes its own.
+        """
+        real, share = batch[1].flatten(0, 1), self._quantised(step)
+        if share >= 1:
+            return (real,)
+        b, _, h, w = real.shape
+        patch, first = self.params.prior.patch, self.ranks.rank * b
+        size = (self.ranks.count * b, 1, h // patch, w // patch)
+        drawn = np.random.default_rng([self.seed, step, 4]).random(size)[first : first + b] < share
+        return real, torch.from_numpy(drawn)
+
+    def _quantised(self, step: int) -> float:
+        """The share of tokens that is quantised; 0 or less before any is."""
+        return 1.0 if not self.quantise_from else min(1.0, step / self.quantise_from - 1)
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, drawn: Drawn, step: int) -> Losses:
+        real = drawn[0]
+        image, latent, quantised = network(*drawn)
         parts = {"l1": functional.l1_loss(image, real)}
         loss = parts["l1"]
-        if share > 0:
+        if self._quantised(step) > 0:
             parts["codebook"] = codebook_loss(latent, quantised)
             loss = loss + self.codebook_weight * parts["codebook"]
         if self.perceptual is not None and self.perceptual_weight:
@@ -166,18 +199,6 @@ class VQGANStage:
             self._real_and_fake = real, image.detach()
         self._latent = latent.detach()
         return {"loss": loss, **parts}
-
-    def _tokens(self, real: Tensor, share: float, step: int) -> Tensor | None:
-        """Which tokens are quantised, (B, 1, h, w): a share of them, drawn anew in each step; None for all. All ranks
-        draw those of all samples of the step, and each takes its own.
-        """
-        if share >= 1:
-            return None
-        b, _, h, w = real.shape
-        patch, first = self.params.prior.patch, self.ranks.rank * b
-        size = (self.ranks.count * b, 1, h // patch, w // patch)
-        drawn = np.random.default_rng([self.seed, step, 4]).random(size)[first : first + b] < share
-        return torch.from_numpy(drawn).to(real.device)
 
     def critic_losses(self, critic: nn.Module, step: int) -> Losses | None:
         if self._real_and_fake is None:
@@ -232,8 +253,14 @@ class IndexerStage:
         self.network: nn.Module = Indexer(self.params.prior, self.params.scale)
         self.vqgan.requires_grad_(False)
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
-        lr, hr = (part.flatten(0, 1) for part in batch)
+    def helpers(self) -> list[nn.Module]:
+        return [self.vqgan]
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        return batch
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, drawn: Drawn, step: int) -> Losses:
+        lr, hr = (part.flatten(0, 1) for part in drawn)
         logits = network(lr)
         indices = self._indices(hr)
         return {"loss": index_loss(logits, indices), "right": (logits.argmax(1) == indices).float().mean()}
@@ -246,7 +273,6 @@ class IndexerStage:
 
     def _indices(self, hr: Tensor) -> Tensor:
         with torch.no_grad():
-            self.vqgan.to(hr.device)
             return self.vqgan.codebook.nearest(self.vqgan.encoder(hr))
 
     def validate(self, network: nn.Module, windows: Iterable[Batch]) -> tuple[dict[str, float], list[Tensor]]:
@@ -287,8 +313,14 @@ class NetworkStage:
         self.network: nn.Module = SuperResolver(self.params)
         self.sections, self.validated = self.params.window + self.centres - 1, self.params.window
 
-    def losses(self, network: nn.Module, critic: nn.Module | None, batch: Batch, step: int) -> Losses:
-        lr, hr = batch
+    def helpers(self) -> list[nn.Module]:
+        return _modules(self.features, self.perceptual)
+
+    def draw(self, batch: Batch, step: int) -> Drawn:
+        return batch
+
+    def losses(self, network: nn.Module, critic: nn.Module | None, drawn: Drawn, step: int) -> Losses:
+        lr, hr = drawn
         half = self.params.window // 2
         sr, references = network(lr, all_centres=True, alone=self.alone)
         wanted = hr[:, half : half + self.centres]
@@ -318,6 +350,10 @@ class NetworkStage:
             scores.append(image_scores(sr, real, self.perceptual) | {"bicubic_psnr": psnr(enlarged, real)})
             images.append(torch.cat([enlarged, sr.clamp(0, 1), real], 3)[0])
         return mean_scores(scores), images
+
+
+def _modules(*found: object) -> list[nn.Module]:
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def psnr(image: Tensor, real: Tensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
@@ -24,9 +24,16 @@ _APART: Any = {
 }
 """Keys that decide no weight."""
 
+EARLIER_WORDS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+"""What `precision` was called before, which stays allowed and stands in older checkpoints."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Steps = Annotated[StrictInt, Field(ge=1)]
+Precision = Annotated[
+    Literal["float32", "tf32", "bfloat16", "float16"],
+    BeforeValidator(lambda word: EARLIER_WORDS.get(word, word) if isinstance(word, str) else word),
+]
 
 
 class _Model(BaseModel):
@@ -115,7 +122,10 @@ class LossConfig(_Model):
 
 
 class StageConfig(_Model):
-    """One stage.yaml. `rate` is Adam's first learning rate; `periods` are the lengths of its cosine cycles in steps."""
+    """One stage.yaml. `rate` is Adam's first learning rate; `periods` are the lengths of its cosine cycles in steps.
+
+    `precision` is chosen where it is absent: the checkpoint's, else what the devices compute in (training/precision).
+    """
 
     stage: Literal["flow", "vqgan", "indexer", "network"]
     output: Path
@@ -138,7 +148,7 @@ class StageConfig(_Model):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Steps = 1
     threads: Steps | None = None
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    precision: Precision | None = None
     half: StrictBool = False
     card: StrictStr = ""
 

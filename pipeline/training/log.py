@@ -100,13 +100,16 @@ def _step(line: str) -> float:
 
 
 def line(progress: Progress) -> str:
-    """A step in one line: losses, scores where there are any, steps per second, and the time that is left."""
+    """A step in one line: losses, scores where there are any, steps per second, the share of time in which the device
+    was busy, and the time that is left.
+    """
     left = (progress.steps - progress.step) / progress.steps_per_s
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
     scores = "".join(
         f"  {name} {value:.4f}{' (best)' if name in progress.best else ''}" for name, value in progress.scores.items()
     )
-    speed = f"{progress.steps_per_s:.2f} steps/s  {_clock(left)} left"
+    busy = "" if progress.busy is None else f"  device busy {100 * progress.busy:.0f} %"
+    speed = f"{progress.steps_per_s:.2f} steps/s{busy}  {_clock(left)} left"
     return f"step {progress.step}/{progress.steps}  {losses}{scores}  {speed}"
 
 

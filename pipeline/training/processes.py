@@ -72,7 +72,7 @@ def join(folder: Path, ranks: Ranks, cuda: bool) -> None:
         torch.cuda.set_device(ranks.rank)
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
-        "nccl" if cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=f"file://{folder}/meeting",
         rank=ranks.rank,
         world_size=ranks.count,

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,23 @@ from models.training.ranks import Ranks
 from models.training.stages import Batch, Stage
 from pipeline.base.command import stopping
 from pipeline.base.errors import NetworkError, UserError
-from pipeline.config.stage import CHANGEABLE, StageConfig
-from pipeline.training import checkpoint, processes
+from pipeline.config.stage import CHANGEABLE, EARLIER_WORDS, StageConfig
+from pipeline.training import checkpoint, devices, processes
 from pipeline.training.data import OpenVolume, open_volume, shared_sections
 from pipeline.training.log import Log
 from pipeline.training.run_folder import check_space, held, writing
+from pipeline.training.sample_waits import SampleWaits
 from pipeline.training.stage import contents, prepare, save
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run is made of, once all of it has been read and checked. `settings` are those of the checkpoint."""
+    """What a run is made of, once all of it has been read and checked. `gpus` is the number of GPUs, 0 on a CPU;
+    `settings` are those of the checkpoint.
+    """
 
     config: StageConfig
+    gpus: int
     stage: Stage
     crops: Crops
     windows: list[Batch]
@@ -47,17 +51,17 @@ def run(config: StageConfig) -> int:
     Returns the number of steps done, fewer than config.steps after an interrupt. Raises UserError, most of them before
     the first step.
     """
-    cuda = _on_gpus(config)
-    prepared = _prepare(config)
+    prepared = prepare_run(config)
     for name, count in prepared.notes.items():
         print(f"emsr: {count} {name.replace('_', ' ')}: scores on them say little of other data", file=sys.stderr)
     with held(config.output):
         found, complaints = checkpoint.read(config.output, torch.device("cpu"))
         for line in complaints:
             print(f"emsr: {line}; the checkpoint before it is used", file=sys.stderr)
+        prepared = with_precision(prepared, found)
         changed = {} if found is None else _changes(prepared, found)
-        with processes.others(config, cuda):
-            loop = _loop(prepared, Ranks(0, config.devices, processes.waits), cuda)
+        with processes.others(prepared.config, bool(prepared.gpus)), devices.memory(config):
+            loop = make_loop(prepared, Ranks(0, config.devices, processes.waits))
             if found is not None:
                 _go_on(loop, found, changed)
             check_space(config.output, loop.checkpoint_bytes(), loop.weights_bytes())
@@ -65,32 +69,37 @@ def run(config: StageConfig) -> int:
 
 
 def run_rank(config: StageConfig, ranks: Ranks, folder: Path) -> None:
-    """The part of a device after the first: the same steps, on samples of its own, nothing written."""
-    cuda = _on_gpus(config)
-    prepared = _prepare(config)
-    processes.join(folder, ranks, cuda)
-    loop = _loop(prepared, ranks, cuda)
-    found, _ = checkpoint.read(config.output, torch.device("cpu"))
-    if found is not None:
-        loop.go_on(found, try_again=bool(_changes(prepared, found)))
-    loop.run(prepared.crops, prepared.windows, lambda *_: None, lambda _: None)
+    """The part of a device after the first: the same steps, on samples of its own, nothing written. `config` is that of
+    rank 0, which has chosen the precision.
+    """
+    prepared = prepare_run(config)
+    processes.join(folder, ranks, bool(prepared.gpus))
+    with devices.memory(config):
+        loop = make_loop(prepared, ranks)
+        found, _ = checkpoint.read(config.output, torch.device("cpu"))
+        if found is not None:
+            loop.go_on(found, try_again=bool(_changes(prepared, found)))
+        loop.run(prepared.crops, prepared.windows, lambda *_: None, lambda _: None)
 
 
-def _on_gpus(config: StageConfig) -> bool:
-    """Whether the run is on GPUs. Raises UserError where there are too few."""
-    found = torch.cuda.device_count() if config.accelerator != "cpu" else 0
-    if config.accelerator == "auto" and not found:
-        return False
-    if config.accelerator != "cpu" and found < config.devices:
-        raise UserError(
-            f"this machine has {found} GPUs that can be used",
-            f"devices: {config.devices}",
-            "Use fewer devices, or accelerator: cpu",
-        )
-    return config.accelerator != "cpu"
+def with_precision(prepared: Prepared, found: dict[str, Any] | None) -> Prepared:
+    """`prepared` with the precision that was stated, else that of the checkpoint `found`, else what is chosen."""
+    config, gpus = prepared.config, prepared.gpus
+    if config.precision is not None:
+        return prepared
+    kept = None if found is None else _settings_of(found).get("precision")
+    if kept is not None:
+        devices.check(kept, gpus, f"The checkpoint in {config.output} keeps its own: give another one to change it")
+    taken = kept or devices.choose(gpus)
+    config = config.model_copy(update={"precision": taken})
+    return replace(prepared, config=config, settings=prepared.settings | {"precision": taken})
 
 
-def _prepare(config: StageConfig) -> Prepared:
+def prepare_run(config: StageConfig) -> Prepared:
+    """All that a run needs but its checkpoint. Raises UserError."""
+    gpus = devices.gpus(config)
+    if config.precision is not None:
+        devices.check(config.precision, gpus, "Give one of these, or none")
     if config.threads or config.devices > 1:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices))
     torch.manual_seed(config.seed)
@@ -108,7 +117,7 @@ def _prepare(config: StageConfig) -> Prepared:
     shared = shared_sections(train, validate_on)
     notes = {"sections_validated_on_that_are_also_trained_on": shared} if shared else {}
     settings = config.settings(contents(config) | _voxels("train", train) | _voxels("validate_on", validate_on))
-    return Prepared(config, stage, crops, _windows(config, stage, validate_on), settings, notes)
+    return Prepared(config, gpus, stage, crops, _windows(config, stage, validate_on), settings, notes)
 
 
 def _voxels(key: str, volumes: list[OpenVolume]) -> dict[str, str]:
@@ -117,13 +126,18 @@ def _voxels(key: str, volumes: list[OpenVolume]) -> dict[str, str]:
     return found | {f"data.{key}[{i}].lr": f"voxels {o.lr[:16]}" for i, o in enumerate(volumes) if o.lr}
 
 
-def _loop(prepared: Prepared, ranks: Ranks, cuda: bool) -> Loop:
+def make_loop(prepared: Prepared, ranks: Ranks) -> Loop:
+    """The networks on their device, ready for the first step."""
     config = prepared.config
+    assert config.precision is not None
+    devices.set_rounding(config.precision, prepared.gpus)
     fabric = Fabric(
-        accelerator="cuda" if cuda else "cpu",
-        devices=[ranks.rank] if cuda else 1,
-        precision=config.precision,
-        plugins=[LightningEnvironment()],  # otherwise it looks for Slurm, and warns where `srun` is not used
+        accelerator="cuda" if prepared.gpus else "cpu",
+        devices=[ranks.rank] if prepared.gpus else 1,
+        plugins=[
+            devices.of_fabric(config.precision, prepared.gpus),
+            LightningEnvironment(),  # otherwise it looks for Slurm, and warns where `srun` is not used
+        ],
     )
     return Loop(fabric, prepared.stage, _recipe(config), ranks)
 
@@ -146,6 +160,7 @@ def _train(prepared: Prepared, loop: Loop, changed: dict[str, list[Any]]) -> int
                 log.report,
                 lambda state: checkpoint.write(folder, state | {"settings": prepared.settings}),
                 interrupted.is_set,
+                SampleWaits(),
             )
         except NotFiniteError as error:
             raise _advice(error, config) from None
@@ -156,11 +171,11 @@ def _advice(error: NotFiniteError, config: StageConfig) -> UserError:
     parts = [name for name, value in error.parts.items() if not abs(value) < float("inf")]
     what = " and ".join(parts) or "a gradient"
     of = ", ".join(f"{name} {value:.3g}" for name, value in error.parts.items())
-    precision = "" if config.precision == "32-true" else ", give precision 32-true"
+    rounding = "" if config.precision == "float32" else ", give precision float32"
     return UserError(
         f"step {error.step + 1}: {what} is not finite ({of})",
         "finite numbers",
-        f"Lower rate ({config.rate:g}) or the weight of that loss{precision}: the same command then goes on from the "
+        f"Lower rate ({config.rate:g}) or the weight of that loss{rounding}: the same command then goes on from the "
         f"step before, and without a change it leaves this step out. To go back further, remove {checkpoint.NAME}",
     )
 
@@ -206,14 +221,13 @@ def _changes(prepared: Prepared, found: dict[str, Any]) -> dict[str, list[Any]]:
 
     Raises UserError where it may not.
     """
-    folder, now = prepared.config.output, prepared.settings
-    if "settings" not in found:
+    folder, now, before = prepared.config.output, prepared.settings, _settings_of(found)
+    if not before:
         raise UserError(
             f"{folder / checkpoint.NAME} is of an earlier emsr, or of something else",
             "a checkpoint of this emsr",
             f"Empty {folder} to begin anew; network.start takes weights of stage network",
         )
-    before = found["settings"]
     differing = {
         key: [before.get(key), now.get(key)]
         for key in sorted(before.keys() | now.keys())
@@ -232,6 +246,13 @@ def _changes(prepared: Prepared, found: dict[str, Any]) -> dict[str, list[Any]]:
             "Give more steps, or another output",
         )
     return differing
+
+
+def _settings_of(found: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the checkpoint `found`; empty where it has none."""
+    settings: dict[str, Any] = found.get("settings", {})
+    word = str(settings.get("precision"))
+    return settings | {"precision": EARLIER_WORDS.get(word, word)} if settings else {}
 
 
 def _go_on(loop: Loop, found: dict[str, Any], changed: dict[str, list[Any]]) -> None:
