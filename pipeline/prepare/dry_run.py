@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import ClusterError, DataError
+from pipeline.cluster.connect import slabs_in_flight
 from pipeline.inference.footprint import footprint
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.target_spec import FIDELITY
@@ -30,7 +31,7 @@ def measured_cost(job: Job) -> SlabCost:
 def print_price(prepared: Prepared, workers: int, say: Callable[[str], None] = print) -> None:
     """The price as a table on the terminal, for so many workers."""
     job, source, plan = prepared.job, prepared.source, prepared.job.plan
-    in_flight = prepared.config.work.in_flight
+    in_flight = slabs_in_flight(prepared.config)
     cost: SlabCost | None = None
     try:
         refuse_other_precision(job.network)
