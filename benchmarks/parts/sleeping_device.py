@@ -1,5 +1,5 @@
 """A device that takes time but no processor and works through a queue, like a GPU: it sleeps SLEEPING_CENTRE_MS for
-each section of each cell.
+each section of each cell. As on a GPU, a slab is queued until its last tile when `begin` returns.
 
 It replaces `begin` in every process that imports this module, where that variable is set. What it gives back are
 voxels of an enlarged section, the same array for every slab. SLEEPING_LOG names a file to which it appends a line for
@@ -33,12 +33,15 @@ class _Queued(tiles.Pending):
     """What has been computed when the device has slept until `end`."""
 
     def __init__(self, voxels: NDArray[np.uint8], end: float) -> None:
-        super().__init__(voxels)
-        self._end = end
+        self._ready, self._end = voxels, end
 
     def finish(self) -> NDArray[np.uint8]:
-        time.sleep(max(0.0, self._end - time.perf_counter()))
-        return super().finish()
+        sleep_until(self._end)
+        return self._ready
+
+
+def sleep_until(end: float) -> None:
+    time.sleep(max(0.0, end - time.perf_counter()))
 
 
 def begin(
@@ -50,11 +53,13 @@ def begin(
     if centre_ms is None:
         return _begin(network, lr, sections, slab, caches)
     voxels = _enlarged(lr, slab, network.spec.scale)
-    cells = sum(1 for _ in network.spec.lattice.cells(slab.lr))
+    count = sum(1 for _ in network.spec.lattice.cells(slab.lr))
+    tile_s = slab.lr.shape.z * float(centre_ms) / 1000
     start = max(time.perf_counter(), _free_at)
-    _free_at = start + cells * slab.lr.shape.z * float(centre_ms) / 1000
+    _free_at = start + count * tile_s
     with open(os.environ["SLEEPING_LOG"], "a") as log:
         log.write(f"{start} {_free_at}\n")
+    sleep_until(_free_at - tile_s)
     return _Queued(voxels, _free_at)
 
 

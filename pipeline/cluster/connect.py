@@ -81,8 +81,8 @@ def worker_count(config: ClusterConfig) -> int:
 def slabs_in_flight(config: Config) -> int:
     """How many slabs each worker runs: `work.in_flight`, or what keeps its device busy.
 
-    On a GPU one slab is computed, one is queued behind it, and one is encoded and put. A core that computes has no time
-    for a third.
+    On a GPU one slab is computed, one has been read and waits, and one is encoded and put. A core that computes has no
+    time for a third.
     """
     return config.work.in_flight or (3 if has_gpu(config.cluster) else 2)
 

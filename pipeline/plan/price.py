@@ -69,9 +69,9 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
 
     Of the slabs in flight one computes (LR and SR voxels), one encodes (SR voxels, the objects of mip 0 so far, and the
     largest of these twice more: in the store's buffers and while it is copied out), and others put (the objects of all
-    levels, and the copy that is being sent) or wait for device or encoder (LR and SR voxels: a slab that is queued on a
-    GPU has the place where its SR voxels will land). Tasks of the second pass, later, may need more. The constants are
-    what libraries keep once they have run, and the bounded cache of source chunks.
+    levels, and the copy that is being sent) or wait (LR and SR voxels: for the end of what a GPU has been given, or for
+    the encoder). Tasks of the second pass, later, may need more. The constants are what libraries keep once they have
+    run, and the bounded cache of source chunks.
     """
     slab = _middle(plan)
     sr, lr = slab.write.size, slab.read.shape.product
