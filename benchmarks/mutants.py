@@ -372,6 +372,10 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ),
         ("    except DiskError as error:", "    except ZeroDivisionError as error:"),
     ],
+    ("pipeline/worker/device_queue.py", "tests/test_device_queue.py"): [
+        ("end - max(began, self._ended), end", "end - began, end"),
+        ("                before.wait()\n", "                pass\n"),
+    ],
     ("pipeline/worker/lease.py", WORKER): [
         ("    requests.limit(job.rates)\n", ""),
         ("if receipts and time.monotonic() >= end:", "if time.monotonic() >= end:"),
@@ -427,7 +431,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
             "((stop - origin) // size - (start - origin) // size) * size",
         ),
         ("encoding = lr + sr + first + 2 * largest", "encoding = lr + sr + first + largest"),
-        ("(in_flight - 3) * max(waiting, putting)", "(in_flight - 2) * max(waiting, putting)"),
+        ("(in_flight - 2) * max(waiting, putting)", "(in_flight - 1) * max(waiting, putting)"),
         ("in_flight * 2 * _second_pass_read(plan))", "in_flight * _second_pass_read(plan))"),
         ("stored / (voxels / plan.levels[0].shape.product * output_voxels(plan))", "stored / voxels"),
         ("+ ([plan.fidelity.shape] if plan.fidelity else [])", ""),

@@ -15,7 +15,7 @@ from distributed import Client
 from pipeline import __version__
 from pipeline.base.command import INTERRUPTED, guarded, stopping
 from pipeline.base.errors import EmsrError, SourceError
-from pipeline.cluster.connect import batch_job, connect, tune, worker_count
+from pipeline.cluster.connect import batch_job, connect, slabs_in_flight, tune, worker_count
 from pipeline.config import urls, volume
 from pipeline.config.volume import Config
 from pipeline.inference.defaults import undecided
@@ -91,7 +91,7 @@ def run(config: Config, dry_run: bool = False) -> int:
                 raise _nothing_written(prepared, job.plan.slabs)
             return 0
     mask = reach(prepared)
-    with connect(config.cluster, config.work.in_flight) as client:
+    with connect(config.cluster, slabs_in_flight(config)) as client:
         if not resumed and undecided(prepared.config.network):
             prepared = settled(prepared, ask_workers(client, device_facts, "what device they have"))
             ledger = Ledger(prepared.store, prepared.job.digest, ledger.tasks, run_id, lock.hold)
@@ -150,13 +150,13 @@ def _warn_of_profiler(hosts: set[str]) -> None:
 
 def _dry_run(prepared: Prepared, device: MeasuredDevice | None) -> int:
     config = prepared.config
-    job = batch_job(config.cluster, config.work.in_flight)
+    job = batch_job(config.cluster, slabs_in_flight(config))
     for line in bad_sections.describe(prepared.spec["source"]["bad_sections"]):
         print(line)
     for line in chosen.describe(prepared):
         print(line)
     workers = worker_count(config.cluster)
-    lease_s = lease_seconds(workers * config.work.in_flight)
+    lease_s = lease_seconds(workers * slabs_in_flight(config))
     print_price(prepared, device, workers, lambda slab_s: tasks_in(lease_s, slab_s))
     if job is not None:
         print(f"each worker\n\n{job}")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import EmsrError
-from pipeline.cluster.connect import connect, tune
+from pipeline.cluster.connect import connect, slabs_in_flight, tune
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import PENDING, QUARANTINED, STATES
@@ -110,7 +110,7 @@ def _read_all(prepared: Prepared, run: RunState, findings: Findings) -> bool:
             findings.close()
             return False
         work = ReadLease(view(run.job, keys), in_worker=not local)
-        with connect(prepared.config.cluster, prepared.config.work.in_flight, to_read=True) as client:
+        with connect(prepared.config.cluster, slabs_in_flight(prepared.config), to_read=True) as client:
             crew = Crew(client, tell=_tell_aside)
             wait_for_worker(client, crew)
             if prepared.config.cluster.tunes():

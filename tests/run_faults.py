@@ -34,7 +34,7 @@ ledger.FLUSH_S = float(os.environ.get("FAULT_FLUSH_S", ledger.FLUSH_S))
 ledger.SNAPSHOT_EVERY = int(os.environ.get("FAULT_SNAPSHOT_EVERY", ledger.SNAPSHOT_EVERY))
 # Dask's preloading imports a file again that is already there.
 _process_slab = getattr(lease.process_slab, "undisturbed", lease.process_slab)
-_super_resolve = getattr(one_slab.super_resolve, "undisturbed", one_slab.super_resolve)
+_begin = getattr(one_slab.begin, "undisturbed", one_slab.begin)
 
 
 def _log(event: str, index: int, run: str) -> None:
@@ -50,10 +50,10 @@ def process_slab(opened: Any, index: int, caches: Any = None) -> Any:
     return receipt
 
 
-def super_resolve(network: Any, lr: Any, sections: Any, slab: Any, caches: Any = None) -> Any:
+def begin(network: Any, lr: Any, sections: Any, slab: Any, caches: Any = None) -> Any:
     if os.environ.get("FAULT_TASK") == str(slab.index):
         {"fail": _fail, "hang": _hang, "exhaust": _exhaust}[os.environ["FAULT_KIND"]]()
-    return _super_resolve(network, lr, sections, slab, caches)
+    return _begin(network, lr, sections, slab, caches)
 
 
 def _fail() -> None:
@@ -77,8 +77,8 @@ def _exhaust() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-process_slab.undisturbed, super_resolve.undisturbed = _process_slab, _super_resolve  # type: ignore[attr-defined]
-lease.process_slab, one_slab.super_resolve = process_slab, super_resolve
+process_slab.undisturbed, begin.undisturbed = _process_slab, _begin  # type: ignore[attr-defined]
+lease.process_slab, one_slab.begin = process_slab, begin
 if (
     "FAKETIME_TIMESTAMP_FILE" in os.environ
 ):  # libfaketime 0.9.10 refuses the sleep of Python 3.11 and later (EINVAL), by whatever the clock jumps

@@ -53,6 +53,8 @@ def rows(table: str) -> dict[str, list[str]]:
         ("noop_slabs.py", ("2000", "1")),
         ("many_workers.py", ("500", "8")),
         ("overlap.py", ("4", "32")),
+        ("overlap.py", ("device", "3", "64", "1")),
+        ("encoding.py", ("32", "1")),
         ("map_overlap.py", ("16", "16", "1")),
         ("durable_writes.py", ("2", "16", "1")),
         ("network_speed.py", ("peak", "8", "8", "1")),

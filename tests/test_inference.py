@@ -107,6 +107,21 @@ def test_back_projection_error_by_hand() -> None:
     assert (back_projection_error(lr, lr.repeat(2, 1).repeat(2, 2), 2) == 0).all()
 
 
+@pytest.mark.parametrize("scale", [8, 16])
+def test_back_projection_error_of_any_voxels(scale: int) -> None:
+    """Whole numbers alone, against the definition; the largest sums too."""
+    rng = np.random.default_rng(scale)
+    lr = rng.integers(0, 256, (2, 3, 5), np.uint8)
+    sr = rng.integers(0, 256, (2, 3 * scale, 5 * scale), np.uint8)
+    sr[0, :scale, :scale], lr[0, 0, 0] = 255, 0
+    area = scale * scale
+    for z, y, x in np.ndindex(lr.shape):
+        block = sr[z, y * scale : (y + 1) * scale, x * scale : (x + 1) * scale].astype(int)
+        rounded = (2 * abs(int(block.sum()) - int(lr[z, y, x]) * area) + area) // (2 * area)
+        assert back_projection_error(lr, sr, scale)[z, y, x] == rounded
+    assert back_projection_error(lr, sr, scale)[0, 0, 0] == 255
+
+
 def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
     volume = texture((2, 64, 64))
     assert (halve(volume)[:, 16:32, 0:16] == halve(volume[:, 32:64, 0:32])).all()

@@ -13,6 +13,7 @@ from pipeline import run
 from pipeline.base.errors import ClusterError
 from pipeline.cluster import kubernetes
 from pipeline.cluster import pods as watched
+from pipeline.cluster.connect import slabs_in_flight
 from pipeline.cluster.pods import PodWatch, fault, unplaced
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
@@ -55,6 +56,7 @@ def test_a_worker_asks_for_its_gpu_cores_and_memory() -> None:
     assert worker["containers"][0]["resources"] == {"requests": size, "limits": size}
     assert worker["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
     assert "nvidia.com/gpu" not in str(scheduler)
+    assert pods(spec(gpus_per_worker=1))[0]["containers"][0]["resources"]["limits"]["cpu"] == "3"
     without, _ = pods(spec(gpus_per_worker=0))
     assert environ(without)["CUDA_VISIBLE_DEVICES"] == ""
     assert without["containers"][0]["resources"]["limits"] == {"cpu": "2", "memory": str(8 * 2**30)}
@@ -84,7 +86,7 @@ def test_every_mount_has_its_volume() -> None:
 def test_the_manifest_in_deploy_is_what_the_code_makes() -> None:
     loaded = config.load(FILES / "volume.yaml")
     assert yaml.safe_load((FILES / "cluster.yaml").read_text()) == yaml.safe_load(
-        kubernetes.manifest(loaded.cluster, loaded.work.in_flight)
+        kubernetes.manifest(loaded.cluster, slabs_in_flight(loaded))
     )
 
 

@@ -326,10 +326,12 @@ def test_memory_worked_out_by_hand() -> None:
     level = LevelSpec(ZYX(4, 512, 512), ZYX(4, 256, 256), ZYX(4, 512, 512))
     plan = Plan(box, box, ZYX(4, 64, 64), 8, Lattice(64, 0, 1, "edge"), (level,), None)
     sr, lr, stored = 1 << 20, 1 << 14, 1 << 19
-    computing, encoding, putting = lr + sr, lr + sr + 3 * stored, 2 * stored
+    computing, encoding = lr + sr, lr + sr + 3 * stored
     fixed = 7 + price.WARM_BYTES + box.size
     found = [price.memory_bytes(plan, n, 7, 0.5, price.Footprint()) - fixed for n in (1, 2, 3, 5)]
-    assert found == [encoding, encoding + computing, encoding + computing + putting, encoding + 3 * computing + putting]
+    assert found == [encoding, encoding + computing, encoding + 2 * computing, encoding + 4 * computing]
+    raw = price.memory_bytes(plan, 3, 7, 1.0, price.Footprint()) - fixed
+    assert raw == lr + 4 * sr + 2 * (2 * sr), "what is put, and its copy, is larger than what waits"
     flat, half = ZYX(4, 64, 256), ZYX(4, 256, 256)
     thin = replace(
         plan, slab_shape=ZYX(4, 8, 64), levels=(LevelSpec(level.shape, flat, flat), LevelSpec(half, half, half))

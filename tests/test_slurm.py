@@ -299,7 +299,7 @@ def test_the_job_script() -> None:
 
 def test_the_file_in_deploy_makes_a_script() -> None:
     loaded = config.load(REPOSITORY / "deploy" / "slurm" / "volume.yaml")
-    script = cluster.batch_job(loaded.cluster, loaded.work.in_flight)
+    script = cluster.batch_job(loaded.cluster, cluster.slabs_in_flight(loaded))
     assert script is not None
     assert "#SBATCH --gres=gpu:1\n" in script
     assert "tls://SCHEDULER:PORT" in script

@@ -1,7 +1,7 @@
 """A network that takes time but no processor, like one on a GPU: it sleeps SLEEPING_S per slab and repeats voxels.
 
-It replaces `nearest` in every process that imports this module: a benchmark's own, spawned workers (which import the
-main module again), and workers with `--preload parts.sleeping`.
+It replaces `nearest` in every process that imports this module: a benchmark's own, and workers that Dask has preload
+it (`--preload parts.sleeping`, or `distributed.worker.preload`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
 from pipeline.cluster.patient_client import PatientClient
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import ClusterConfig
+from pipeline.config.volume import Config
 from pipeline.process.children import starting_processes
 
 CONNECT_S = 30
@@ -75,6 +76,22 @@ def worker_count(config: ClusterConfig) -> int:
         return config.bounds()[1]
     gpus = 0 if config.gpus_per_worker == 0 else len(visible_gpus())
     return config.workers or gpus or len(os.sched_getaffinity(0))
+
+
+def slabs_in_flight(config: Config) -> int:
+    """How many slabs each worker runs: `work.in_flight`, or what keeps its device busy.
+
+    On a GPU one slab is computed, one has been read and waits, and one is encoded and put. A core that computes has no
+    time for a third.
+    """
+    return config.work.in_flight or (3 if has_gpu(config.cluster) else 2)
+
+
+def has_gpu(config: ClusterConfig) -> bool:
+    """Whether it is known that each worker has a GPU: jobs and pods ask for one, this machine has some."""
+    if config.gpus_per_worker is None:
+        return config.kind == "local" and bool(visible_gpus())
+    return config.gpus_per_worker > 0
 
 
 def visible_gpus() -> list[str]:

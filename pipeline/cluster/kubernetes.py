@@ -38,7 +38,7 @@ def spec(config: ClusterConfig, in_flight: int, name: str) -> dict[str, Any]:
     settings = config.kubernetes
     assert settings is not None
     gpu = {"nvidia.com/gpu": "1"} if config.gpus_per_worker else {}
-    size = {"cpu": str(settings.cores or in_flight), "memory": str(settings.memory), **gpu}
+    size = {"cpu": str(settings.cores or config.cores(in_flight)), "memory": str(settings.memory), **gpu}
     worker = _container(
         config,
         "worker",

@@ -91,7 +91,7 @@ def options(config: ClusterConfig, in_flight: int) -> dict[str, Any]:
         "account": settings.account and shlex.quote(settings.account),
         "walltime": settings.walltime,
         "memory": settings.memory,
-        "job_cpu": settings.cores or in_flight,
+        "job_cpu": settings.cores or config.cores(in_flight),
         "cores": in_flight,  # dask-jobqueue's word for threads
         "processes": 1,
         "death_timeout": START_S,

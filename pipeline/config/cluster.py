@@ -173,6 +173,10 @@ class ClusterConfig(_Model):
             return self.adapt.minimum, self.adapt.maximum
         return self.workers or 1, self.workers or 1
 
+    def cores(self, in_flight: int) -> int:
+        """CPUs of a job or pod whose file names none: one for each slab, and one for what a GPU is told to do."""
+        return in_flight + (self.gpus_per_worker or 0)
+
     def beside(self, folder: Path) -> ClusterConfig:
         """The same with all paths made absolute; relative ones start from `folder`, that of volume.yaml."""
 

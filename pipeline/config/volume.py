@@ -197,7 +197,7 @@ class WorkConfig(_Model):
     slab_shape: ShapeField | None = None
     retries: Annotated[StrictInt, Field(ge=0, le=100)] = 3
     stall_s: Annotated[StrictInt, Field(ge=1, le=86_400)] = 600
-    in_flight: Annotated[StrictInt, Field(ge=1, le=16)] = 2
+    in_flight: Annotated[StrictInt, Field(ge=1, le=16)] | None = None
     requests_per_second: RequestsConfig | None = None
     budget: BudgetConfig | None = None
 

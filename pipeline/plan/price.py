@@ -117,8 +117,9 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
 
     Of the slabs in flight one computes (LR and SR voxels), one encodes (SR voxels, the objects of mip 0 so far, and the
     largest of these twice more: in the store's buffers and while it is copied out), and others put (the objects of all
-    levels, and the copy that is being sent). Tasks of the second pass, later, may need more. The constants are what
-    libraries keep once they have run, and the bounded cache of source chunks.
+    levels, and the copy that is being sent) or wait (LR and SR voxels: for the end of what a GPU has been given, or for
+    the encoder). Tasks of the second pass, later, may need more. The constants are what libraries keep once they have
+    run, and the bounded cache of source chunks.
     """
     slab = _middle(plan)
     sr, lr = slab.write.size, slab.read.shape.product
@@ -130,10 +131,8 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
     putting = 2 * held
     if in_flight == 1:
         slabs = max(computing, encoding, putting + largest)
-    elif in_flight == 2:
-        slabs = encoding + max(computing, putting)
     else:
-        slabs = computing + encoding + putting + (in_flight - 3) * max(waiting, putting)
+        slabs = encoding + max(computing, putting) + (in_flight - 2) * max(waiting, putting)
     slabs = max(slabs + in_flight * network.slab_cache_bytes(plan), in_flight * 2 * _second_pass_read(plan))
     return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import ClusterError, DataError
+from pipeline.cluster.connect import slabs_in_flight
 from pipeline.inference.defaults import for_workers
 from pipeline.inference.footprint import footprint
 from pipeline.plan.measured_devices import MEASURED_DEVICES
@@ -79,7 +80,7 @@ def print_price(
     if cost is None:
         return
     _print_memory(prepared, cost, device)
-    in_flight = prepared.config.work.in_flight
+    in_flight = slabs_in_flight(prepared.config)
     fleet = Fleet(workers, in_flight, plan.slabs * share, cluster.price_per_hour, slabs_in_lease)
     if device is None:
         _print_tried(prepared, cost, fleet)
@@ -120,7 +121,7 @@ def _print_levels(prepared: Prepared, cost: SlabCost | None) -> None:
 
 
 def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | None) -> None:
-    plan, in_flight = prepared.job.plan, prepared.config.work.in_flight
+    plan, in_flight = prepared.job.plan, slabs_in_flight(prepared.config)
     gpu = device.is_gpu if device is not None else cost.gpu_weights is not None or cost.network_s is None
     held = footprint(prepared.job.network, gpu)
     resident = cost.network if device is None else Footprint() if gpu else held

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.base.errors import EmsrError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.cluster.connect import slabs_in_flight
 from pipeline.plan.price import memory_bytes, stored_share
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.plan.target_spec import FIDELITY
@@ -33,16 +34,18 @@ def write(prepared: Prepared, run: RunState, crew: Sequence[Mapping[str, str]], 
     `crew` is what has written this target, `lost` what was looked for in the end and is not as it was written.
     """
     plan, totals, ledger, work = prepared.job.plan, run.totals, run.ledger, prepared.config.work
+    in_flight = slabs_in_flight(prepared.config)
     wall = time.time() - run.began
     failures = [i for _, i in zip(range(MAX_FAILURES), ledger.indices(QUARANTINED), strict=False)]
     share = stored_share(plan, totals.bytes, totals.voxels)
-    promise = memory_bytes(plan, work.in_flight, totals.base_bytes, share, totals.network)
+    promise = memory_bytes(plan, in_flight, totals.base_bytes, share, totals.network)
     body: dict[str, Any] = {
         "run": ledger.run_id,
         "emsr": __version__,
         "digest": prepared.job.digest,
         "spec": prepared.spec,
-        "work": work.model_dump(mode="json", exclude={"slab_shape", "budget"}) | {"slab_shape": list(plan.slab_shape)},
+        "work": work.model_dump(mode="json", exclude={"budget"})
+        | {"slab_shape": list(plan.slab_shape), "in_flight": in_flight},
         "cluster": {"kind": prepared.config.cluster.kind, "workers": prepared.config.cluster.workers},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
         "began": run.began,

@@ -10,6 +10,7 @@ from pipeline.inference.network import Network
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import RequestRates
 from pipeline.process import allocator
+from pipeline.process.device import load_libraries
 from pipeline.process.resident_size import resident_bytes
 from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.targets.open import open_target
@@ -75,5 +76,6 @@ def _opened(job: Job) -> OpenJob:
             "stop writing to it and run again"
         )
     target, network = open_target(job.target), Network(job.network)
+    load_libraries(network.device)  # before the process is measured: the promised memory counts them
     network.refuse_too_large(job.plan)
     return OpenJob(job, source, target, mask, network, resident_bytes())

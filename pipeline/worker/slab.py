@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from pipeline.base.errors import DiskError, TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
 from pipeline.base.waits import heartbeat
-from pipeline.inference.tiles import DEVICE_LOCK, SectionCaches, back_projection_error, super_resolve
+from pipeline.inference.tiles import SectionCaches, back_projection_error, begin
 from pipeline.plan.plan import Plan, PyramidBlock, Slab
 from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
 from pipeline.plan.target_spec import FIDELITY
@@ -21,14 +22,19 @@ from pipeline.process.watchdog import holding
 from pipeline.storage import requests
 from pipeline.storage.targets.task_objects import checksum
 from pipeline.storage.volume import Uint8Array
+from pipeline.worker.device_queue import DeviceQueue
 from pipeline.worker.mask import touches
 from pipeline.worker.open_job import OpenJob
 from pipeline.worker.pyramid import halve
 
 T = TypeVar("T")
 
+DEVICE = DeviceQueue()
+
 ENCODE_LOCK = threading.Lock()
-"""One slab encodes at a time: the encoder already uses every core of the worker, and memory stays as promised."""
+"""One slab encodes at a time, so that memory stays as promised. One thread encodes faster than a GPU computes
+(docs/performance.md).
+"""
 
 
 def process_slab(opened: OpenJob, index: int, caches: SectionCaches | None = None) -> Receipt:
@@ -49,10 +55,8 @@ def process_slab(opened: OpenJob, index: int, caches: SectionCaches | None = Non
     if opened.job.source.skip_empty and owned.min() == owned.max():
         return Receipt(index, SKIPPED, seconds=time.perf_counter() - began)
     read = time.perf_counter()
-    with holding(DEVICE_LOCK):
-        locked = time.perf_counter()
-        sr = super_resolve(opened.network, lr, sections, slab, caches)
-        computed = time.perf_counter()
+    sr, network_s = DEVICE.compute(partial(begin, opened.network, lr, sections, slab, caches))
+    computed = time.perf_counter()
     for z in opened.plan.sections_left_empty(slab):
         sr[z] = owned[z] = 0  # both, so that the fidelity volume claims nothing there
     with holding(ENCODE_LOCK):
@@ -61,7 +65,7 @@ def process_slab(opened: OpenJob, index: int, caches: SectionCaches | None = Non
     del sr, lr, owned
     _put(opened, objects)
     done = time.perf_counter()
-    parts = {"read_s": read - began, "network_s": computed - locked, "write_s": done - computed}
+    parts = {"read_s": read - began, "network_s": network_s, "write_s": done - computed}
     return _written(index, objects, began, voxels=voxels, **parts)
 
 
