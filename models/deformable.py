@@ -105,8 +105,10 @@ def gathered(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int)
 
 
 def _samples(rows: Tensor, head: Tensor, top: int, height: int, groups: int) -> Tensor:
-    """The samples of n rows of a map, from row `top` of `height`: (1, 9 C, n, W). `head` is (n, W, 27 G); `rows` are those
-    of the map with one voxel of zeros before it and two behind, so that a sample outside needs no weight of its own.
+    """The samples of n rows of a map, from row `top` of `height`: (1, 9 C, n, W).
+
+    `head` is (n, W, 27 G). `rows` are those of the map with one voxel of zeros before it and two behind, so that a
+    sample outside needs no weight of its own.
     """
     n, w = head.shape[:2]
     offset = head[..., : 2 * TAPS * groups].reshape(n, w, groups, TAPS, 2)
