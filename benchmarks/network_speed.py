@@ -1,11 +1,11 @@
 """Measures the network against a stand-in for the authors' loop, our own forward per centre, and the processor's peak.
 
     python benchmarks/network_speed.py slab [scale=8] [lr=32] [centres=16] [every=1]
-    python benchmarks/network_speed.py peak [scale=8] [lr=32] [centres=4]
+    python benchmarks/network_speed.py peak [scale=8] [lr=32] [centres=4] [preset=paper]
     python benchmarks/network_speed.py memory [scale=16] [lr=64] [ours|authors]
 
-All use preset paper, random weights with offsets that move and a residual that matters, and one thread. "authors" is
-benchmarks/parts/authors_way.py, not the authors' module.
+Preset is paper where not given, and the weights are random, with offsets that move and a residual that matters. All use
+one thread. "authors" is benchmarks/parts/authors_way.py, not the authors' module.
 
 `slab` computes the same centres three ways in turn, in CPU seconds of this process, and says how far the outputs
 differ. The two ways in which a centre's cost does not depend on those before it run at every `every`-th centre only.
@@ -153,8 +153,9 @@ def gigaflops(width: int, seconds: float = 0.5) -> float:
     return 2 * x.numel() * 64 * 9 / best / 1e9
 
 
-def peak(scale: int = 8, lr: int = 32, centres: int = 4) -> dict[str, float]:
-    network, sections = live_network(scale), tissue(centres + 4, lr, scale)
+def peak(scale: int = 8, lr: int = 32, centres: int = 4, preset: str = "paper") -> dict[str, float]:
+    configure_malloc()  # as every worker does
+    network, sections = live_network(scale, preset), tissue(centres + 4, lr, scale)
 
     def whole_slab() -> None:
         states: list[SectionState] = []

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.layers import by_hand, conv3, in_type_of
+from models.layers import by_hand, channels_last, conv3, in_type_of
 
 TAPS = 9
+POSITIONS = 768
+"""Positions at which `gathered` samples at once."""
 
 
 class DeformableConv(nn.Module):
@@ -83,43 +85,48 @@ def gathered(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int)
     """The same up to float32 rounding, for inference on a CPU. torchvision's CPU operator runs in one thread and reads
     channel by channel. Here each bilinear sample is a weighted sum of four rows of the channels-last map, where a row
     holds the channels of one group at one position; torch.nn.functional.embedding_bag computes such sums.
+
+    A few rows of the map are computed at once, whose positions and weights stay in a core's own cache.
     """
-    return torch.cat([_gathered_one(x[i : i + 1], head[i : i + 1], weight, bias, groups) for i in range(len(x))])
+    b, _, h, w = x.shape
+    # a 1x1 convolution like layers.pointwise, for the rounding of a matrix product depends on the number of threads
+    kernel = weight.view(len(weight), groups, -1, TAPS).transpose(2, 3).reshape(len(weight), -1, 1, 1)  # (C, 9 C, 1, 1)
+    kernel = channels_last(kernel)
+    out = weight.new_empty(b, h, w, len(weight)).permute(0, 3, 1, 2)  # (B, C, H, W), channels-last
+    count = max(1, POSITIONS // w)
+    for i, moved in enumerate(head.permute(0, 2, 3, 1)):
+        padded = functional.pad(x[i].float(), (1, 2, 1, 2)).permute(1, 2, 0)
+        rows = padded.reshape((h + 3) * (w + 3) * groups, -1)  # ((H + 3) (W + 3) G, C/G)
+        for top in range(0, h, count):
+            samples = _samples(rows, moved[top : top + count].float(), top, h, groups)  # (1, 9 C, n, W)
+            product = functional.conv2d(in_type_of(weight, samples), kernel, bias, dilation=2)
+            out[i : i + 1, :, top : top + count] = product
+    return out
 
 
-def _gathered_one(x: Tensor, head: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    _, channels, h, w = x.shape
-    x, head = x.float(), head.float()
-    rows = x.permute(0, 2, 3, 1).reshape(h * w * groups, channels // groups)  # (H W G, C/G)
-    head = head[0].permute(1, 2, 0)  # (H, W, 27 G)
-    offset = head[..., : 2 * TAPS * groups].reshape(h, w, groups, TAPS, 2)
-    mask = torch.sigmoid(head[..., 2 * TAPS * groups :]).view(h, w, groups, TAPS)
-    # per axis, index and weight of the two voxels on either side of a sampling position: two (H, W, G, 9) each
-    tap = torch.arange(3, device=x.device) - 1
-    y_index, y_weight = _corners(
-        offset[..., 0], torch.arange(h, device=x.device).view(h, 1, 1, 1) + tap.repeat_interleave(3), h
-    )
-    x_index, x_weight = _corners(offset[..., 1], torch.arange(w, device=x.device).view(w, 1, 1) + tap.repeat(3), w)
-    group = torch.arange(groups, device=x.device, dtype=torch.int32).view(groups, 1)
-    y_weight = [weight * mask for weight in y_weight]
-    bags = torch.stack([(y * w + x) * groups + group for y in y_index for x in x_index], -1)  # (H, W, G, 9, 4) rows
-    shares = torch.stack([y * x for y in y_weight for x in x_weight], -1)  # (H, W, G, 9, 4) weights of these
-    samples = functional.embedding_bag(bags.view(-1, 4), rows, mode="sum", per_sample_weights=shares.view(-1, 4))
-    # samples (H W G 9, C/G), kernel (9 C, C), out (H W, C)
-    kernel = weight.view(len(weight), groups, channels // groups, TAPS).permute(1, 3, 2, 0).reshape(-1, len(weight))
-    out = torch.addmm(bias, in_type_of(weight, samples.view(h * w, -1)), kernel)
-    return out.view(1, h, w, -1).permute(0, 3, 1, 2)
+def _samples(rows: Tensor, head: Tensor, top: int, height: int, groups: int) -> Tensor:
+    """The samples of n rows of a map, from row `top` of `height`: (1, 9 C, n, W).
 
-
-def _corners(offset: Tensor, base: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Along one axis, index and weight of the voxels before and after each position base + offset; a voxel outside
-    0 .. size - 1 has the weight 0.
+    `head` is (n, W, 27 G). `rows` are those of the map with one voxel of zeros before it and two behind, so that a
+    sample outside needs no weight of its own.
     """
-    at = base + offset
-    low = at.floor()
-    share = at - low
-    indices, weights = [], []
-    for corner, weight in ((low, 1 - share), (low + 1, share)):
-        indices.append(corner.int().clamp_(0, size - 1))
-        weights.append(weight * ((corner >= 0) & (corner < size)))
-    return indices, weights
+    n, w = head.shape[:2]
+    offset = head[..., : 2 * TAPS * groups].reshape(n, w, groups, TAPS, 2)
+    mask = torch.sigmoid(head[..., 2 * TAPS * groups :]).view(n, w, groups, TAPS)
+    tap = torch.arange(-1, 2)
+    y = (offset[..., 0] + (torch.arange(top, top + n).view(n, 1, 1, 1) + tap.repeat_interleave(3))).clamp_(-1, height)
+    x = (offset[..., 1] + (torch.arange(w).view(w, 1, 1) + tap.repeat(3))).clamp_(-1, w)
+    low_y, low_x = y.floor(), x.floor()
+    first = low_y.int().add_(1).mul_(w + 3).add_(low_x.int()).add_(1)
+    first = first.mul_(groups).add_(torch.arange(groups, dtype=torch.int32).view(groups, 1))
+    below = (w + 3) * groups
+    first.clamp_(0, len(rows) - 1 - below - groups)  # what is no number has a row, too
+    bags = torch.stack([first, first + groups, first + below, first + below + groups], -1)  # (n, W, G, 9, 4) rows
+    y, x = y.sub_(low_y), x.sub_(low_x)
+    before, after, left = mask * (1 - y), mask * y, 1 - x
+    # PyTorch interleaves integers four times as fast as floats
+    shares = torch.stack([s.view(torch.int32) for s in (before * left, before * x, after * left, after * x)], -1)
+    samples = functional.embedding_bag(
+        bags.view(-1, 4), rows, mode="sum", per_sample_weights=shares.view(torch.float32).view(-1, 4)
+    )  # (n W G 9, C/G)
+    return samples.view(1, n, w, -1).permute(0, 3, 1, 2)

@@ -30,7 +30,8 @@ class SPyNet(nn.Module):
         for _ in range(levels):
             layers: list[nn.Module] = []
             for inputs, outputs in itertools.pairwise(channels[:-1]):
-                layers += [Conv2d(inputs, outputs, 7, 1, 3), nn.ReLU(inplace=True)]
+                conv = Conv2d(inputs, outputs, 7, 1, 3) if outputs >= 16 else Narrow(inputs, outputs, 7)
+                layers += [conv, nn.ReLU(inplace=True)]
             self.levels.append(nn.Sequential(*layers, Narrow(channels[-2], channels[-1], 7)))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)

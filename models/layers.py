@@ -101,7 +101,7 @@ class Up(nn.ConvTranspose2d):
 
 
 class Narrow(Conv2d):
-    """A k x k convolution to one or two channels."""
+    """A k x k convolution to fewer channels than the 16 that a processor computes at once."""
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
         super().__init__(inputs, outputs, size, 1, size // 2)
@@ -109,19 +109,23 @@ class Narrow(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W).
 
-        On a CPU without gradients it is computed as a k x 1 convolution to k times the channels, which are then shifted
-        and added: oneDNN would pad C' to 16 channels and multiply zeros.
+        On a CPU without gradients several columns are computed as one: a convolution with a stride of `columns` gives
+        the channels of that many neighbouring columns, whose kernels are the same one, moved on by a column each.
+        oneDNN would pad C' to 16 channels and multiply zeros. Channels-last, the result's memory is that of (B, H, W,
+        C').
         """
         if not by_hand(x):
             return super().forward(x)
         x = in_type_of(self.weight, x)
-        width, size, n = x.shape[3], self.kernel_size[0], self.out_channels
-        kernel = channels_last(self.weight.permute(3, 0, 1, 2).flatten(0, 1)[..., None])
-        columns = functional.pad(functional.conv2d(x, kernel, padding=(size // 2, 0)), (size // 2, size // 2))
-        out: Tensor = self.bias.view(-1, 1, 1) + columns[:, :n, :, :width]  # type: ignore[union-attr]
-        for column in range(1, size):
-            out += columns[:, column * n : (column + 1) * n, :, column : column + width]
-        return out
+        (b, _, h, w), size = x.shape, self.kernel_size[0]
+        columns = min(8, 16 // self.out_channels)
+        windows = functional.pad(self.weight, (columns - 1, columns - 1)).unfold(3, size + columns - 1, 1)
+        kernel = channels_last(windows.flip(3).permute(3, 0, 1, 2, 4).flatten(0, 1))  # (columns * C', C, k, k + ...)
+        if w % columns:
+            x = functional.pad(x, (0, -w % columns))
+        bias = self.bias.repeat(columns)  # type: ignore[union-attr]
+        out = functional.conv2d(x, kernel, bias, (1, columns), size // 2)
+        return out.permute(0, 2, 3, 1).reshape(b, h, -1, self.out_channels)[:, :, :w].permute(0, 3, 1, 2)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -75,8 +75,8 @@ def _fuse(params: Params, tile: int, gpu: bool) -> float:
     # two images; input and output of a convolution, the input of its level, two pyramids, the flow
     flow = stacked + window * 16 * (2 + pair + 8 + 8 + 2)
     inputs = stacked + window * (16 + 2 * params.flow_features * LEVELS + 3 * width)
-    one = 9 * (20 * groups + width)  # corners' indices and weights, and the samples, of one section at a time
-    aligned = inputs + window * 27 * groups + (window - 1) * width + one
+    # one section with its border at a time; what is sampled at once is no map
+    aligned = inputs + window * 27 * groups + (window + 1) * width
     held = r * r + window * width + width
     doubled = width * (r / 2) ** 2 + 2 * r * r
     reconstruct = max(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,7 +22,13 @@ threshold saves little time and holds memory.
 
 
 def configure_malloc() -> None:
-    """Set both thresholds for this process. Does nothing where the C library is not glibc."""
+    """Set both thresholds for this process, and let PyTorch ask for huge pages for its maps from 2 MiB on.
+
+    Maps above MMAP_BYTES are faulted in anew, which was a quarter of the network's time with pages of 4 KiB. PyTorch
+    reads its setting when it first allocates. The thresholds do nothing where the C library is not glibc, the setting
+    where the kernel gives no huge pages.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
