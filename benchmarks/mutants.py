@@ -418,11 +418,13 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/inference/tiles.py", INFERENCE): [
         ("2 * n - 1 - i)", "2 * n - 2 - i)"),
-        ("caches.setdefault((cell.start.y, cell.start.x), {})", "caches.setdefault((cell.start.y, cell.start.y), {})"),
+        ("caches.setdefault((first.y, first.x), {})", "caches.setdefault((first.y, first.y), {})"),
+        ("tiles += tiles[-1:] * (batch - len(tiles))", "tiles += tiles[-1:] * (len(tiles) % batch)"),
+        ("part = cell.lateral(scale).slices(whole", "part = cell.lateral(scale).slices(cell"),
         ("+ area) // (2 * area))", ") // (2 * area))"),
         (
-            "place = cell.lateral(scale).slices(slab.lr.start.lateral(scale))",
-            "place = cell.lateral(scale).slices(slab.read.start.lateral(scale))",
+            "place = cell.lateral(scale).slices(self._slab.lr.start.lateral(scale))",
+            "place = cell.lateral(scale).slices(self._slab.read.start.lateral(scale))",
         ),
     ],
     ("pipeline/plan/price.py", PRICE): [

@@ -5,8 +5,8 @@
 
 `weights` is a .safetensors file, or `small` or `paper` for random weights. `volume` is a zarr array of HR sections, or
 `phantom`. One thread computes the same centre (five sections encoded, one window fused) in each way, in turn. Printed
-against the default way ("tf32" is emulated and takes longer; CPUs have none): PSNR, the largest difference (grey 0..1), the share of the reference's indices that differ, and
-CPU seconds over the default's.
+against the default way: PSNR, the largest difference (grey 0..1), the share of the reference's indices that differ, and
+CPU seconds over the default's. "tf32" is emulated, since no CPU has it, and its seconds say nothing.
 """
 
 from __future__ import annotations

@@ -278,46 +278,42 @@ def operators() -> None:
     product beside what else there is.
     """
     b, tile = (8, 96) if GPU else (1, 16)
-    for name in ("tf32", "bfloat16") if GPU else (FLOAT32,):
-        kind = torch.bfloat16 if name == "bfloat16" else torch.float32
-        device.fix_rounding(DEVICE, name)
+    for precision in ("tf32", "bfloat16") if GPU else (FLOAT32,):
+        kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        device.fix_rounding(DEVICE, precision)
         with torch.inference_mode():
             for side, width in ((tile // 2, 512), (2 * tile, 128)):
                 x = channels_last(torch.randn(b, width, side, side, device=DEVICE).to(kind))
-                norm = GroupNorm(width, 32).to(DEVICE)
-                theirs = copy.deepcopy(norm).to(kind)
-                group_norm = nn.GroupNorm.forward
-                say(
-                    operator="group norm",
-                    precision=name,
-                    shape=list(x.shape),
-                    by_channels=milliseconds(lambda norm=norm, x=x: norm.by_channels(x)),
-                    torch=milliseconds(lambda norm=theirs, x=x: channels_last(group_norm(norm, x))),
-                    compiled=_compiled_ms(norm.by_channels, x),
-                )
+                say(operator="group norm", precision=precision, shape=list(x.shape), **_group_norms(x))
             for tokens in ((tile // 2) ** 2, tile**2):
                 q = torch.randn(b, 1, tokens, 512, device=DEVICE).to(kind)
-                attention = functional.scaled_dot_product_attention
-
-                def products(q: Tensor) -> Tensor:
-                    return (q @ q.transpose(-1, -2) * 512**-0.5).softmax(-1) @ q
-
-                say(
-                    operator="attention",
-                    precision=name,
-                    tokens=tokens,
-                    torch=milliseconds(lambda q=q: attention(q, q, q), 0.2),
-                    products=milliseconds(lambda q=q: products(q), 0.2),
-                )
-            conv = DeformableConv(64, 8).to(DEVICE).to(kind)
+                say(operator="attention", precision=precision, tokens=tokens, **_attentions(q))
             x = channels_last(torch.randn(5 * b, 64, tile, tile, device=DEVICE).to(kind))
-            nn.init.normal_(conv.offsets.weight, std=0.05)
-            say(
-                operator="deformable",
-                precision=name,
-                sampled=milliseconds(lambda: conv(x, x)),
-                compiled=_compiled_ms(lambda x: conv(x, x), x),
-            )
+            say(operator="deformable", precision=precision, **_deformables(x))
+
+
+def _group_norms(x: Tensor) -> dict[str, Any]:
+    norm = GroupNorm(x.shape[1], 32).to(DEVICE)
+    theirs = copy.deepcopy(norm).to(x.dtype)
+    return {
+        "by_channels": milliseconds(lambda: norm.by_channels(x)),
+        "torch": milliseconds(lambda: channels_last(nn.GroupNorm.forward(theirs, x))),
+        "compiled": _compiled_ms(norm.by_channels, x),
+    }
+
+
+def _attentions(q: Tensor) -> dict[str, Any]:
+    return {
+        "torch": milliseconds(lambda: functional.scaled_dot_product_attention(q, q, q), 0.2),
+        "products": milliseconds(lambda: (q @ q.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ q, 0.2),
+    }
+
+
+def _deformables(x: Tensor) -> dict[str, Any]:
+    conv = DeformableConv(x.shape[1], 8).to(DEVICE)
+    nn.init.normal_(conv.offsets.weight, std=0.05)
+    conv = conv.to(x.dtype)
+    return {"sampled": milliseconds(lambda: conv(x, x)), "compiled": _compiled_ms(lambda x: conv(x, x), x)}
 
 
 def _compiled_ms(function: Callable[[Tensor], Tensor], x: Tensor) -> float | str:
