@@ -45,7 +45,7 @@ if [ -n "$smoke" ]; then
   part speed 60 $network speed 30 smoke
   part same 60 $network same
   part operators 60 $network operators
-  part kernels 60 $network kernels
+  part kernels 60 $network kernels small
   part authors 60 $network authors 0
   part busy 90 $volume busy "$scratch/v" float32 small 16 2
   part train 90 $training "$scratch/t" flow,vqgan,indexer,network 3 float32 smoke
