@@ -18,6 +18,10 @@ from conftest import REPOSITORY, volume_yaml
 from models import network, vectors
 from models.layers import bilinear
 from pipeline import doctor
+from pipeline.config.cluster import ClusterConfig
+from pipeline.config.volume import NetworkConfig
+from pipeline.inference.describe import describe
+from pipeline.prepare.measured import measured_device
 from pipeline.selftest import diagnose, machine
 from pipeline.selftest.networks import Window
 from pipeline.selftest.vectors import judge
@@ -91,6 +95,18 @@ def test_rates_agree_with_each_other(report: Any) -> None:
             assert rate["share"] == pytest.approx(rate["tflops"] / device["matrix_tflops"][rate["precision"]])
         assert device["rates"][0]["precision"] == "float32"
         assert device["rates"][0]["psnr_db"] is None
+
+
+def test_a_price_takes_the_rates_of_this_machine(report: Any, tmp_path: Path) -> None:
+    """`cluster.measured` names the file that the command wrote."""
+    path = tmp_path / "doctor.json"
+    path.write_text(json.dumps(report))
+    network = describe(NetworkConfig(name="gpemsr", scale=8, weights="builtin"))
+    cluster = ClusterConfig(kind="local", workers=1, gpus_per_worker=0, measured=str(path))
+    found = measured_device(cluster, network)
+    assert found is not None
+    assert found.kind == report["devices"][-1]["kind"]
+    assert set(found.fits(network)) == set(report["devices"][-1]["matrix_tflops"])
 
 
 def test_the_script_writes_the_vectors_that_come_with_emsr(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def measure(network: Network, tflops: float, window: Window, float32: Window) ->
         psnr_db=window.psnr_db(float32),
         indices_changed=window.changed(float32),
         peak_bytes=torch.cuda.max_memory_allocated(on) - held if on.type == "cuda" else None,
-        formula_bytes=needed_bytes(spec, slab.lr),
+        formula_bytes=needed_bytes(spec, slab.lr, on.type == "cuda"),
     )
 
 
