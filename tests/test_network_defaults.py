@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from conftest import main_job, run_here, texture, tree, volume_yaml, write_lr
 from distributed import Client, LocalCluster, get_worker
@@ -152,6 +154,30 @@ def test_where_memory_ends_a_smaller_batch_comes_before_a_smaller_cell() -> None
 def test_tf32_where_every_worker_has_it() -> None:
     found = [defaults.precision_for(w) for w in ([GPU], [GPU, GPU], [GPU, CPU], [GPU, OLD_GPU], [OLD_GPU], [CPU], [])]
     assert found == ["tf32", "tf32", *["float32"] * 5]
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"),
+    [
+        ((6, 1), ("float32",)),
+        ((7, 0), ("float32", "float16")),
+        ((7, 5), ("float32", "float16")),
+        ((8, 0), ("float32", "tf32", "bfloat16", "float16")),
+        ((9, 0), ("float32", "tf32", "bfloat16", "float16")),
+    ],
+)
+def test_what_a_gpu_computes_in(
+    capability: tuple[int, int], wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its compute capability; P100, V100, T4, A100 and H100."""
+    card = SimpleNamespace(major=capability[0], minor=capability[1], total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla")
+    assert device.facts(torch.device("cuda", 0)) == Facts("cuda Tesla", 16 << 30, wanted)
+
+
+def test_what_a_cpu_computes_in() -> None:
+    assert device.facts(torch.device("cpu")).precisions == CPU.precisions
 
 
 def test_what_is_stated_of_precision_and_batch_stays() -> None:
