@@ -195,7 +195,7 @@ def test_a_disk_that_fails_is_tried_again_and_then_no_slabs_fault(fails: Any) ->
 
 @pytest.mark.parametrize(("times", "state", "calls"), [(2, WRITTEN, 3), (3, QUARANTINED, 3), (9, QUARANTINED, 3)])
 def test_the_unforeseen_is_tried_again(times: int, state: int, calls: int, fails: Any) -> None:
-    job, failing = fails("network", "tile", times, ArithmeticError("ours"))
+    job, failing = fails("network", "tiles", times, ArithmeticError("ours"))
     receipt = only(job, 0)
     assert (receipt.state, failing.calls) == (state, calls)
     assert state == WRITTEN or "ArithmeticError: ours" in receipt.error
@@ -212,14 +212,14 @@ def test_the_task_that_hangs_is_the_one_given_up(job: Job, monkeypatch: pytest.M
     monkeypatch.setattr(watchdog, "exit_soon", lambda: None)
     impatient = replace(job, stall_s=5.0)
     network, free, calls = open_job(impatient).network, threading.Event(), iter(range(99))
-    tile = network.tile
+    tile = network.tiles
 
-    def hangs(*arguments: Any) -> None:
+    def hangs(*arguments: Any) -> Any:
         if next(calls) == 2:
             free.wait(60)
-        tile(*arguments)
+        return tile(*arguments)
 
-    monkeypatch.setattr(network, "tile", hangs)
+    monkeypatch.setattr(network, "tiles", hangs)
     try:
         receipts = process_lease(impatient, 3, 9).receipts
     finally:
