@@ -307,7 +307,7 @@ def test_workers_decide_and_not_the_client(tmp_path: Path, capsys: pytest.Captur
     assert "Wanted: a GPU that computes in tf32" in error
     assert "Traceback" not in error
     assert tree(tmp_path) == before
-    assert "There is no calibration: network.precision" in _dry_run(path, capsys)
+    assert "The network is not tried on this machine: network.precision" in _dry_run(path, capsys)
 
 
 def _progress(stderr: str) -> list[str]:

@@ -80,6 +80,13 @@ def test_the_formula_counts_every_call(plan: Plan, batch: int, slabs_per_lease: 
     assert network_calls(plan, batch, slabs_per_lease) == counted(plan, batch, slabs_per_lease)
 
 
+def test_the_formula_carries_nothing_where_a_window_is_one_section() -> None:
+    """Two slabs of two sections: the second begins with a bad one, for which the last of the first stands in."""
+    box = Box.of((0, 0, 0), (4, 8, 8))
+    plan = Plan(box, box, ZYX(2, 8, 8), 8, Lattice(8, 0, 1, "edge"), (), None, bad_sections=(2,))
+    assert network_calls(plan, 1, 2) == Calls(encoded=4, fused=4) == counted(plan, 1, 2)
+
+
 @given(plans_with_bad_sections(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 @settings(max_examples=60)
 def test_longer_leases_never_cost_more_and_larger_batches_never_less(
