@@ -136,7 +136,8 @@ class Widths(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            self.flops[out.shape[-1]] += 2 * out.numel() * args[1][0].numel()
+            maps = args[0] if args[6] else out  # a transposed convolution spreads what the others gather
+            self.flops[out.shape[-1]] += 2 * maps.numel() * args[1][0].numel()
         return out
 
 
@@ -162,9 +163,13 @@ def peak(scale: int = 8, lr: int = 32, centres: int = 4, preset: str = "paper") 
         for centre in range(centres):
             slide(network, sections, states, centre)
 
-    with torch.inference_mode(), Widths() as widths, FlopCounterMode(display=False) as counter:
-        whole_slab()
-    with torch.inference_mode(), FlopCounterMode(display=False) as of_one:
+    # counted as the network is defined: operators of our own multiply zeros too
+    network.requires_grad_(False)
+    with torch.enable_grad(), Widths() as widths, FlopCounterMode(display=False) as counter:
+        counted = [network.encode_section(section[None]) for section in sections]
+        for centre in range(centres):
+            network.fuse_window(counted[centre : centre + 5])
+    with torch.enable_grad(), FlopCounterMode(display=False) as of_one:
         network.encode_section(sections[:1])
     encode = of_one.get_total_flops() / 1e9
     fuse = (counter.get_total_flops() / 1e9 - (centres + 4) * encode) / centres
