@@ -24,7 +24,7 @@ threshold saves little time and holds memory.
 def configure_malloc() -> None:
     """Set both thresholds for this process, and let PyTorch ask for huge pages for its maps from 2 MiB on.
 
-    Maps above MMAP_BYTES are faulted in anew, which was a quarter of the network's time with pages of 4 KiB. PyTorch
+    Maps above MMAP_BYTES are faulted in anew, page by page, which costs the network less time with large pages. PyTorch
     reads its setting when it first allocates. The thresholds do nothing where the C library is not glibc, the setting
     where the kernel gives no huge pages.
     """
