@@ -35,6 +35,7 @@ from pipeline.prepare import chosen
 from pipeline.prepare.place import check_place, claim
 from pipeline.prepare.prepare import prepare, settled
 from pipeline.prepare.prepared import Prepared
+from pipeline.prepare.specification import digest
 from pipeline.process import device
 from pipeline.process.device import Facts
 from pipeline.schedule import ask
@@ -229,6 +230,18 @@ def test_a_target_of_before_goes_on_without_its_numbers_in_the_file(tmp_path: Pa
         check_place(prepared(tmp_path, network__precision="tf32"))
     with pytest.raises(LedgerError, match=r"network\.batch was None, is 2"):
         check_place(prepared(tmp_path, network__batch=2))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_narrow_kernels_are_no_autocast(precision: str, tmp_path: Path) -> None:
+    """A target that an earlier commit began with kernels cast in every call has other bytes: it is refused."""
+    write_lr(tmp_path / "lr.zarr", texture((4, 30, 30)))
+    begun = prepared(tmp_path, network__precision=precision)
+    network = {key: value for key, value in begun.spec["network"].items() if key != "kernels"}
+    old = begun.spec | {"network": network}
+    claim(replace(begun, spec=old, job=replace(begun.job, digest=digest(old))))
+    with pytest.raises(LedgerError, match=r'network\.kernels was None, is "stored"'):
+        check_place(prepared(tmp_path))
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -54,7 +54,7 @@ def test_the_main_job(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
     told = report(tmp_path)
     computed = told["computed"]
-    assert (computed["precision"], computed["batch"]) == ("float32", 1)
+    assert (computed["precision"], computed["batch"], computed["notes"]) == ("float32", 1, [])
     assert computed["devices"] == [entry["device"] for entry in told["crew"]]
     assert told["ledger"]["planned"] == told["ledger"]["written"]
     assert told["stored_bytes"] == sum(f.stat().st_size for f in (tmp_path / "sr").rglob("c/**/*") if f.is_file())

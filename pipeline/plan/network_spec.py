@@ -25,3 +25,8 @@ class NetworkSpec:
     weights: str = ""
     weights_licence: str = ""
     batch: int = 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether kernels are stored in two bytes a number."""
+        return self.precision in ("bfloat16", "float16")

@@ -60,6 +60,8 @@ def specification(choices: Choices) -> dict[str, Any]:
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
     if network["batch"] == 1:
         del network["batch"]
+    if choices.network.narrow:
+        network["kernels"] = "stored"  # earlier commits cast them in every call, which gave other bytes
     plan = choices.plan
     levels = [{"shape": list(v.shape), "chunk": list(v.chunk), "shard": list(v.shard)} for v in plan.levels]
     found = {

@@ -30,7 +30,8 @@ class RunTotals:
     `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
     LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
     `workers` are named HOST:PID; `aside` says why workers were set aside. `last_written` is each worker's last receipt
-    of a task that it wrote. `waits` says what is waited for and was not said before.
+    of a task that it wrote. `notes` are lines of how the network is computed, each with the first worker that said it.
+    `waits` says what is waited for and was not said before.
     """
 
     written: int = 0
@@ -48,6 +49,7 @@ class RunTotals:
     workers: dict[str, WorkerTotals] = field(default_factory=dict)
     aside: dict[str, str] = field(default_factory=dict)
     last_written: dict[str, Receipt] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     waits: list[str] = field(default_factory=list)
 
     @property
@@ -81,3 +83,5 @@ class RunTotals:
         self.requests += result.requests
         if result.receipts:
             self.network = result.network
+            for note in result.notes:
+                self.notes.setdefault(note, result.receipts[0].worker)

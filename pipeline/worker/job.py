@@ -81,7 +81,7 @@ class LeaseResult:
 
     `base_bytes` is the process's resident size when the job was open and no slab had been read, `peak_bytes` its
     largest resident size so far. `network` is what the network holds of it. `requests` counts since the process's last
-    lease.
+    lease. `notes` are lines that the report has of how the network is computed there.
     """
 
     receipts: tuple[Receipt, ...]
@@ -89,6 +89,7 @@ class LeaseResult:
     base_bytes: int
     network: Footprint = Footprint()  # noqa: RUF009 - frozen
     requests: RequestCounts = RequestCounts()  # noqa: RUF009 - frozen
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,12 @@ def process_lease(job: Job, start: int, stop: int, max_s: float = math.inf) -> L
         ended += (Receipt(index, QUARANTINED, error=why, fault=kind, seconds=job.stall_s, worker=name()),)
     assert opened is not None
     return LeaseResult(
-        ended, peak_resident_bytes(), opened.base_bytes, opened.network.resident, requests.COUNTER.take()
+        ended,
+        peak_resident_bytes(),
+        opened.base_bytes,
+        opened.network.resident,
+        requests.COUNTER.take(),
+        opened.network.notes,
     )
 
 
