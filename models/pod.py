@@ -111,7 +111,8 @@ class POD(nn.Module):
         enlarged = bilinear(images, 4)  # (B * N, 1, 4H, 4W)
         # the flow (B * N, 2, 4H, 4W) becomes, per level i, two (B * N, F, h_i, w_i)
         flows = self.flow_features(self.flow(enlarged, _of_centre(enlarged, n)))
-        halved = [images]  # per level i (B * N, 1, h_i, w_i)
+        # per level i (B * N, 1, h_i, w_i), in the type of the features with which they are concatenated
+        halved = [images.to(neighbours[0].dtype)]
         for _ in range(LEVELS - 1):
             halved.append(bilinear(halved[-1], 0.5))
         coarser: tuple[Tensor, Tensor] | None = None

@@ -48,4 +48,15 @@ class Reconstruction(nn.Module):
 
 def _double(up: nn.Module, x: Tensor) -> Tensor:
     """Sub-pixel convolution: (B, C, h, w) -> (B, 4C, h, w) -> (B, C, 2h, 2w)."""
-    return lrelu(functional.pixel_shuffle(up(x), 2))
+    return lrelu(shuffled(up(x)))
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """torch.nn.functional.pixel_shuffle by 2, (B, 4C, h, w) -> (B, C, 2h, 2w). A GPU keeps channels-last maps so in one
+    copy; PyTorch's operator would turn them over there.
+    """
+    if x.device.type == "cpu":
+        return functional.pixel_shuffle(x, 2)
+    b, c, h, w = x.shape
+    parts = x.permute(0, 2, 3, 1).view(b, h, w, c // 4, 2, 2)  # the last two are row and column
+    return parts.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from models import layers
 from models.layers import GroupNorm, channels_last, conv3
 from models.network import SuperResolver
 from models.precision import lower
+from models.reconstruct import shuffled
 
 MADE_OF_NOTHING = {"empty", "empty_like", "new_empty", "_unsafe_view", "detach"}
 
@@ -109,6 +111,16 @@ def test_group_norm_by_channels(kind: torch.dtype) -> None:
             assert found.dtype == kind
             assert found.is_contiguous(memory_format=torch.channels_last)
             assert (found.double() - wanted).abs().max() < limit
+
+
+def test_shuffling_keeps_the_layout() -> None:
+    """It moves what PyTorch's operator moves. The device meta has no numbers, so its lines are called here."""
+    x = channels_last(torch.randn(2, 12, 3, 5))
+    wanted = functional.pixel_shuffle(x, 2)
+    on_gpu = Mock(wraps=x, device=torch.device("cuda"), shape=x.shape)
+    found = shuffled(on_gpu)
+    assert torch.equal(found, wanted)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_path_gives_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
