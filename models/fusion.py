@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.config import Params
-from models.layers import bilinear, conv3, lrelu, pointwise
+from models.layers import bilinear, channels_last, conv3, lrelu, pointwise, side_by_side
 
 
 class SectionMix(nn.Module):
@@ -31,7 +31,7 @@ class SectionMix(nn.Module):
         mixed: Tensor = bias + mix[:, 0] * window[:, :1]  # (B, N, C, H, W)
         for n in range(1, window.shape[1]):
             mixed = mixed + mix[:, n] * window[:, n : n + 1]
-        return lrelu(self.reduce(lrelu(mixed).flatten(1, 2)))  # N * C -> C channels
+        return lrelu(self.reduce(side_by_side(lrelu(mixed))))  # N * C -> C channels
 
 
 class SpatialAttention(nn.Module):
@@ -83,7 +83,7 @@ class ThreeDA(nn.Module):
         keys = self.key(aligned.flatten(0, 1)).unflatten(0, (b, n))  # (B, N, C, H, W)
         weights = torch.sigmoid((query[:, None] * keys).sum(2, keepdim=True))  # (B, N, 1, H, W)
         window = aligned * weights  # (B, N, C, H, W)
-        flat = window.flatten(1, 2).contiguous(memory_format=torch.channels_last)  # (B, N * C, H, W)
+        flat = channels_last(side_by_side(window))  # (B, N * C, H, W)
         fused = lrelu(self.fuse(flat)) + self.mix1(window)  # (B, C, H, W), as all that follows
         attention, added = self.spatial(flat)
         attended = 2 * fused * torch.sigmoid(attention)

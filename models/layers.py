@@ -52,6 +52,21 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def joined(*maps: Tensor) -> Tensor:
+    """Maps (B, *, H, W) concatenated. On a GPU they are channels-last; PyTorch would leave that layout where one map has
+    another, and the convolution that follows would turn all of them.
+    """
+    return torch.cat(maps if maps[0].device.type == "cpu" else [channels_last(one) for one in maps], 1)
+
+
+def side_by_side(window: Tensor) -> Tensor:
+    """(B, N, C, H, W) -> (B, N * C, H, W). On a GPU it is channels-last, in one copy."""
+    b, _, _, h, w = window.shape
+    if window.device.type == "cpu":
+        return window.flatten(1, 2)
+    return window.permute(0, 3, 4, 1, 2).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
 def weights_channels_last(module: nn.Module) -> None:
     """Store the kernels of all convolutions channels-last; PyTorch then gives every feature map that layout."""
     for parameter in module.parameters():

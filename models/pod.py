@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.config import Params
 from models.deformable import DeformableConv
 from models.flow import SPyNet
-from models.layers import bilinear, conv3, lrelu
+from models.layers import bilinear, channels_last, conv3, joined, lrelu
 
 LEVELS = 3
 
@@ -42,15 +42,15 @@ class Level(nn.Module):
 
         Returns offset features and aligned features before their activation, both (B * N, C, h_i, w_i).
         """
-        guide = lrelu(self.guide1(torch.cat(inputs, 1)))  # 2C + 2F + 2 -> C channels
+        guide = lrelu(self.guide1(joined(*inputs)))  # 2C + 2F + 2 -> C channels
         if coarser is None:
             guide = lrelu(self.guide3(guide))  # (B * N, C, h_i, w_i)
             return guide, self.deform(inputs[0], guide)
         # the coarser offsets, at this size, are twice as long in voxels: two (B * N, C, h_i, w_i) -> one
-        guide = lrelu(self.guide2(torch.cat([guide, bilinear(coarser[0], 2).mul_(2)], 1)))
+        guide = lrelu(self.guide2(joined(guide, bilinear(coarser[0], 2).mul_(2))))
         guide = lrelu(self.guide3(guide))  # (B * N, C, h_i, w_i)
         aligned = self.deform(inputs[0], guide)  # (B * N, C, h_i, w_i)
-        return guide, self.merge(torch.cat([aligned, bilinear(coarser[1], 2)], 1))  # 2C -> C channels
+        return guide, self.merge(joined(aligned, bilinear(coarser[1], 2)))  # 2C -> C channels
 
 
 class Cascade(nn.Module):
@@ -64,7 +64,7 @@ class Cascade(nn.Module):
 
     def forward(self, aligned: Tensor, centre: Tensor) -> Tensor:
         """Two (B * N, C, H, W) -> (B * N, C, H, W)."""
-        guide = lrelu(self.guide1(torch.cat([aligned, centre], 1)))  # 2C -> C channels
+        guide = lrelu(self.guide1(joined(aligned, centre)))  # 2C -> C channels
         guide = lrelu(self.guide2(guide))  # (B * N, C, H, W)
         return lrelu(self.deform(aligned, guide))
 
@@ -106,7 +106,7 @@ class POD(nn.Module):
         centre = n // 2
         images = sections.flatten(0, 1)  # (B * N, 1, H, W)
         # per level i, features of the pairs' neighbours and centres: (B * N, C, h_i, w_i)
-        neighbours = [torch.stack(level, 1).flatten(0, 1) for level in zip(*pyramids, strict=True)]
+        neighbours = [channels_last(torch.stack(level, 1).flatten(0, 1)) for level in zip(*pyramids, strict=True)]
         centres = [level.repeat_interleave(n, 0) for level in pyramids[centre]]
         enlarged = bilinear(images, 4)  # (B * N, 1, 4H, 4W)
         # the flow (B * N, 2, 4H, 4W) becomes, per level i, two (B * N, F, h_i, w_i)
