@@ -53,10 +53,11 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def joined(*maps: Tensor) -> Tensor:
-    """Maps (B, *, H, W) concatenated. On a GPU they are channels-last; PyTorch would leave that layout where one map has
-    another, and the convolution that follows would turn all of them.
+    """Maps (B, *, H, W) concatenated. On a GPU they are channels-last: PyTorch would leave that layout where one map
+    has another, and the convolution that follows would turn all of them.
     """
-    return torch.cat(maps if maps[0].device.type == "cpu" else [channels_last(one) for one in maps], 1)
+    on_cpu = maps[0].device.type == "cpu"
+    return torch.cat(maps if on_cpu else [channels_last(one) for one in maps], 1)
 
 
 def side_by_side(window: Tensor) -> Tensor:

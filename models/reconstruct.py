@@ -58,5 +58,5 @@ def shuffled(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return functional.pixel_shuffle(x, 2)
     b, c, h, w = x.shape
-    parts = x.permute(0, 2, 3, 1).view(b, h, w, c // 4, 2, 2)  # the last two are row and column
+    parts = x.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2)  # the last two are row and column
     return parts.permute(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)

@@ -4,6 +4,8 @@ GPU.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,17 +31,18 @@ class State(NamedTuple):
 
 
 def encode(section: Tensor) -> State:
-    return State(section, (section * 2, section.sum(-1)))
+    return State(section + 1, (section * 2, section.sum(-1)))
 
 
 class Recorder:
     """Like a GPU's: a replay computes from the recorded inputs' memory into the recorded results' memory."""
 
     def __init__(self, spoil: Callable[[Any], None] = lambda result: None) -> None:
-        self.replays, self._spoil = 0, spoil
+        self.replays, self.recorded, self._spoil = 0, 0, spoil
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        result = pytree.tree_map(torch.zeros_like, function())
+        self.recorded += 1
+        result = function()
 
         def replay() -> None:
             self.replays += 1
@@ -50,40 +53,74 @@ class Recorder:
         return replay, result
 
 
+def fuse(states: list[State]) -> tuple[Tensor, Tensor]:
+    mean = torch.stack([state.pyramid[0] for state in states]).mean(0)
+    return mean.mul(100).to(torch.uint8), mean.sum()
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True))
+
+
 def test_replays_give_what_calls_give() -> None:
-    """Results are the caller's own: a later replay does not change them."""
+    """From the call on that follows the first one of all; results are the caller's own, whatever is replayed later."""
     recorder = Recorder()
-    graphs = Graphs(recorder)
-    recorded = graphs.of(encode)
-    inputs = [torch.rand(2, 3) for _ in range(4)]
-    found = [recorded(each) for each in inputs]
-    assert (recorder.replays, graphs.notes) == (4, [])  # the first call is compared with a replay
-    for each, state in zip(inputs, found, strict=True):
-        assert isinstance(state, State)
-        assert all(
-            torch.equal(a, b) for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(encode(each)), strict=True)
-        )
+    graphs = Graphs(2, recorder)
+    inputs = [torch.rand(2, 3) for _ in range(6)]
+    states, found = [], []
+    for at, section in enumerate(inputs):
+        states.append(graphs.call(encode, section))
+        if at >= 2:
+            found.append(graphs.call(fuse, states[-3:]))
+    assert recorder.recorded == 2
+    assert recorder.replays == (1 + 3) + (1 + 3)  # one of each is compared
+    assert graphs.notes == []
+    assert isinstance(states[-1], State)
+    assert same(states, [encode(section) for section in inputs])
+    assert same(found, [fuse([encode(section) for section in inputs[at : at + 3]]) for at in range(4)])
 
 
-@pytest.mark.parametrize("value", [1e-7, float("nan")])
-def test_a_replay_that_differs_is_not_used_and_told(value: float) -> None:
-    def spoil(result: State) -> None:
-        result.pyramid[0][0, 0] += value
+def test_nothing_is_recorded_before_all_were_called() -> None:
+    """The memory of a first call and that of a graph are never needed together."""
+    recorder = Recorder()
+    graphs = Graphs(2, recorder)
+    for _ in range(5):
+        graphs.call(encode, torch.rand(2, 3))
+    assert recorder.recorded == 0
 
-    recorder = Recorder(spoil)
-    graphs = Graphs(recorder)
-    recorded = graphs.of(encode)
+
+def spoil(result: State) -> None:
+    result.pyramid[0][0, 0] += 1e-7
+
+
+def make_none(result: State) -> None:
+    result.pyramid[0][0, 0] = torch.nan
+
+
+def test_an_empty_graph_is_found_out() -> None:
+    """Its result is that of the recording, whatever is replayed."""
+    graphs = Graphs(1, lambda function: (lambda: None, function()))
     for _ in range(3):
         x = torch.rand(2, 3)
-        assert torch.equal(recorded(x).pyramid[0], 2 * x)
+        assert same(graphs.call(encode, x), encode(x))
+    assert graphs.notes == ["no CUDA graph of encode: a replay differs from the call"]
+
+
+@pytest.mark.parametrize("after", [spoil, make_none])
+def test_a_replay_that_differs_is_not_used_and_told(after: Callable[[State], None]) -> None:
+    recorder = Recorder(after)
+    graphs = Graphs(1, recorder)
+    for _ in range(3):
+        x = torch.rand(2, 3)
+        assert same(graphs.call(encode, x), encode(x))
     assert recorder.replays == 1
     assert graphs.notes == ["no CUDA graph of encode: a replay differs from the call"]
 
 
 def test_numbers_that_are_none_are_the_same_number() -> None:
-    graphs = Graphs(Recorder())
-    recorded = graphs.of(encode)
-    recorded(torch.full((2, 3), float("nan")))
+    graphs = Graphs(1, Recorder())
+    for _ in range(2):
+        graphs.call(encode, torch.full((2, 3), float("nan")))
     assert graphs.notes == []
 
 
@@ -94,13 +131,24 @@ def test_what_cannot_be_recorded_is_called_and_told() -> None:
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    graphs = Graphs(refuse)
-    recorded = graphs.of(encode)
+    graphs = Graphs(1, refuse)
     for _ in range(3):
         x = torch.rand(2, 3)
-        assert torch.equal(recorded(x).section, x)
+        assert same(graphs.call(encode, x), encode(x))
     assert len(tries) == 1
     assert graphs.notes == ["no CUDA graph of encode: RuntimeError: operation not permitted when stream is capturing"]
+
+
+def test_a_network_is_gone_when_nobody_has_it() -> None:
+    """A worker frees the last job's before it opens the next: no reference leads from a network back to it."""
+    network = stand_in(1)
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        del network
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def stand_in(batch: int) -> Network:

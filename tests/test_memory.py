@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import texture, tree, volume_yaml, write_lr
@@ -43,7 +44,8 @@ sections = np.random.default_rng(0).integers(0, 256, (6, 1, tile, tile), dtype=n
 status = lambda key: next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
-network.tiles(sections, [0, 0, 0, 0, 1, 1], {}).finish()
+with network.tiles(sections, [0, 0, 0, 0, 1, 1], {}).finish():
+    pass
 held = network.resident
 print((status("VmHWM") - before) / (held.tile_bytes + 2 * held.cache_bytes / 5))
 """
@@ -177,15 +179,30 @@ def test_other_faults_are_not_taken_for_it() -> None:
 
 def test_sections_and_grey_levels_pass_as_they_are() -> None:
     sections = texture((6, 8, 8)).reshape(3, 2, 8, 8)
-    transfer = device.Transfer(torch.device("cpu"), sections)
-    transfer.fetch(2)
-    for at in (2, 0):
-        assert torch.equal(transfer.take(at), torch.from_numpy(sections[at]))
-    landing = device.Landing(torch.device("cpu"), (2, 1, 2, 2))
+    assert np.array_equal(device.send(torch.device("cpu"), sections).numpy(), sections)
+    landing = device.Landings(torch.device("cpu")).take((2, 1, 2, 2))
     for z, grey in enumerate(([[0, 128], [100, 255]], [[1, 2], [3, 4]])):
         landing.put(z, torch.tensor([grey], dtype=torch.uint8))
     landing.close(torch.tensor(1.0))
-    assert landing.finish().tolist() == [[[[0, 128], [100, 255]]], [[[1, 2], [3, 4]]]]
+    with landing.finish() as found:
+        assert found.tolist() == [[[[0, 128], [100, 255]]], [[[1, 2], [3, 4]]]]
+
+
+def test_landings_are_used_again_when_they_are_free_and_large_enough() -> None:
+    landings = device.Landings(torch.device("cpu"))
+    first, second = landings.take((2, 1, 2, 2)), landings.take((2, 1, 2, 2))
+    places = []
+    for landing in (first, second):
+        landing.close(torch.tensor(0.0))
+        with landing.finish() as found:
+            places.append(found.ctypes.data)
+    assert places[0] != places[1], "both were out"
+    for shape, known in (((1, 1, 2, 2), True), ((3, 1, 2, 2), False)):
+        landing = landings.take(shape)
+        landing.close(torch.tensor(0.0))
+        with landing.finish() as found:
+            assert found.shape == shape
+            assert (found.ctypes.data in places) == known
 
 
 class Constant(torch.nn.Module):
@@ -212,9 +229,9 @@ def test_grey_levels_are_rounded_and_clamped() -> None:
 def test_what_is_no_number_is_not_made_grey(value: float) -> None:
     network = Network(describe(NetworkConfig(name="nearest", scale=8)))
     network.module = Constant(0.0, value, 1.0, 0.5)
-    landing = device.Landing(torch.device("cpu"), (1, 1, 2, 2))
+    landing = device.Landings(torch.device("cpu")).take((1, 1, 2, 2))
     grey, total = network.fuse([torch.zeros(1, 1, 8, 8)])
     landing.put(0, grey)
     landing.close(total)
-    with pytest.raises(DataError, match="no numbers"):
-        landing.finish()
+    with pytest.raises(DataError, match="no numbers"), landing.finish():
+        pass

@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function launches on a GPU is recorded once and replayed, at the cost of one launch.
+"""CUDA graphs: what functions launch on a GPU is recorded once and replayed, at the cost of one launch.
 
 A tile has one fixed shape, and so has a batch of them. Preset paper launches about a thousand kernels for each section
 of a batch, and launching them takes the host longer than a GPU takes to compute them.
@@ -6,7 +6,9 @@ of a batch, and launching them takes the host longer than a GPU takes to compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,68 +18,95 @@ Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Calls a function and gives what launches the same again, into the result that it also gives."""
 
 
-class Graphs:
-    """The graphs of one process, in one pool of memory: they run one after another.
+@dataclass
+class _Graph:
+    """The graph of one function: the memory that it reads and writes, and what the first call made of the former."""
 
-    `notes` says in a line each which function has none, and why. Such a function is called as it is.
+    given: Any
+    wanted: Any
+    result: Any = None
+    replay: Callable[[], None] | None = None
+
+
+class Graphs:
+    """The graphs of the functions of one process, in one pool of memory: they run one after another.
+
+    Each function is called as it is until all have been called once, so that the memory of a call and of a graph are
+    not needed at the same time. Then each is recorded, and a replay is compared with its first call, byte by byte.
+    `notes` says in a line each which function has no graph, and why; it is called as it is.
     """
 
-    def __init__(self, record: Record | None = None) -> None:
+    def __init__(self, functions: int, record: Record | None = None) -> None:
+        """`functions` is how many there are."""
         self.notes: list[str] = []
+        self._wanted, self._graphs = functions, dict[str, _Graph]()
         self._record = record or self._on_gpu
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of tensors, which always have the same shapes, by its graph.
+    def call(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`function(*inputs)`, tensors which have the same shapes in every call. Functions are told apart by name.
 
-        The first call records it and compares a replay with the call itself, byte by byte. It is called within
-        torch.inference_mode. Results belong to the caller.
+        It is called within torch.inference_mode, on the stream that computes. The result belongs to the caller.
         """
-        given: Any = None
-        result: Any = None
-        replay: Callable[[], None] | None = None
-        tried = False
+        name = function.__name__
+        graph = self._graphs.get(name)
+        if graph is None:
+            result = function(*inputs)
+            self._graphs[name] = _Graph(pytree.tree_map(torch.clone, inputs), pytree.tree_map(torch.clone, result))
+            return result
+        if graph.wanted is not None and len(self._graphs) == self._wanted:
+            self._make(name, graph, function)
+        if graph.replay is None:
+            return function(*inputs)
+        for mine, theirs in _pairs(graph.given, inputs):
+            mine.copy_(theirs)
+        graph.replay()
+        return pytree.tree_map(torch.clone, graph.result)
 
-        def call(*inputs: Any) -> Any:
-            nonlocal given, result, replay, tried
-            if replay is None and tried:
-                return function(*inputs)
-            if replay is None:
-                tried, wanted = True, function(*inputs)
-                given = pytree.tree_map(torch.clone, inputs)
-                try:
-                    launch, result = self._record(lambda: function(*given))
-                    launch()
-                except RuntimeError as error:  # a kernel that cannot be recorded, or no memory for it
-                    self.notes.append(f"no CUDA graph of {function.__name__}: {_first_line(error)}")
-                    given = result = None
-                    return wanted
-                if not _same(result, wanted):
-                    self.notes.append(f"no CUDA graph of {function.__name__}: a replay differs from the call")
-                    given = result = None
-                    return wanted
-                replay = launch
-                return wanted
-            for mine, theirs in zip(pytree.tree_leaves(given), pytree.tree_leaves(inputs), strict=True):
-                mine.copy_(theirs)
-            replay()
-            return pytree.tree_map(torch.clone, result)
-
-        return call
+    def _make(self, name: str, graph: _Graph, function: Callable[..., Any]) -> None:
+        wanted, graph.wanted = graph.wanted, None
+        try:
+            launch, result = self._record(lambda: function(*graph.given))
+        except RuntimeError as error:  # a kernel that cannot be recorded, or no memory for it
+            self.notes.append(f"no CUDA graph of {name}: {_first_line(error)}")
+            graph.given = None
+            return
+        for leaf, right in _pairs(result, wanted):  # a replay that does nothing is to be found out
+            leaf.copy_(right).add_(1) if not leaf.is_floating_point() else leaf.fill_(torch.nan)
+        launch()
+        if all(_same(leaf, right) for leaf, right in _pairs(result, wanted)):
+            graph.result, graph.replay = result, launch
+        else:
+            self.notes.append(f"no CUDA graph of {name}: a replay differs from the call")
+            graph.given = None
 
     def _on_gpu(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # other threads of the worker may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = function()
+        graph, computing = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if self._stream is None:  # of this device: torch's own is of the first one that recorded
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            # other threads of the worker may use the device meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError:
+            self._failed.append(graph)  # the allocator may still ask it what it records
+            with suppress(Exception):  # a recording that cannot be ended leaves the allocator in its pool,
+                torch._C._cuda_endAllocateToPool(computing.device_index, self._pool)
+            raise
+        finally:
+            torch.cuda.set_stream(computing)  # and this thread on its stream
         return graph.replay, result
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def _pairs(a: Any, b: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two results are the same, byte by byte; numbers that are none count as the same."""
-    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True)
-    return all(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _first_line(error: Exception) -> str:

@@ -48,14 +48,12 @@ class Network:
                 models.load(path, self.module)
         models.lower(self.module, spec.precision)
         self.module.to(self.device).eval()
-        self._encode: Callable[..., Any] = self.encode
-        self._fuse: Callable[..., Any] = self.fuse
+        self._landings = device.Landings(self.device)
         self._graphs: Graphs | None = None
         if self._gpu and spec.preset is not None:
             from pipeline.inference.graphs import Graphs
 
-            self._graphs = Graphs()
-            self._encode, self._fuse = self._graphs.of(self.encode), self._graphs.of(self.fuse)
+            self._graphs = Graphs(functions=2)
         self.weight_bytes = sum(value.nbytes for value in self.module.state_dict().values())
 
     @property
@@ -65,8 +63,11 @@ class Network:
 
     @property
     def resident(self) -> Footprint:
-        """What of the footprint is this process's own memory: nothing where a GPU holds it."""
-        return Footprint() if self._gpu else footprint(self.spec)
+        """What of the footprint is this process's own memory: where a GPU holds it, what its grey levels pass
+        through.
+        """
+        held = footprint(self.spec, self._gpu)
+        return Footprint(landing_bytes=held.landing_bytes) if self._gpu else held
 
     def refuse_too_large(self, plan: Plan) -> None:
         """Raises TooLargeError where the slab in the region's middle needs more than the device has with nobody else
@@ -100,27 +101,28 @@ class Network:
         lattice = self.spec.lattice
         depth, side = len(voxels) - lattice.window + 1, lattice.cell * self.spec.scale
         with torch.inference_mode(), device.current(self.device):
-            transfer = device.Transfer(self.device, voxels)
-            landing = device.Landing(self.device, (depth, voxels.shape[1], side, side))
+            lr = device.send(self.device, voxels)
+            landing = self._landings.take((depth, voxels.shape[1], side, side))
             total = torch.zeros((), device=self.device)
             for z in range(depth):
                 heartbeat()
                 numbers = sections[z : z + lattice.window]
                 for at, number in enumerate(numbers, start=z):
                     if number not in cache:
-                        cache[number] = self._encode(transfer.take(at))
+                        cache[number] = self._call(self.encode, lr[at])
                         self._trim()
                 for old in [number for number in cache if number not in numbers]:
                     del cache[old]
-                if z + 1 < depth and sections[z + lattice.window] not in cache:
-                    transfer.fetch(z + lattice.window)
-                grey, sums = self._fuse([cache[number] for number in numbers])
+                grey, sums = self._call(self.fuse, [cache[number] for number in numbers])
                 landing.put(z, grey)
                 total += sums
                 del grey, sums
                 self._trim()
             landing.close(total)
         return landing
+
+    def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        return function(*inputs) if self._graphs is None else self._graphs.call(function, *inputs)
 
     def encode(self, section: torch.Tensor) -> object:
         """A section of every tile, uint8 (B, T, T) -> its state."""

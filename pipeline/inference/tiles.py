@@ -35,9 +35,14 @@ class Pending:
         self._landing: tuple[Landing, list[Box]] | None = None
 
     def add(self, landing: Landing, cells: list[Box]) -> None:
-        """The tiles of `cells` were queued. What was queued before them is waited for."""
+        """The tiles of `cells` were queued. What was queued before them is waited for; nothing is on a CPU, which has
+        computed them.
+        """
         before, self._landing = self._landing, (landing, cells)
         self._take(before)
+        if not landing.waits:
+            self._take((landing, cells))
+            self._landing = None
 
     def finish(self) -> NDArray[np.uint8]:
         """Wait for all of them: uint8 (D, rh, rw). Raises as `super_resolve`."""
@@ -49,14 +54,13 @@ class Pending:
         if landed is None:
             return
         landing, cells = landed
-        with self._network.memory_errors(self._slab.lr):
-            grey = landing.finish()  # (D, B, rC, rC); the tiles beyond `cells` are repeats
         lattice, scale = self._network.spec.lattice, self._network.spec.scale
-        for at, cell in enumerate(cells):
-            whole = lattice.whole_cell(cell)
-            part = cell.lateral(scale).slices(whole.start.lateral(scale))
-            place = cell.lateral(scale).slices(self._slab.lr.start.lateral(scale))
-            self._out[place] = grey[:, at][:, part[1], part[2]]
+        with self._network.memory_errors(self._slab.lr), landing.finish() as grey:  # (D, B, rC, rC)
+            for at, cell in enumerate(cells):  # the tiles beyond `cells` are repeats
+                whole = lattice.whole_cell(cell)
+                part = cell.lateral(scale).slices(whole.start.lateral(scale))
+                place = cell.lateral(scale).slices(self._slab.lr.start.lateral(scale))
+                self._out[place] = grey[:, at][:, part[1], part[2]]
 
 
 def begin(

@@ -36,12 +36,14 @@ class Footprint:
     """Bytes that a network holds beyond its weights.
 
     `tile_bytes` are for the `batch` tiles that it computes at once. `cache_bytes` are for the encoded sections of one
-    tile, which every slab leaves for the next slab in z.
+    tile, which every slab leaves for the next slab in z. `landing_bytes` are, for each section of a slab, the grey
+    levels that are on their way from the device into the slab.
     """
 
     tile_bytes: int = 0
     cache_bytes: int = 0
     batch: int = 1
+    landing_bytes: int = 0
 
     def cached_bytes(self, tiles: int) -> int:
         """The encoded sections of so many tiles, of which only whole batches are computed."""
@@ -125,7 +127,7 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
     sr, lr = slab.write.size, slab.read.shape.product
     first, held = int(sr * share), int(_slab_output(plan, slab) * share)
     largest = min(first, int(plan.levels[0].shard.product * share))
-    computing = lr + sr + network.tile_bytes
+    computing = lr + sr + network.tile_bytes + slab.lr.shape.z * network.landing_bytes
     waiting = lr + sr
     encoding = lr + sr + first + 2 * largest
     putting = 2 * held

@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -142,55 +143,32 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-class Transfer:
-    """LR sections of a batch of tiles to the device, one byte per voxel.
-
-    On a GPU they pass through pinned memory, and `fetch` copies on a stream of its own while the network computes. On a
-    CPU the same lines copy nothing.
+def send(device: torch.device, sections: NDArray[np.uint8]) -> torch.Tensor:
+    """Sections of a batch of tiles on the device, uint8 (S, B, T, T), one byte per voxel. To a GPU they go through
+    pinned memory, and nothing waits; a CPU has them already.
     """
+    import torch
 
-    def __init__(self, device: torch.device, sections: NDArray[np.uint8]) -> None:
-        """`sections` are uint8 (S, B, T, T)."""
-        import torch
-
-        self._device, self._sections = device, torch.from_numpy(sections)
-        self._beside: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._sections = self._sections.pin_memory()
-            self._beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._fetched: dict[int, torch.Tensor] = {}
-
-    def fetch(self, at: int) -> None:
-        """Begin to copy a section that `take` will soon want."""
-        import torch
-
-        with torch.cuda.stream(self._beside):  # none on a CPU: no stream, no effect
-            self._fetched[at] = self._sections[at].to(self._device, non_blocking=True)
-
-    def take(self, at: int) -> torch.Tensor:
-        """Section `at` of every tile on the device, uint8 (B, T, T)."""
-        import torch
-
-        if at not in self._fetched:
-            self.fetch(at)
-        section = self._fetched.pop(at)
-        if self._beside is not None:
-            computing = torch.cuda.current_stream(self._device)
-            computing.wait_stream(self._beside)
-            section.record_stream(computing)  # else its memory could be given to the next fetch while it is read
-        return section
+    here = torch.from_numpy(sections)
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
 class Landing:
     """Where the grey levels of a batch of tiles arrive: uint8 (D, B, h, w). On a GPU nothing waits before `finish`."""
 
-    def __init__(self, device: torch.device, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, memory: torch.Tensor, shape: tuple[int, ...], release: Callable[[torch.Tensor], None]) -> None:
         import torch
 
-        pinned = device.type == "cuda"
-        self._grey = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        pinned = memory.is_pinned()
+        self._memory, self._release = memory, release
+        self._grey = memory[: math.prod(shape)].view(shape)
         self._total = torch.zeros((), pin_memory=pinned)
         self._arrived = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    @property
+    def waits(self) -> bool:
+        """Whether `finish` may have to wait."""
+        return self._arrived is not None
 
     def put(self, z: int, grey: torch.Tensor) -> None:
         """Section `z` of every tile, uint8 (B, h, w) on the device."""
@@ -204,15 +182,36 @@ class Landing:
         if self._arrived is not None:
             self._arrived.record()
 
-    def finish(self) -> NDArray[np.uint8]:
-        """Wait until every section has arrived. Raises DataError where one holds what is no number, which grey levels
-        would hide.
+    @contextmanager
+    def finish(self) -> Iterator[NDArray[np.uint8]]:
+        """Wait until every section has arrived. The memory is another's after the block.
+
+        Raises DataError where a section holds what is no number, which grey levels would hide.
         """
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        if not math.isfinite(float(self._total)):
-            raise DataError(
-                "the network made values that are no numbers; "
-                "take network.precision float32 (or bfloat16), or other weights"
-            )
-        return self._grey.numpy()
+        try:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            if not math.isfinite(float(self._total)):
+                raise DataError(
+                    "the network made values that are no numbers; "
+                    "take network.precision float32 (or bfloat16), or other weights"
+                )
+            yield self._grey.numpy()
+        finally:
+            self._release(self._memory)
+
+
+class Landings:
+    """The memory of all landings of a device, pinned where it is a GPU: kept, since pinning takes long."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned, self._free = device.type == "cuda", list["torch.Tensor"]()
+
+    def take(self, shape: tuple[int, ...]) -> Landing:
+        """A landing in memory that is free, or new."""
+        import torch
+
+        size = math.prod(shape)
+        at = next((at for at, memory in enumerate(self._free) if memory.numel() >= size), None)
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) if at is None else self._free.pop(at)
+        return Landing(memory, shape, self._free.append)

@@ -100,6 +100,9 @@ class _Checkup:
             else:
                 self.found.notes.append("networks were timed on the first GPU of this kind")
         except (EmsrError, RuntimeError) as error:
+            if device.out_of_memory(error) or isinstance(error, TooLargeError):
+                self.found.notes.append("not all was looked at: others hold the memory of this device")
+                return
             self.found.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def _vectors(self) -> None:
