@@ -45,7 +45,7 @@ from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 from pipeline.storage.target_lock import TargetLock
 from pipeline.storage.volume import Source
-from pipeline.worker.check import device_facts
+from pipeline.worker.check import device_facts, refuse_other_precision
 from pipeline.worker.lease import check_worker, process_lease
 
 SHOWN_HOSTS = 3
@@ -91,6 +91,8 @@ def run(config: Config, dry_run: bool = False) -> int:
                 raise _nothing_written(prepared, job.plan.slabs)
             return 0
     mask = reach(prepared)
+    if config.cluster.kind == "local":  # its workers have this machine's device
+        refuse_other_precision(job.network)
     with connect(config.cluster, slabs_in_flight(config)) as client:
         if not resumed and undecided(prepared.config.network):
             prepared = settled(prepared, ask_workers(client, device_facts, "what device they have"))

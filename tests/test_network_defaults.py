@@ -41,7 +41,7 @@ from pipeline.process.device import Facts
 from pipeline.schedule import ask
 from pipeline.worker.check import refuse_other_precision
 
-CPU = Facts("cpu x86_64", 16 << 30, ("float32", "bfloat16", "float16"))
+CPU = Facts("cpu x86_64", 16 << 30, ("float32", "bfloat16"))
 GPU = Facts("cuda NVIDIA H100 80GB HBM3", 80 << 30, ("float32", "tf32", "bfloat16", "float16"))
 OLD_GPU = Facts("cuda Tesla V100", 16 << 30, ("float32", "float16"))
 PAPER = NetworkSpec("gpemsr", 8, "paper", "0" * 64, "float32", Lattice(64, 16, 5, "mirror"), "w.pth")
@@ -224,7 +224,7 @@ def test_a_target_of_before_goes_on_without_its_numbers_in_the_file(tmp_path: Pa
     assert again.job.digest == begun.job.digest
     assert check_place(again)
     assert verify.main([str(tmp_path / "v.yaml")]) == 1, "it is not written yet, and not another plan's"
-    with pytest.raises(LedgerError, match=r"lattice\.cell was 64, is 32"):
+    with pytest.raises(LedgerError, match=r"network\.cell was 64, is 32"):
         check_place(prepared(tmp_path, network__cell=32))
     with pytest.raises(LedgerError, match=r'network\.precision was "float32", is "tf32"'):
         check_place(prepared(tmp_path, network__precision="tf32"))
@@ -412,4 +412,4 @@ def test_what_is_computed_in_vain_is_said(tmp_path: Path) -> None:
     assert "computed 4.0 times: work.slab_shape (8, 64, 64) is no multiple of network.cell 128" in cells
     (repeats,) = said(ZYX(8, 128, 384), 8)
     assert "5 of 8 tiles are repeats, since a slab has 3 and network.batch is 8" in repeats
-    assert repeats.endswith("network.batch 2")
+    assert repeats.endswith("network.batch 3")

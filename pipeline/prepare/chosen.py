@@ -15,12 +15,13 @@ MUCH = 1.5
 
 def describe(prepared: Prepared) -> Iterator[str]:
     """The network's lattice, precision and batch; then what of it is computed in vain."""
-    network = prepared.job.network
+    network, stated = prepared.job.network, prepared.config.network
     by = "this machine's device" if prepared.config.cluster.measured is None else "the device of cluster.measured"
-    device = f" (by {by}; a run takes what its workers have)"
+    chosen = " and ".join(key for key in ("precision", "batch") if getattr(stated, key) is None)
+    device = f" ({chosen} by {by}; a run takes what its workers have)"
     yield (
         f"network  {network.name} x{network.scale}, cell {network.lattice.cell}, halo {network.lattice.halo}, "
-        f"precision {network.precision}, batch {network.batch}{device * undecided(prepared.config.network)}"
+        f"precision {network.precision}, batch {network.batch}{device * undecided(stated)}"
     )
     yield from in_vain(prepared.job)
 
@@ -43,9 +44,10 @@ def in_vain(job: Job) -> Iterator[str]:
     tiles = plan.lattice.tiles(plan.slab(plan.slab_at(plan.region.start + plan.region.shape // 2)).lr)
     computed = -(-tiles // batch) * batch
     if computed >= MUCH * tiles:
+        fits = max(each for each in range(1, min(batch, tiles) + 1) if tiles % each == 0)
         yield (
             f"batch    {computed - tiles} of {computed} tiles are repeats, since a slab has {tiles} and "
-            f"network.batch is {batch}: take a larger work.slab_shape, or network.batch {1 << tiles.bit_length() - 1}"
+            f"network.batch is {batch}: take a larger work.slab_shape, or network.batch {fits}"
         )
 
 

@@ -7,8 +7,11 @@ Seconds and compression are those of one slab tried on this machine. What the ne
 from __future__ import annotations
 
 import multiprocessing
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 
 from rich.console import Console
 from rich.table import Table
@@ -32,17 +35,24 @@ from pipeline.worker.check import refuse_other_precision
 from pipeline.worker.job import Job, SlabCost
 from pipeline.worker.measure import measure_slab, measure_without_network
 
+SAY_S = 10.0
 WIDTH = 110
 """Of tables, in characters."""
 
 
 def measured_cost(job: Job, network: bool) -> SlabCost:
     """What the slab in the volume's middle costs, with its network or without. It is tried in a fresh process like a
-    worker's.
+    worker's. The error output says so every SAY_S seconds.
     """
+    hint = " (with cluster.measured no network is tried)" if network and job.network.weights else ""
     measure = measure_slab if network else measure_without_network
+    began = time.monotonic()
     with starting_processes(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, job).result()
+        tried = pool.submit(measure, job)
+        while True:
+            with suppress(TimeoutError):
+                return tried.result(SAY_S)
+            print(f"emsr: trying one slab here, {time.monotonic() - began:.0f} s so far{hint}", file=sys.stderr)
 
 
 def print_price(
@@ -82,6 +92,8 @@ def print_price(
     _print_memory(prepared, cost, device)
     in_flight = slabs_in_flight(prepared.config)
     fleet = Fleet(workers, in_flight, plan.slabs * share, cluster.price_per_hour, slabs_in_lease)
+    if fleet.busy < workers:
+        print(f"workers  {fleet.busy:,} of {workers:,} get a slab; a smaller work.slab_shape makes more of them")
     if device is None:
         _print_tried(prepared, cost, fleet)
     else:
@@ -124,7 +136,7 @@ def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | N
     plan, in_flight = prepared.job.plan, slabs_in_flight(prepared.config)
     gpu = device.is_gpu if device is not None else cost.gpu_weights is not None or cost.network_s is None
     held = footprint(prepared.job.network, gpu)
-    resident = cost.network if device is None else Footprint() if gpu else held
+    resident = cost.network if device is None else Footprint(landing_bytes=held.landing_bytes) if gpu else held
     memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], resident)
     cached = in_flight * held.slab_cache_bytes(plan)
     network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
@@ -155,7 +167,7 @@ def _print_tried(prepared: Prepared, cost: SlabCost, fleet: Fleet) -> None:
         )
         print(
             f"time     {duration(hours.workers)} on one worker like {like}, "
-            f"{duration(hours.workers / fleet.workers)} on {fleet.workers}"
+            f"{fleet.together(hours)} on {fleet.workers}"
             + ("" if fleet.price is None else f"; cost {fleet.money(hours)} at {fleet.price:g} an hour")
         )
     if not elsewhere:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,9 +42,18 @@ class Fleet:
         busy_s = slab_seconds(cost.read_s, network_s, cost.write_s, self.in_flight)
         return Hours(self.slabs * network_s / 3600, self.slabs * busy_s / 3600)
 
+    @property
+    def busy(self) -> int:
+        """The workers that get a slab, of which no two share one."""
+        return max(1, min(self.workers, math.ceil(self.slabs)))
+
+    def together(self, hours: Hours) -> str:
+        """How long the workers take together: as long as one with its share of the slabs."""
+        return duration(math.ceil(self.slabs / self.busy) / max(self.slabs, 1) * hours.workers)
+
     def money(self, hours: Hours) -> str:
         """What these hours cost; nothing where no price is known."""
-        return "" if self.price is None else f"{hours.workers * self.price:,.2f}"
+        return "" if self.price is None else few_digits(hours.workers * self.price)
 
     def table(self, plan: Plan, network: NetworkSpec, device: MeasuredDevice, cost: SlabCost) -> Table:
         """A row for each precision in which the network was measured on the device."""
@@ -57,9 +67,9 @@ class Fleet:
                 f"{precision} (chosen)" if precision == network.precision else precision,
                 f"{fit.tile_ms:.1f}",
                 str(fit.rate),
-                f"{hours.device:,.2f}",
+                few_digits(hours.device),
                 duration(hours.workers),
-                duration(hours.workers / self.workers),
+                self.together(hours),
             ]
             table.add_row(*cells, *([] if self.price is None else [self.money(hours)]))
         return table
@@ -77,6 +87,13 @@ class Fleet:
         return seconds
 
 
+def few_digits(value: float) -> str:
+    """Two digits after the point, or two digits that are not 0 where the value is small."""
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
+
+
 def duration(hours: float) -> str:
-    """So many hours, or minutes, in words."""
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} minutes"
+    """So many hours, minutes or seconds, in words."""
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.1f} seconds"

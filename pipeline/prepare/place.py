@@ -113,7 +113,8 @@ def _is_begun(prepared: Prepared) -> bool:
             raise LedgerError(
                 f"the target was begun with another plan: {differences(stored.spec, prepared.spec)}",
                 "the same plan",
-                "Restore the earlier volume.yaml to resume it, or choose another target.url",
+                "Restore the earlier volume.yaml to resume it (keys of network that may be absent can be left out), or "
+                "choose another target.url",
             )
         return True
     ledgers = _ledgers(store)

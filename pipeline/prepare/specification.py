@@ -140,10 +140,15 @@ def digest(spec: dict[str, Any]) -> str:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """The keys in which two specifications differ, with both values; up to eight of them."""
+    """The keys in which two specifications differ, with both values; up to eight of them. Those of the lattice are
+    named as in volume.yaml; how kernels are stored goes without saying where the precision differs.
+    """
     a, b = _flat(theirs), _flat(ours)
     keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return "; ".join(f"{k} was {a.get(k)}, is {b.get(k)}" for k in keys[:8]) + ("; …" if len(keys) > 8 else "")
+    if "network.precision" in keys and "network.kernels" in keys:
+        keys.remove("network.kernels")
+    said = [f"{re.sub('^lattice', 'network', k)} was {a.get(k)}, is {b.get(k)}" for k in keys[:8]]
+    return "; ".join(said) + ("; …" if len(keys) > 8 else "")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

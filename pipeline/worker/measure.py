@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
+from pipeline.base.geometry import ZYX, Box
 from pipeline.base.waits import LIMIT_S, no_answer, say
 from pipeline.inference.tiles import DEVICE_LOCK, super_resolve
 from pipeline.plan.lattice import Lattice
@@ -20,7 +23,7 @@ from pipeline.worker.slab import encode_slab, owned_voxels, read_with_halo
 
 
 def measure_slab(job: Job) -> SlabCost:
-    """Read, compute and encode the slab in the middle of the region.
+    """Read, compute and encode the slab in the middle of the region; of its tiles one batch is computed.
 
     Raises what `process_slab` raises, NoAnswerError where nothing goes on for work.stall_s.
     """
@@ -47,24 +50,39 @@ def _watched(job: Job, measure: Callable[[], SlabCost]) -> SlabCost:
 def _measured(job: Job) -> SlabCost:
     opened = open_job(job)
     slab = _middle(job)
-    with DEVICE_LOCK:  # once unmeasured: the first call builds caches
-        super_resolve(opened.network, *read_with_halo(opened, slab), slab)
+    read_with_halo(opened, slab)  # once unmeasured: the first call builds caches
     began = time.perf_counter()
     lr, sections = read_with_halo(opened, slab)
-    read = time.perf_counter()
-    sr = super_resolve(opened.network, lr, sections, slab)
-    computed = time.perf_counter()
-    owned = owned_voxels(job.plan, slab, lr)
-    write_s, share = _encoded(opened, slab, owned, sr)
+    read_s = time.perf_counter() - began
+    with DEVICE_LOCK:
+        network_s, sr = _computed(opened, slab, lr, sections)
+    write_s, share = _encoded(opened, slab, owned_voxels(job.plan, slab, lr), sr)
     return SlabCost(
-        read - began,
-        computed - read,
+        read_s,
+        network_s,
         write_s,
         share,
         opened.base_bytes,
         opened.network.resident,
         opened.network.weight_bytes if opened.network.device.type == "cuda" else None,
     )
+
+
+def _computed(opened: OpenJob, slab: Slab, lr: Uint8Array, sections: list[int]) -> tuple[float, Uint8Array]:
+    """Seconds of the network for a slab, of which one batch of tiles is computed: all take as long. And SR voxels for
+    all of the slab, those of that batch's first cell over and over.
+    """
+    lattice, shape = opened.plan.lattice, slab.write.shape
+    cells = list(lattice.cells(slab.lr))
+    cell = max(cells, key=lambda each: each.size)
+    top = Box(cell.start, ZYX(cell.start.z + 1, cell.stop.y, cell.stop.x))
+    # one section unmeasured: first calls compile kernels
+    super_resolve(opened.network, lr[: lattice.window], sections[: lattice.window], replace(slab, lr=top))
+    began = time.perf_counter()
+    sr = super_resolve(opened.network, lr, sections, replace(slab, lr=cell))
+    seconds = (time.perf_counter() - began) * -(-len(cells) // opened.network.spec.batch)
+    times = (1, -(-shape.y // sr.shape[1]), -(-shape.x // sr.shape[2]))
+    return seconds, np.ascontiguousarray(np.tile(sr, times)[:, : shape.y, : shape.x])
 
 
 def _read_and_encoded(job: Job) -> SlabCost:
