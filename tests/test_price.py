@@ -228,8 +228,8 @@ def test_another_tile_takes_the_nearest_ones_time_for_each_voxel(
 
 
 def test_the_nearest_batch_is_taken_of_the_nearest_tile() -> None:
-    measured = device(rate(batch=1, encode_ms=16), rate(batch=4, encode_ms=8), rate(160, 2, encode_ms=1))
-    taken = {b: measured.fits(replace(SMALL, batch=b))["float32"] for b in (1, 2, 3, 64)}
+    gpu = device(rate(batch=1, encode_ms=16), rate(batch=4, encode_ms=8), rate(160, 2, encode_ms=1))
+    taken = {b: gpu.fits(replace(SMALL, batch=b))["float32"] for b in (1, 2, 3, 64)}
     assert {b: fit.rate.batch for b, fit in taken.items()} == {1: 1, 2: 1, 3: 4, 64: 4}
     assert [fit.same_batch for fit in taken.values()] == [True, False, False, False]
 
