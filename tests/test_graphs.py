@@ -103,7 +103,7 @@ def test_an_empty_graph_is_found_out() -> None:
     for _ in range(3):
         x = torch.rand(2, 3)
         assert same(graphs.call(encode, x), encode(x))
-    assert graphs.notes == ["no CUDA graph of encode: a replay differs from the call"]
+    assert graphs.notes == ["no CUDA graphs: encode: a replay differs from the call"]
 
 
 @pytest.mark.parametrize("after", [spoil, make_none])
@@ -114,7 +114,7 @@ def test_a_replay_that_differs_is_not_used_and_told(after: Callable[[State], Non
         x = torch.rand(2, 3)
         assert same(graphs.call(encode, x), encode(x))
     assert recorder.replays == 1
-    assert graphs.notes == ["no CUDA graph of encode: a replay differs from the call"]
+    assert graphs.notes == ["no CUDA graphs: encode: a replay differs from the call"]
 
 
 def test_numbers_that_are_none_are_the_same_number() -> None:
@@ -136,12 +136,36 @@ def test_what_cannot_be_recorded_is_called_and_told() -> None:
         x = torch.rand(2, 3)
         assert same(graphs.call(encode, x), encode(x))
     assert len(tries) == 1
-    assert graphs.notes == ["no CUDA graph of encode: RuntimeError: operation not permitted when stream is capturing"]
+    assert graphs.notes == ["no CUDA graphs: encode: operation not permitted when stream is capturing"]
+
+
+def test_where_one_function_has_no_graph_none_has() -> None:
+    """The memory of the others' graphs is there for its calls; and the first cause is told, not what followed."""
+
+    def refuse_the_second(function: Callable[[], Any]) -> Any:
+        if recorder.recorded:
+            try:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            except RuntimeError:
+                raise RuntimeError("operation failed due to a previous error during capture") from None
+        return recorder(function)
+
+    recorder = Recorder()
+    graphs = Graphs(2, refuse_the_second)
+    states = [encode(torch.rand(2, 3)) for _ in range(3)]
+    for _ in range(3):
+        x = torch.rand(2, 3)
+        assert same(graphs.call(encode, x), encode(x))
+        assert same(graphs.call(fuse, states), fuse(states))
+    assert (recorder.recorded, recorder.replays) == (1, 2)
+    assert graphs.notes == ["no CUDA graphs: fuse: CUDA out of memory"]
 
 
 def test_a_network_is_gone_when_nobody_has_it() -> None:
     """A worker frees the last job's before it opens the next: no reference leads from a network back to it."""
     network = stand_in(1)
+    network._graphs = Graphs(3)  # so many are never called: nothing is recorded, which here would keep a function
+    compute(network, texture((9, 40, 44)), ZYX(0, 0, 0), Box.of((0, 0, 0), (3, 40, 44)))
     gone = weakref.ref(network)
     gc.disable()
     try:

@@ -89,6 +89,16 @@ def test_the_promise_counts_one_tile_and_the_caches_of_every_slab_in_flight() ->
         assert more == pytest.approx(10**9 + in_flight * 4 * 10**6, abs=plan.levels[0].shape.product * 4)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_the_promise_counts_what_grey_levels_pass_through(in_flight: int) -> None:
+    """All the time, since it is kept: once on a CPU; on a GPU for every slab and one more batch, of powers of two."""
+    plan = a_plan(Lattice(32, 8, 5, "mirror"))  # slabs of four sections
+    nothing = memory_bytes(plan, in_flight, 0, 1.0, Footprint())
+    on_cpu, on_gpu = Footprint(landing_bytes=3 << 20), Footprint(10**9, 10**6, 4, 3 << 20, pinned=True).of_host
+    assert memory_bytes(plan, in_flight, 0, 1.0, on_cpu) - nothing == 12 << 20
+    assert memory_bytes(plan, in_flight, 0, 1.0, on_gpu) - nothing == (in_flight + 1) * 16 << 20
+
+
 def test_lower_precision_needs_less() -> None:
     """Sections half; while it computes, half on a GPU but for what samples the taps, three quarters on a CPU."""
 

@@ -10,9 +10,6 @@ from pipeline.base.geometry import Box
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.price import Footprint
 
-LANDINGS = 3
-"""Batches whose grey levels are on their way from a GPU at once: two of a slab, and the last one of the slab before."""
-
 
 def footprint(spec: NetworkSpec, gpu: bool = False) -> Footprint:
     """The bytes for the tiles that are computed at once, and for the encoded sections of one. On a `gpu`, the CUDA
@@ -22,9 +19,7 @@ def footprint(spec: NetworkSpec, gpu: bool = False) -> Footprint:
     window = spec.lattice.window * section
     kept = models.WARM_BYTES if spec.preset is not None else 0
     landing = spec.batch * (spec.scale * spec.lattice.cell) ** 2
-    return Footprint(
-        spec.batch * (maps + gpu * window) + kept, window, spec.batch, LANDINGS * landing if gpu else landing
-    )
+    return Footprint(spec.batch * (maps + gpu * window) + kept, window, spec.batch, landing, pinned=gpu)
 
 
 def needed_bytes(spec: NetworkSpec, slab: Box, gpu: bool = False) -> int:

@@ -33,13 +33,13 @@ class Graphs:
 
     Each function is called as it is until all have been called once, so that the memory of a call and of a graph are
     not needed at the same time. Then each is recorded, and a replay is compared with its first call, byte by byte.
-    `notes` says in a line each which function has no graph, and why; it is called as it is.
+    Where that fails for one, no graph is used any more, so that all memory is there for calls; `notes` says why.
     """
 
     def __init__(self, functions: int, record: Record | None = None) -> None:
         """`functions` is how many there are."""
         self.notes: list[str] = []
-        self._wanted, self._graphs = functions, dict[str, _Graph]()
+        self._functions, self._graphs = functions, dict[str, _Graph]()
         self._record = record or self._on_gpu
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -50,14 +50,19 @@ class Graphs:
 
         It is called within torch.inference_mode, on the stream that computes. The result belongs to the caller.
         """
+        if self.notes:
+            return function(*inputs)
         name = function.__name__
         graph = self._graphs.get(name)
         if graph is None:
             result = function(*inputs)
             self._graphs[name] = _Graph(pytree.tree_map(torch.clone, inputs), pytree.tree_map(torch.clone, result))
             return result
-        if graph.wanted is not None and len(self._graphs) == self._wanted:
-            self._make(name, graph, function)
+        if graph.replay is None and len(self._graphs) == self._functions:
+            try:
+                self._make(graph, function)
+            except RuntimeError as error:  # a kernel that cannot be recorded, no memory for it, another result
+                self._give_up(f"no CUDA graphs: {name}: {_cause(error)}")
         if graph.replay is None:
             return function(*inputs)
         for mine, theirs in _pairs(graph.given, inputs):
@@ -65,22 +70,21 @@ class Graphs:
         graph.replay()
         return pytree.tree_map(torch.clone, graph.result)
 
-    def _make(self, name: str, graph: _Graph, function: Callable[..., Any]) -> None:
-        wanted, graph.wanted = graph.wanted, None
-        try:
-            launch, result = self._record(lambda: function(*graph.given))
-        except RuntimeError as error:  # a kernel that cannot be recorded, or no memory for it
-            self.notes.append(f"no CUDA graph of {name}: {_first_line(error)}")
-            graph.given = None
-            return
-        for leaf, right in _pairs(result, wanted):  # a replay that does nothing is to be found out
-            leaf.copy_(right).add_(1) if not leaf.is_floating_point() else leaf.fill_(torch.nan)
+    def _make(self, graph: _Graph, function: Callable[..., Any]) -> None:
+        launch, result = self._record(lambda: function(*graph.given))
+        for leaf, right in _pairs(result, graph.wanted):  # a replay that does nothing is to be found out
+            leaf.fill_(torch.nan) if leaf.is_floating_point() else leaf.copy_(right).add_(1)
         launch()
-        if all(_same(leaf, right) for leaf, right in _pairs(result, wanted)):
-            graph.result, graph.replay = result, launch
-        else:
-            self.notes.append(f"no CUDA graph of {name}: a replay differs from the call")
-            graph.given = None
+        if not all(_same(leaf, right) for leaf, right in _pairs(result, graph.wanted)):
+            raise RuntimeError("a replay differs from the call")
+        graph.wanted, graph.result, graph.replay = None, result, launch
+
+    def _give_up(self, why: str) -> None:
+        self.notes.append(why)
+        for graph in self._graphs.values():
+            graph.given = graph.wanted = graph.result = graph.replay = None
+        self._graphs.clear()
+        torch.cuda.empty_cache()
 
     def _on_gpu(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph, computing = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -90,10 +94,11 @@ class Graphs:
             # other threads of the worker may use the device meanwhile
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 result = function()
-        except RuntimeError:
-            self._failed.append(graph)  # the allocator may still ask it what it records
-            with suppress(Exception):  # a recording that cannot be ended leaves the allocator in its pool,
-                torch._C._cuda_endAllocateToPool(computing.device_index, self._pool)
+        except RuntimeError as error:
+            if not isinstance(error, torch.cuda.OutOfMemoryError):  # then the recording was ended well
+                self._failed.append(graph)  # the allocator may still ask it what it records
+                with suppress(Exception):  # a recording that cannot be ended leaves the allocator in its pool,
+                    torch._C._cuda_endAllocateToPool(computing.device_index, self._pool)
             raise
         finally:
             torch.cuda.set_stream(computing)  # and this thread on its stream
@@ -109,5 +114,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: that a recording cannot be ended follows from it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]

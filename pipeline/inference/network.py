@@ -67,7 +67,7 @@ class Network:
         through.
         """
         held = footprint(self.spec, self._gpu)
-        return Footprint(landing_bytes=held.landing_bytes) if self._gpu else held
+        return held.of_host if self._gpu else held
 
     def refuse_too_large(self, plan: Plan) -> None:
         """Raises TooLargeError where the slab in the region's middle needs more than the device has with nobody else

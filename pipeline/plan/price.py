@@ -37,13 +37,26 @@ class Footprint:
 
     `tile_bytes` are for the `batch` tiles that it computes at once. `cache_bytes` are for the encoded sections of one
     tile, which every slab leaves for the next slab in z. `landing_bytes` are, for each section of a slab, the grey
-    levels that are on their way from the device into the slab.
+    levels of a batch on their way from the device into the slab, `pinned` where they come from a GPU.
     """
 
     tile_bytes: int = 0
     cache_bytes: int = 0
     batch: int = 1
     landing_bytes: int = 0
+    pinned: bool = False
+
+    @property
+    def of_host(self) -> Footprint:
+        """What of it is the process's own memory where a GPU holds the rest."""
+        return Footprint(landing_bytes=self.landing_bytes, pinned=self.pinned)
+
+    def landed_bytes(self, sections: int, in_flight: int) -> int:
+        """All landings for slabs of so many sections. They are kept. A CPU has one; of a GPU's there are two for the
+        slab that is being given to it and one for each other, of a power of two bytes, as PyTorch pins memory.
+        """
+        one = sections * self.landing_bytes
+        return (in_flight + 1) * (1 << max(0, one - 1).bit_length()) if self.pinned and one else one
 
     def cached_bytes(self, tiles: int) -> int:
         """The encoded sections of so many tiles, of which only whole batches are computed."""
@@ -127,7 +140,7 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
     sr, lr = slab.write.size, slab.read.shape.product
     first, held = int(sr * share), int(_slab_output(plan, slab) * share)
     largest = min(first, int(plan.levels[0].shard.product * share))
-    computing = lr + sr + network.tile_bytes + slab.lr.shape.z * network.landing_bytes
+    computing = lr + sr + network.tile_bytes
     waiting = lr + sr
     encoding = lr + sr + first + 2 * largest
     putting = 2 * held
@@ -136,7 +149,8 @@ def memory_bytes(plan: Plan, in_flight: int, base: int, share: float, network: F
     else:
         slabs = encoding + max(computing, putting) + (in_flight - 2) * max(waiting, putting)
     slabs = max(slabs + in_flight * network.slab_cache_bytes(plan), in_flight * 2 * _second_pass_read(plan))
-    return base + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
+    landed = network.landed_bytes(slab.lr.shape.z, in_flight)
+    return base + landed + slabs + WARM_BYTES + min(READ_CACHE_BYTES, plan.bounds.size)
 
 
 WARM_BYTES = 24 << 20

@@ -23,7 +23,7 @@ from pipeline.inference.footprint import footprint
 from pipeline.plan.measured_devices import MEASURED_DEVICES
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
-from pipeline.plan.price import Footprint, input_voxels, memory_bytes
+from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.prepare.hours import Fleet, duration
@@ -136,7 +136,7 @@ def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | N
     plan, in_flight = prepared.job.plan, slabs_in_flight(prepared.config)
     gpu = device.is_gpu if device is not None else cost.gpu_weights is not None or cost.network_s is None
     held = footprint(prepared.job.network, gpu)
-    resident = cost.network if device is None else Footprint(landing_bytes=held.landing_bytes) if gpu else held
+    resident = cost.network if device is None else held.of_host if gpu else held
     memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], resident)
     cached = in_flight * held.slab_cache_bytes(plan)
     network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"

@@ -76,8 +76,10 @@ def _computed(opened: OpenJob, slab: Slab, lr: Uint8Array, sections: list[int]) 
     cells = list(lattice.cells(slab.lr))
     cell = max(cells, key=lambda each: each.size)
     top = Box(cell.start, ZYX(cell.start.z + 1, cell.stop.y, cell.stop.x))
-    # one section unmeasured: first calls compile kernels
+    # one section unmeasured: first calls compile kernels; a GPU then records its graphs, and pins memory
     super_resolve(opened.network, lr[: lattice.window], sections[: lattice.window], replace(slab, lr=top))
+    if opened.network.device.type == "cuda":
+        super_resolve(opened.network, lr, sections, replace(slab, lr=cell))
     began = time.perf_counter()
     sr = super_resolve(opened.network, lr, sections, replace(slab, lr=cell))
     seconds = (time.perf_counter() - began) * -(-len(cells) // opened.network.spec.batch)
