@@ -97,13 +97,18 @@ def make_none(result: State) -> None:
     result.pyramid[0][0, 0] = torch.nan
 
 
-def test_an_empty_graph_is_found_out() -> None:
+def grey(section: Tensor) -> Tensor:
+    return section.mul(200).to(torch.uint8)
+
+
+@pytest.mark.parametrize("function", [encode, grey])
+def test_an_empty_graph_is_found_out(function: Callable[[Tensor], Any]) -> None:
     """Its result is that of the recording, whatever is replayed."""
-    graphs = Graphs(1, lambda function: (lambda: None, function()))
+    graphs = Graphs(1, lambda recorded: (lambda: None, recorded()))
     for _ in range(3):
         x = torch.rand(2, 3)
-        assert same(graphs.call(encode, x), encode(x))
-    assert graphs.notes == ["no CUDA graphs: encode: a replay differs from the call"]
+        assert same(graphs.call(function, x), function(x))
+    assert graphs.notes == [f"no CUDA graphs: {function.__name__}: a replay differs from the call"]
 
 
 @pytest.mark.parametrize("after", [spoil, make_none])
