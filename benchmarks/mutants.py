@@ -419,7 +419,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/inference/tiles.py", INFERENCE): [
         ("2 * n - 1 - i)", "2 * n - 2 - i)"),
         ("caches.setdefault((first.y, first.x), {})", "caches.setdefault((first.y, first.y), {})"),
-        ("tiles += tiles[-1:] * (batch - len(tiles))", "tiles += tiles[-1:] * (len(tiles) % batch)"),
         ("part = cell.lateral(scale).slices(whole", "part = cell.lateral(scale).slices(cell"),
         ("+ area) // (2 * area))", ") // (2 * area))"),
         (
@@ -547,6 +546,9 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.flow(enlarged, _of_centre(enlarged, n))", "self.flow(_of_centre(enlarged, n), enlarged)"),
         ("joined(aligned, centre)", "joined(centre, aligned)"),
         ("return lrelu(self.deform(aligned, guide))", "return self.deform(aligned, guide)"),
+    ],
+    ("pipeline/inference/tiles.py", "tests/test_graphs.py"): [
+        ("tiles += tiles[-1:] * (batch - len(tiles))", "tiles += tiles[-1:] * (len(tiles) % batch)"),
     ],
     ("pipeline/inference/graphs.py", "tests/test_graphs.py"): [
         ("mine.copy_(theirs)", "mine.copy_(mine)"),
