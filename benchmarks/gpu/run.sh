@@ -42,13 +42,13 @@ training="$python benchmarks/gpu/training.py"
 (cd benchmarks/gpu && "$python" -c "import network, volume, training") || exit 1
 doctor() { "$python" -m pipeline doctor --json >"$out/doctor.json" && echo '{"doctor": "ok"}'; }
 if [ -n "$smoke" ]; then
-  part speed 60 $network speed 30 smoke
-  part same 60 $network same
-  part operators 60 $network operators
-  part kernels 60 $network kernels small
-  part authors 60 $network authors 0
-  part busy 90 $volume busy "$scratch/v" float32 small 16 2
-  part train 90 $training "$scratch/t" flow,vqgan,indexer,network 3 float32 smoke
+  part speed 300 $network speed 300 smoke
+  part same 300 $network same
+  part operators 300 $network operators
+  part kernels 300 $network kernels small
+  part authors 300 $network authors 0
+  part busy 300 $volume busy "$scratch/v" float32 small 16 2
+  part train 300 $training "$scratch/t" flow,vqgan,indexer,network 3 float32 smoke
   exit $failed
 fi
 export -f doctor
