@@ -215,6 +215,7 @@ class Crew:
                 worker.fit, worker.aside = False, True
                 self.newly_aside.append(worker.address)
         died = [process for other, process in self._gone.values() if other == nanny]
+        died.sort(key=lambda process: process.pid != 0)  # one may have died before it said what it is
         error = ClusterError(why, "a worker with memory and time enough for the network", "See its log")
         self.aside.add(str(died[-1]) if died else f"the worker of {nanny}", nanny, error)
 
