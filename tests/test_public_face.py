@@ -16,7 +16,7 @@ from test_clusters import dask, scheduler
 
 import emsr
 import pipeline
-from pipeline.cluster import kubernetes, slurm
+from pipeline.cluster import batch, kubernetes
 from pipeline.config.cluster import ClusterConfig
 
 FOREIGN = {
@@ -200,7 +200,7 @@ def test_a_worker_that_finds_another_package_is_refused(place: Path, tmp_path: P
 def test_jobs_pods_and_containers_do_not_import_from_where_they_start() -> None:
     job = {"walltime": "1:00:00", "memory": "2GB"}
     asked = ClusterConfig.model_validate({"kind": "slurm", "host": "127.0.0.1", "slurm": job})
-    assert "\nexport PYTHONSAFEPATH=1\n" in slurm.script(asked, 2, None)
+    assert "\nexport PYTHONSAFEPATH=1\n" in batch.script(asked, 2, None)
     asked = ClusterConfig.model_validate({"kind": "kubernetes", "kubernetes": {"image": "emsr", "memory": "2GB"}})
     pods = yaml.safe_load(kubernetes.manifest(asked, 2))["spec"]
     for pod in (pods["worker"], pods["scheduler"]):

@@ -21,7 +21,7 @@ from certificates import write_certificates
 from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume_yaml, wait_until, write_lr
 
 from pipeline.base.errors import ClusterError
-from pipeline.cluster import certificates, slurm
+from pipeline.cluster import batch, certificates, job_replacer
 from pipeline.cluster import connect as cluster
 from pipeline.config import volume as config
 from pipeline.config.cluster import ClusterConfig
@@ -105,6 +105,60 @@ def test_a_job_killed_by_its_walltime_is_replaced_and_leaves_no_trace(conf: str,
     wait_until(lambda: not {"RUNNING", "PENDING", "COMPLETING"} & set(states(conf).values()), "jobs outlive the run")
 
 
+def test_many_workers_are_one_array_whose_jobs_are_replaced_singly(conf: str, tmp_path: Path) -> None:
+    """Three workers are one submission. One of its jobs is cancelled while it holds slabs: that one is replaced."""
+    write_lr(tmp_path / "lr.zarr", texture((6, 40, 32)))
+    small = {"network__name": "nearest", "work__slab_shape": [2, 16, 16]}
+    main_job(volume_yaml(tmp_path / "local.yaml", "lr.zarr", "undisturbed", **small))
+    path = volume_yaml(
+        tmp_path / "v.yaml", "lr.zarr", "sr", cluster=CLUSTER | {"workers": 3, "slurm": logged(tmp_path)}, **small
+    )
+    hold = tmp_path / "hold"
+    before = set(states(conf))
+    environ = {
+        **os.environ,
+        "SLURM_CONF": conf,
+        "PYTHONPATH": f"{REPOSITORY}:{TESTS}",
+        "DASK_DISTRIBUTED__WORKER__PRELOAD": str(TESTS / "run_standin.py"),
+        "STANDIN_DELAY_S": "0.05",
+        "STANDIN_HOLD": str(hold),
+    }
+    with subprocess.Popen(
+        [sys.executable, str(TESTS / "run_standin.py"), str(path)],
+        env=environ,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as client:
+        wait_for(lambda: len(list((tmp_path / "sr").rglob("c/*/*/*"))) > 3, client)
+        hold.touch()
+        elements = queue(conf)
+        arrays = {element.partition("_")[0] for element in elements}
+        assert sorted(elements) == [f"{array}_{i}" for array in arrays for i in range(3)]
+        subprocess.run(["scancel", elements[0]], env=environ, check=True)
+        wait_for(lambda: elements[0] not in queue(conf), client)
+        wait_for(lambda: len(queue(conf)) == 3, client)
+        hold.unlink()
+        _, said = client.communicate(timeout=GUARD_S)
+    assert client.returncode == 0, said
+    assert '"quarantined": 0' in said
+    assert len(set(states(conf)) - before) == 4
+    assert tree(tmp_path / "sr") == tree(tmp_path / "undisturbed")
+    wait_until(lambda: not queue(conf), "jobs outlive the run")
+
+
+def queue(conf: str) -> list[str]:
+    """The jobs that have not ended."""
+    said = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%i"],
+        env={**os.environ, "SLURM_CONF": conf},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return sorted(said.stdout.split())
+
+
 def test_a_job_that_ends_before_its_worker_comes_is_replaced(conf: str, tmp_path: Path) -> None:
     """The first job finds its node unfit (the prologue ends it), the second one does the work."""
     write_lr(tmp_path / "lr.zarr", texture((2, 16, 16)))
@@ -132,14 +186,14 @@ def test_jobs_that_all_end_before_a_worker_comes_end_the_run(
     path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr", cluster=broken, network__name="nearest")
     number = len(states(conf))
     monkeypatch.setenv("SLURM_CONF", conf)
-    monkeypatch.setattr(slurm, "LOOK_S", 1.0)
+    monkeypatch.setattr(job_replacer, "LOOK_S", 1.0)
     monkeypatch.setattr(check_workers, "SAY_S", 2.0)
     with (
         pytest.raises(ClusterError, match="ended before a worker answered"),
         cluster.connect(config.load(path).cluster, 2) as client,
     ):
         check_workers.wait_for_worker(client, Crew(client))
-    assert len(states(conf)) == number + slurm.MAX_IN_VAIN
+    assert len(states(conf)) == number + job_replacer.MAX_IN_VAIN
     assert not (tmp_path / "sr").exists()
 
 
@@ -220,11 +274,11 @@ def test_a_run_in_an_odd_folder_lets_no_second_user_in(conf: str, tmp_path: Path
 def test_paths_in_the_job_script_are_one_word_each() -> None:
     """Also with a line's end in them."""
     path = f"/home/{ODD}\n/key.pem"
-    script = slurm.script(ClusterConfig(**CLUSTER), 1, certificates.security(path, path, path))
+    script = batch.script(ClusterConfig(**CLUSTER), 1, certificates.security(path, path, path))
     worker = shlex.split(script[script.index(shlex.quote(sys.executable)) :])
     assert [worker[worker.index(flag) + 1] for flag in ("--tls-ca-file", "--tls-cert", "--tls-key")] == [path] * 3
     settings = JOB | {"partition": "a b", "account": "c'd"}
-    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": settings}), 1, None)
+    script = batch.script(ClusterConfig(**CLUSTER | {"slurm": settings}), 1, None)
     assert "#SBATCH -p 'a b'\n" in script
     assert shlex.split(script[script.index("-A ") :].splitlines()[0]) == ["-A", "c'd"]
 
@@ -276,7 +330,7 @@ def test_the_job_script() -> None:
         "prologue": ["module load cuda"],
         "extra_directives": ["--constraint=a100"],
     }
-    script = slurm.script(ClusterConfig(**CLUSTER | {"slurm": settings, "gpus_per_worker": 1}), 3, None)
+    script = batch.script(ClusterConfig(**CLUSTER | {"slurm": settings, "gpus_per_worker": 1}), 3, None)
     for line in (
         "-p gpu",
         "-A em",
@@ -292,7 +346,7 @@ def test_the_job_script() -> None:
     assert "--death-timeout 300" in script
     assert "--nworkers" not in script
     assert "--lifetime 3000s --lifetime-stagger 300s" in script
-    without = slurm.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1, None)
+    without = batch.script(ClusterConfig(**CLUSTER | {"gpus_per_worker": 0}), 1, None)
     assert "gres" not in without
     assert "export CUDA_VISIBLE_DEVICES=\n" in without
 
@@ -310,5 +364,5 @@ def test_the_file_in_deploy_makes_a_script() -> None:
     ("walltime", "expected"), [(86400, (85800, 300)), (3600, (3000, 300)), (600, (480, 60)), (60, (48, 6)), (5, (5, 0))]
 )
 def test_lifetimes_end_before_the_walltime(walltime: int, expected: tuple[int, int]) -> None:
-    assert slurm.lifetime_s(walltime) == expected
+    assert batch.lifetime_s(walltime) == expected
     assert sum(expected) <= walltime

@@ -25,7 +25,10 @@ from test_clusters import SMALL, dask, scheduler
 
 from pipeline.base import waits
 from pipeline.base.errors import NoAnswerError
-from pipeline.cluster import slurm
+from pipeline.cluster import batch
+from pipeline.cluster.batch_systems import SYSTEMS
+from pipeline.cluster.job_replacer import JobReplacer
+from pipeline.cluster.job_submitter import JobSubmitter
 from pipeline.storage.kv import Store
 
 IMPATIENT = str(TESTS / "run_impatient.py")
@@ -386,8 +389,15 @@ def test_what_slurm_says_of_a_job_that_waits_is_passed_on(tmp_path: Path, monkey
     (tmp_path / "squeue").write_text("#!/bin/sh\nprintf '12|PENDING|JobHeldUser\\n13|PENDING|Priority\\n'\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    ours = SimpleNamespace(workers={"0": SimpleNamespace(job_id="12")})
-    assert slurm.why_none(ours) == "job 12 is PENDING (JobHeldUser)"
-    assert "no job a number" in slurm.why_none(SimpleNamespace(workers={"0": SimpleNamespace(job_id=None)}))
+    ours = of_slurm("12")
+    assert batch.why_none(ours) == "job 12 is PENDING (JobHeldUser)"
+    assert "no job a number" in batch.why_none(of_slurm(None))
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm' >&2; exit 1\n")
-    assert slurm.why_none(ours) == "squeue fails (slurm_load_jobs error: Unable to contact slurm)"
+    assert batch.why_none(ours) == "Slurm does not say what its jobs do"
+
+
+def of_slurm(number: str | None) -> SimpleNamespace:
+    """As much as `why_none` sees of a cluster with one job."""
+    made = SimpleNamespace(workers={"0": SimpleNamespace(job_id=number)})
+    made.replacing = JobReplacer(made, SYSTEMS["slurm"], JobSubmitter(SYSTEMS["slurm"], 1))
+    return made

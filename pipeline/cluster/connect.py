@@ -1,7 +1,6 @@
 """The Dask client of a run: of workers on this machine, of a scheduler that is already there, or of a batch system.
 
-Another batch system is a file beside `slurm`, a line in `connect`, `batch_job`, `worker_count` and `may_come`, and its
-keys in config/cluster.py.
+Another batch system is an entry in `batch_systems`, and its keys in config/cluster.py.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from distributed import Client, LocalCluster, Scheduler, Worker, WorkerPlugin
 from pipeline.base.command import exhausted
 from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.base.waits import closing, waiting
-from pipeline.cluster import certificates, kubernetes, slurm, steady_clock
+from pipeline.cluster import batch, certificates, kubernetes, steady_clock
 from pipeline.cluster.patient_client import PatientClient
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
-from pipeline.config.cluster import ClusterConfig
+from pipeline.config.cluster import BATCH_KINDS, ClusterConfig
 from pipeline.config.volume import Config
 from pipeline.process.children import starting_processes
 
@@ -72,7 +71,7 @@ def worker_count(config: ClusterConfig) -> int:
     Without cluster.workers there is one for each visible GPU of this machine, or for each core where it has no GPU. For
     kind address the number serves the price alone: the scheduler's workers are those that are there.
     """
-    if config.kind in ("slurm", "kubernetes"):
+    if config.kind not in ("local", "address"):
         return config.bounds()[1]
     gpus = 0 if config.gpus_per_worker == 0 else len(visible_gpus())
     return config.workers or gpus or len(os.sched_getaffinity(0))
@@ -129,9 +128,9 @@ def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Ite
 def _clients(config: ClusterConfig, in_flight: int, to_read: bool, stack: ExitStack) -> AbstractContextManager[Client]:
     if config.kind == "address":
         return _address_client(config)
-    if config.kind == "slurm":
-        files = config.security or stack.enter_context(certificates.in_files(slurm.shared_folder()))
-        return slurm.jobs(config, in_flight, certificates.of_files(files))
+    if config.kind in BATCH_KINDS:
+        files = config.security or stack.enter_context(certificates.in_files(batch.shared_folder(config.kind)))
+        return batch.jobs(config, in_flight, certificates.of_files(files))
     if config.kind == "kubernetes":
         return kubernetes.pods(config, in_flight)
     return _threads_client(config, in_flight) if to_read else _local_client(config, in_flight)
@@ -157,29 +156,28 @@ def _threads_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
 
 def batch_job(config: ClusterConfig, in_flight: int) -> str | None:
     """What a batch system is given for each worker: a job script or a manifest. None for other kinds."""
-    if config.kind == "slurm":
+    if config.kind in BATCH_KINDS:
         files = config.security
-        return slurm.script(config, in_flight, certificates.of_files(files) if files else None)
+        return batch.script(config, in_flight, certificates.of_files(files) if files else None)
     return kubernetes.manifest(config, in_flight) if config.kind == "kubernetes" else None
 
 
 def may_come(client: Client) -> bool:
-    """Whether a worker may still come where there is none: Slurm has a job of ours, Kubernetes looks for a node.
+    """Whether a worker may still come where there is none: a batch system has a job of ours, Kubernetes looks for a
+    node.
 
     Raises ClusterError where it is known that none will.
     """
-    kind = type(client.cluster).__name__
-    if kind == "KubeCluster":
+    if type(client.cluster).__name__ == "KubeCluster":
         return kubernetes.may_come(client.cluster)
-    return kind == "SLURMCluster" and slurm.queued(client.cluster)
+    return batch.is_ours(client.cluster) and batch.queued(client.cluster)
 
 
 def why_none(client: Client) -> str:
     """Why no worker has come yet, in words of the batch system; "" where there is none, or it says nothing."""
-    kind = type(client.cluster).__name__
-    if kind == "KubeCluster":
+    if type(client.cluster).__name__ == "KubeCluster":
         return kubernetes.why_none(client.cluster)
-    return slurm.why_none(client.cluster) if kind == "SLURMCluster" else ""
+    return batch.why_none(client.cluster) if batch.is_ours(client.cluster) else ""
 
 
 def tune(client: Client) -> None:

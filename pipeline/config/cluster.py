@@ -85,16 +85,47 @@ class AdaptConfig(_Model):
         return self
 
 
-class SlurmConfig(_Model):
-    """What each Slurm job asks for. A job runs one worker process."""
+class _JobConfig(_Model):
+    """What each job of a batch system asks for. A job runs one worker process."""
 
     walltime: Annotated[str, BeforeValidator(_walltime)]
     memory: Bytes
-    partition: Line | None = None
-    account: Line | None = None
     cores: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
     prologue: tuple[Line, ...] = ()
     extra_directives: tuple[Line, ...] = ()
+
+
+class SlurmConfig(_JobConfig):
+    """A job of Slurm."""
+
+    partition: Line | None = None
+    account: Line | None = None
+
+
+class LsfConfig(_JobConfig):
+    """A job of LSF."""
+
+    queue: Line | None = None
+    project: Line | None = None
+
+
+class PbsConfig(_JobConfig):
+    """A job of PBS Professional or OpenPBS."""
+
+    queue: Line | None = None
+    account: Line | None = None
+
+
+Word = Annotated[StrictStr, Field(pattern=r"^[\w.\-]+$")]
+
+
+class SgeConfig(_JobConfig):
+    """A job of Grid Engine (SGE, Univa, Altair, Gridware)."""
+
+    queue: Line | None = None
+    project: Line | None = None
+    parallel_environment: Word | None = None
+    memory_resource: Word = "mem_free"
 
 
 class KubernetesConfig(_Model):
@@ -110,13 +141,12 @@ class KubernetesConfig(_Model):
 
 
 class ClusterConfig(_Model):
-    """How workers are started (kinds local, slurm, kubernetes) or found (kind address), and how many.
+    """How workers are started or found (kind address), and how many.
 
-    A new kind, such as another batch system, is a module beside cluster/slurm.py, entered in cluster/connect.py and
-    here.
+    Another batch system is an entry in cluster/batch_systems.py and its keys here.
     """
 
-    kind: Literal["local", "address", "slurm", "kubernetes"] = "local"
+    kind: Literal["local", "address", "slurm", "lsf", "pbs", "sge", "kubernetes"] = "local"
     workers: Workers | None = None
     adapt: AdaptConfig | None = None
     address: StrictStr | None = None
@@ -128,6 +158,9 @@ class ClusterConfig(_Model):
     measured: Line | None = None
     price_per_hour: Money | None = None
     slurm: SlurmConfig | None = None
+    lsf: LsfConfig | None = None
+    pbs: PbsConfig | None = None
+    sge: SgeConfig | None = None
     kubernetes: KubernetesConfig | None = None
 
     @model_validator(mode="after")
@@ -149,13 +182,13 @@ class ClusterConfig(_Model):
         for key, kinds in _KINDS.items():
             if self.kind not in kinds and getattr(self, key) is not None:
                 raise ValueError(f"no cluster.{key} when cluster.kind is {self.kind}")
-        for key in ("slurm", "kubernetes"):
+        for key in (*BATCH_KINDS, "kubernetes"):
             if self.kind == key and getattr(self, key) is None:
                 raise ValueError(f"the keys of cluster.{key} (kind is {key})")
-        if self.kind == "slurm" and self.host is None:
+        if self.kind in BATCH_KINDS and self.host is None:
             raise ValueError(
                 "cluster.host, the address or network interface of this machine that jobs reach, "
-                "127.0.0.1 if all run here (kind is slurm)"
+                f"127.0.0.1 if all run here (kind is {self.kind})"
             )
         if self.workers is not None and self.adapt is not None:
             raise ValueError("either cluster.workers or cluster.adapt, not both")
@@ -167,8 +200,13 @@ class ClusterConfig(_Model):
         """
         return self.kind != "address" or self.tune is True
 
+    @property
+    def jobs(self) -> SlurmConfig | LsfConfig | PbsConfig | SgeConfig | None:
+        """What each job asks for; None where the kind is no batch system."""
+        return {"slurm": self.slurm, "lsf": self.lsf, "pbs": self.pbs, "sge": self.sge}.get(self.kind)
+
     def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest number of workers to start by Slurm or Kubernetes."""
+        """The smallest and the largest number of workers to start by a batch system or Kubernetes."""
         if self.adapt is not None:
             return self.adapt.minimum, self.adapt.maximum
         return self.workers or 1, self.workers or 1
@@ -192,13 +230,14 @@ class ClusterConfig(_Model):
         return self.model_copy(update=changed)
 
 
+BATCH_KINDS = ("slurm", "lsf", "pbs", "sge")
+_STARTED = (*BATCH_KINDS, "kubernetes")
 _KINDS = {
     "address": ("address",),
-    "adapt": ("slurm", "kubernetes"),
-    "host": ("slurm",),
-    "security": ("address", "slurm"),
+    "adapt": _STARTED,
+    "host": BATCH_KINDS,
+    "security": ("address", *BATCH_KINDS),
     "tune": ("address",),
-    "gpus_per_worker": ("local", "slurm", "kubernetes"),
-    "slurm": ("slurm",),
-    "kubernetes": ("kubernetes",),
+    "gpus_per_worker": ("local", *_STARTED),
+    **{kind: (kind,) for kind in _STARTED},
 }
