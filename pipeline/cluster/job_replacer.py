@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -31,6 +32,7 @@ class JobReplacer:
         self._thread = threading.Thread(target=self._look_again, name="emsr-jobs", daemon=True)
         self._came: set[str] = set()
         self._failures, self._not_before = 0, 0.0
+        self._told = ""
         self.in_vain: list[str] = []
         """Numbers of the jobs that ended before their worker came, since there was a worker."""
 
@@ -60,6 +62,13 @@ class JobReplacer:
         found = self.system.jobs() if jobs else {}
         if found is None:
             return
+        if refused and jobs and self.submitter.refused != self._told:
+            self._told = self.submitter.refused
+            print(
+                f"emsr: {self.system.name} takes {len(jobs)} of {len(workers)} jobs: {self._told}. The run goes on "
+                "with these, and asks for the others again.",
+                file=sys.stderr,
+            )
         came = {number for number, name in jobs.items() if name in there} | self._came & jobs.keys()
         if came - self._came:
             self._failures = 0
