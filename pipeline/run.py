@@ -71,6 +71,8 @@ def run(config: Config, dry_run: bool = False) -> int:
     interrupted with tasks left. Raises UserError.
     """
     prepared = prepare(config, lambda survey, source: _detect(config, survey, source, keep=not dry_run))
+    for note in prepared.source.notes:
+        print(f"emsr: {note}", file=sys.stderr)
     resumed = check_place(prepared)
     if dry_run:
         device = measured_device(config.cluster, prepared.job.network)

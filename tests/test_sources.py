@@ -173,7 +173,7 @@ class TestLevels:
         plain.create_array("raw/em", shape=SHAPE, chunks=written.CHUNK, dtype="u1")[...] = truth()
         source = opened(tmp_path / "g", array="raw/em", voxel_size_nm=VOXEL_NM)
         np.testing.assert_array_equal(source.read(source.info.bounds), truth())
-        assert "Name an array inside it" in refusal(tmp_path / "g")
+        assert "Name one by source.array: raw/em" in refusal(tmp_path / "g")
         assert "that is a group" in refusal(tmp_path / "g", array="raw")
         n5 = written.n5_group(tmp_path / "n")
         assert opened(n5, array="s1").info == opened(n5, mip=1).info

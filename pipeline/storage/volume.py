@@ -23,7 +23,7 @@ class VolumeInfo:
     elsewhere). `corner_nm` is the physical position of the lower corner of voxel (0, 0, 0) of that grid. OME-NGFF puts
     a voxel's *centre* at its translation, so there corner = translation - voxel_size / 2; the other formats put the
     corner at 0. `sized` and `placed` tell whether the metadata states voxel size and position: where not, they are
-    somebody's assumption.
+    somebody's assumption. `notes` is what its metadata say that the user is to be told, a line each.
     """
 
     url: str
@@ -37,6 +37,7 @@ class VolumeInfo:
     reader: str = "tensorstore"
     sized: bool = True
     placed: bool = True
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):

@@ -167,6 +167,13 @@ class Folder:
         except DataError as error:
             raise SourceError(str(error), "a readable metadata object", "Check source.url") from None
 
+    def holds(self, key: str) -> bool:
+        """Whether something is under `key`, of whatever size. Raises as `data` does for what passes."""
+        try:
+            return self.data(key) is not None
+        except SourceError:
+            return True
+
     def metadata(self, key: str) -> Metadata | None:
         """The JSON object under `key`, None where there is none.
 

@@ -199,16 +199,27 @@ def _voxel_size(level: Level, given: tuple[float, float, float] | None, key: str
             raise SourceError(saw, "one voxel size", f"Take {key} away, or mend the metadata")
         return stored
     if given is None:
+        seen = f" ({level.seen})" if level.seen else ""
         raise SourceError(
-            f"the metadata of {level.place} has no voxel size with a unit of length",
+            f"the metadata of {level.place} has no voxel size with a unit of length{seen}",
             "one in nm",
-            f"Give {key}: [z, y, x]",
+            f"Give {key}: [z, y, x]"
+            if level.unitless is None
+            else f"If that is nm, give {key}: {list(level.unitless)}",
         )
     return given
 
 
 def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
-    corner = tuple(_rounded(c * s) for c, s in zip(level.corner_voxels or (0.0, 0.0, 0.0), size, strict=True))
+    at, notes = level.corner_voxels, level.notes
+    if at is not None and level.unitless is not None and any(at):
+        ratios = [s / u for s, u in zip(size, level.unitless, strict=True)]
+        if not all(math.isclose(ratio, ratios[0], rel_tol=_SAME) for ratio in ratios):
+            at, notes = (
+                None,
+                (*notes, f"its position is not taken: {level.seen}, and the voxel size is {list(size)} nm"),
+            )
+    corner = tuple(_rounded(c * s) for c, s in zip(at or (0.0, 0.0, 0.0), size, strict=True))
     return VolumeInfo(
         url=level.url,
         format=level.format,
@@ -220,7 +231,8 @@ def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
         fingerprint=fingerprint({"format": level.format, "zyx": level.zyx, "voxels": level.identity}),
         reader=level.reader,
         sized=level.voxel_size_nm is not None,
-        placed=level.corner_voxels is not None,
+        placed=at is not None,
+        notes=tuple(f"{level.place}: {note}" for note in notes),
     )
 
 

@@ -31,11 +31,12 @@ class Level:
     `place` is what messages call it, `spec` tensorstore's JSON that opens it. `zyx` are the indices of the axes z, y, x
     in stored order; `stored_chunk` has all axes in stored order. The chunk grid starts at `bounds.start`.
     `corner_voxels` is the position of the lower corner of voxel (0, 0, 0), in voxels; None where the metadata states
-    none. `labels` is True where the
-    metadata says that the volume is a segmentation. `identity` is the metadata that defines the voxels, for the
-    fingerprint. `metadata_key` is an object below `url` that exists as long as the volume does. `explain_hole` is
-    called with the box of an absent chunk, and raises SourceError where the chunk is stored under another name.
-    `opener` opens the level.
+    none. `unitless` is a voxel size (z, y, x) stated without a unit: where the true one is no multiple of it,
+    `corner_voxels` means nothing. `seen` says what was found in place of a voxel size, and `notes` what the user is to
+    be told. `labels` is True where the metadata says that the volume is a segmentation. `identity` is the metadata that
+    defines the voxels, for the fingerprint. `metadata_key` is an object below `url` that exists as long as the volume
+    does. `explain_hole` is called with the box of an absent chunk, and raises SourceError where the chunk is stored
+    under another name. `opener` opens the level.
     """
 
     url: str
@@ -51,6 +52,9 @@ class Level:
     identity: Mapping[str, Any] = field(repr=False)
     metadata_key: str
     corner_voxels: tuple[float, float, float] | None = None
+    unitless: tuple[float, float, float] | None = None
+    seen: str = ""
+    notes: tuple[str, ...] = ()
     labels: bool = False
     reader: str = "tensorstore"
     explain_hole: Callable[[Box], None] | None = field(default=None, repr=False)

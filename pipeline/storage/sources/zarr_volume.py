@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from urllib.parse import unquote
 
 from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
-from pipeline.base.limits import MAX_SHARD_CHUNKS
-from pipeline.storage.sources import ome_multiscales
+from pipeline.storage.sources import ome_multiscales, zarr_attributes
 from pipeline.storage.sources.axes import find_zyx
 from pipeline.storage.sources.metadata import Folder, Metadata, inner_path
 from pipeline.storage.sources.ome_multiscales import OmeLevel
 from pipeline.storage.sources.voxel_array import Level
-
-_COMPRESSORS_V2 = ("blosc", "zstd", "gzip", "zlib", "bz2")
-_CODECS_V3 = ("bytes", "transpose", "blosc", "zstd", "gzip", "crc32c", "sharding_indexed")
-_REENCODE = "Re-encode it with blosc or zstd and no filters, e.g. with zarr-python"
+from pipeline.storage.sources.zarr_attributes import Place
+from pipeline.storage.sources.zarr_chunk_keys import ChunkKeys, refuse_other_names, stored_separator
+from pipeline.storage.sources.zarr_codecs import Stored, stored_v2, stored_v3
+from pipeline.storage.sources.zarr_decoded_array import open_decoded
+from pipeline.storage.sources.zarr_group import no_image
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A group (array is None) or an array, in either version."""
+    """A group (array is None) or an array, in either version. `document` is the zarr.json of Zarr v3."""
 
     version: int
     path: str
     array: Metadata | None
     attributes: Metadata
+    document: Metadata | None = None
 
 
 def find_v3(folder: Folder, mip: int, array: str | None) -> Level | None:
@@ -48,41 +47,74 @@ def find_v2(folder: Folder, mip: int, array: str | None) -> Level | None:
 
 def _find(folder: Folder, version: int, mip: int, array: str | None) -> Level | None:
     root = _node(folder, "", version)
+    if array is not None:
+        return _named(folder, root, version, mip, array)
     if root is None:
         return None
-    levels = ome_multiscales.multiscales(root.attributes) if root.array is None else None
-    if array is not None:
-        return _named(folder, root, levels, mip, array)
     if root.array is not None:
         _only_level(mip, folder.url)
-        return _level(folder, root, None)
+        level = _level(folder, root, None)
+        return level if level.voxel_size_nm is not None else _told_of_group(level, version)
+    levels = ome_multiscales.multiscales(root.attributes)
     if levels is None:
-        raise SourceError(
-            f"{folder.url} is a Zarr group without multiscales",
-            "an array or an OME-Zarr image",
-            "Name an array inside it by source.array",
-        )
+        raise no_image(folder, "", root.attributes, root.document)
     chosen = ome_multiscales.pick(levels, mip, folder.url)
-    return _level(
-        folder, _inner(folder, version, chosen.path, f"the multiscales of {folder.url} name {chosen.path}"), chosen
-    )
+    saw = f"the multiscales of {folder.url} name {chosen.path}"
+    return _level(folder, _array(_inner(folder, version, chosen.path), saw, version), chosen, root.attributes)
 
 
-def _named(folder: Folder, root: _Node, levels: list[OmeLevel] | None, mip: int, array: str) -> Level:
-    if root.array is not None:
+def _named(folder: Folder, root: _Node | None, version: int, mip: int, array: str) -> Level | None:
+    if root is not None and root.array is not None:
         raise SourceError(
             f"source.array is {array!r}, and {folder.url} is an array itself",
             "one of the two",
             "Take source.array away",
         )
-    if levels is not None and mip:
+    path = inner_path(array, SourceError(f"source.array is {array!r}", "a path inside the group"))
+    node = _inner(folder, version, path) if root is not None else _node(folder, path, version)
+    if root is None and node is None:
+        return None
+    if mip:
         raise SourceError(
             f"source.array is {array!r} and source.mip is {mip}", "one of the two: both choose a level", "Take one away"
         )
-    _only_level(mip, f"{folder.url}/{array}")
-    path = inner_path(array, SourceError(f"source.array is {array!r}", "a path inside the group"))
-    node = _inner(folder, root.version, path, f"source.array is {array!r}")
-    return _level(folder, node, next((level for level in levels or [] if level.path == path), None))
+    node = _array(node, f"source.array is {array!r}", version)
+    *above, _ = path.split("/")
+    for depth in reversed(range(len(above) + 1)):
+        prefix = "/".join(above[:depth])
+        group = root if depth == 0 else _inner(folder, version, prefix)
+        if group is None or group.array is not None:
+            continue
+        try:
+            levels = ome_multiscales.multiscales(group.attributes) or []
+        except SourceError as error:
+            level = _level(folder, node, None)
+            return dataclasses.replace(
+                level, notes=(*level.notes, f"its group's multiscales are not used: {error.saw}")
+            )
+        for named in levels:
+            if f"{prefix}/{named.path}".strip("/") == path:
+                return _level(folder, node, named, group.attributes)
+    return _level(folder, node, None)
+
+
+def _told_of_group(level: Level, version: int) -> Level:
+    """The level of an array that has the url itself, with a word on the multiscales of the group around it."""
+    above, below = level.url, ""
+    for _ in range(2):
+        above, _, name = above.rpartition("/")
+        below = f"{unquote(name)}/{below}".rstrip("/")
+        if not above.partition("://")[2].strip("/"):
+            return level
+        try:
+            group = _node(Folder(above), "", version)
+            levels = ome_multiscales.multiscales(group.attributes) if group is not None else None
+        except SourceError:
+            return level
+        if any(found.path == below for found in levels or ()):
+            told = f"the multiscales of {above} state its place: give that as source.url, with source.array: {below}"
+            return dataclasses.replace(level, seen=told, notes=(*level.notes, told))
+    return level
 
 
 def _only_level(mip: int, place: str) -> None:
@@ -90,8 +122,12 @@ def _only_level(mip: int, place: str) -> None:
         raise SourceError(f"{place} has 1 level, source.mip is {mip}", "0")
 
 
-def _inner(folder: Folder, version: int, path: str, saw: str) -> _Node:
-    node = _node(folder, path, version)
+def _inner(folder: Folder, version: int, path: str) -> _Node | None:
+    """The node at `path`, of `version` or else of the other one: a group may hold arrays of both."""
+    return _node(folder, path, version) or _node(folder, path, 5 - version)
+
+
+def _array(node: _Node | None, saw: str, version: int) -> _Node:
     if node is None:
         raise SourceError(
             f"{saw}, and no Zarr v{version} array is there",
@@ -119,9 +155,8 @@ def _node(folder: Folder, path: str, version: int) -> _Node | None:
         kind = found.text("node_type", "array or group")
         if kind not in ("array", "group"):
             raise found.wrong("node_type", "array or group")
-        return _Node(
-            3, path, found if kind == "array" else None, found.child("attributes") if "attributes" in found else nothing
-        )
+        own = found.child("attributes") if "attributes" in found else nothing
+        return _Node(3, path, found if kind == "array" else None, own, found)
     found = folder.metadata(f"{base}.zarray")
     attributes = folder.metadata(f"{base}.zattrs")
     if found is None and attributes is None and folder.metadata(f"{base}.zgroup") is None:
@@ -131,122 +166,90 @@ def _node(folder: Folder, path: str, version: int) -> _Node | None:
     return _Node(2, path, found, attributes or nothing)
 
 
-def _level(folder: Folder, node: _Node, ome: OmeLevel | None) -> Level:
+def _level(folder: Folder, node: _Node, ome: OmeLevel | None, group: Metadata | None = None) -> Level:
+    """The level of an array; `ome` is its dataset in the multiscales of a group with the attributes `group`."""
     found = node.array
     assert found is not None
     shape = found.integers("shape", low=1)
-    stored = _stored_v3(found, len(shape)) if node.version == 3 else _stored_v2(found, len(shape))
+    stored = stored_v3(found, len(shape)) if node.version == 3 else stored_v2(found, len(shape))
     names = _names(node, len(shape))
-    if ome is not None:
-        known = [n for n in names or () if n]
-        if known and tuple(n.lower() for n in known) != ome.names:
-            raise SourceError(
-                f"{found.place} names its axes {known}, the multiscales say {list(ome.names)}",
-                "the same names",
-                "Mend one of the two",
-            )
+    if ome is not None and ome.names:
+        _refuse_other_names(found, names, ome)
         names = ome.names
     zyx = find_zyx(names, shape, found.place)
-    start = ZYX(0, 0, 0)
-    identity = {
-        k: v for k, v in found.values.items() if k not in ("attributes", "consolidated_metadata", "dimension_names")
-    }
-    return Level(
+    base = f"{node.path}/" if node.path else ""
+    keys = ChunkKeys(base, stored.prefix, stored.separator, tuple(stored.stored_object), zyx)
+    notes = list[str]()
+    if node.version == 2:
+        separator = stored_separator(folder.holds, keys, shape)
+        if separator != keys.separator:
+            notes.append(f'its chunks are named with "{separator}", its .zarray says "{keys.separator}"')
+        keys = dataclasses.replace(keys, separator=separator)
+    place = _place(node.attributes, zyx, len(shape), ome)
+    chain = stored.chain
+    level = Level(
         url=folder.url,
         place=f"{folder.url}/{node.path}".rstrip("/"),
         format=f"zarr{node.version}",
-        spec={"driver": "zarr3" if node.version == 3 else "zarr", "kvstore": folder.spec(node.path)},
+        spec=_spec(folder, node, stored, keys),
         zyx=zyx,
-        bounds=Box(start, ZYX.of([shape[axis] for axis in zyx])),
+        bounds=Box(ZYX(0, 0, 0), ZYX.of([shape[axis] for axis in zyx])),
         chunk=ZYX.of([stored.chunk[axis] for axis in zyx]),
         stored_chunk=tuple(stored.chunk),
         dtype=stored.dtype,
-        voxel_size_nm=ome.size_nm(zyx) if ome is not None else None,
-        corner_voxels=ome.corner_voxels(zyx) if ome is not None else None,
-        identity=identity,
-        metadata_key=(f"{node.path}/" if node.path else "") + ("zarr.json" if node.version == 3 else ".zarray"),
+        voxel_size_nm=place.size_nm,
+        unitless=place.unitless,
+        corner_voxels=place.corner_voxels,
+        seen=place.seen,
+        notes=(*notes, *place.notes),
+        labels=any("image-label" in held for held in (node.attributes, group) if held is not None),
+        identity={
+            k: v for k, v in found.values.items() if k not in ("attributes", "consolidated_metadata", "dimension_names")
+        },
+        metadata_key=base + ("zarr.json" if node.version == 3 else ".zarray"),
+        explain_hole=lambda box: refuse_other_names(folder, keys, box),
     )
+    if chain is None:
+        return level
+    return dataclasses.replace(level, reader="numcodecs", opener=lambda opened: open_decoded(opened, chain, keys.of))
+
+
+def _spec(folder: Folder, node: _Node, stored: Stored, keys: ChunkKeys) -> dict[str, object]:
+    metadata = stored.metadata if node.version == 3 else stored.metadata | {"dimension_separator": keys.separator}
+    driver = "zarr3" if node.version == 3 else "zarr"
+    return {"driver": driver, "kvstore": folder.spec(node.path), "metadata": metadata, "assume_metadata": True}
+
+
+def _place(attributes: Metadata, zyx: tuple[int, int, int], rank: int, ome: OmeLevel | None) -> Place:
+    """Voxel size and position by the multiscales where they state a size, else by the array's own attributes."""
+    own = zarr_attributes.place(attributes, zyx, rank)
+    size = ome.size_nm(zyx) if ome is not None else None
+    if ome is None or (size is None and own.size_nm is not None):
+        return own
+    unitless = ome.unitless(zyx)
+    seen = f"it has a scale of {list(unitless)} (z, y, x) without a unit of length" if unitless is not None else ""
+    return Place(size, None, ome.corner_voxels(zyx), seen)
+
+
+def _refuse_other_names(found: Metadata, names: Sequence[str | None] | None, ome: OmeLevel) -> None:
+    """Raises SourceError where the array calls another axis z, y or x than the multiscales do."""
+    for name, stated in zip(names or (), ome.names, strict=False):
+        if name is not None and name.lower() in ("z", "y", "x") and name.lower() != stated:
+            raise SourceError(
+                f"{found.place} names its axes {list(names or ())}, the multiscales say {list(ome.names)}",
+                "the same names",
+                "Mend one of the two",
+            )
 
 
 def _names(node: _Node, rank: int) -> Sequence[str | None] | None:
-    """The names of the axes: dimension_names of Zarr v3, in Zarr v2 the attribute that xarray writes. None without."""
+    """The names of the axes: dimension_names of Zarr v3, in Zarr v2 the attribute that xarray writes, else those that
+    other tools write. None without.
+    """
     holder, key = (node.array, "dimension_names") if node.version == 3 else (node.attributes, "_ARRAY_DIMENSIONS")
-    if holder is None or key not in holder:
-        return None
+    if holder is None or key not in holder or holder.values[key] == [None] * rank:
+        return zarr_attributes.axis_names(node.attributes, rank)
     value = holder.values[key]
     if not isinstance(value, list) or len(value) != rank or not all(v is None or isinstance(v, str) for v in value):
         raise holder.wrong(key, f"{rank} names")
     return value
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The chunk that is decoded as one (of a shard its inner chunk), all axes in stored order, and the data type."""
-
-    chunk: list[int]
-    dtype: str
-
-
-def _stored_v2(found: Metadata, rank: int) -> _Stored:
-    dtype = found.values.get("dtype")
-    if isinstance(dtype, list):
-        raise found.wrong("dtype", "a plain number type", "Store the field that holds the image as an array of its own")
-    name = _number_type(found, "dtype")
-    if found.values.get("filters"):
-        raise found.wrong("filters", "no filters (null)", _REENCODE)
-    if "compressor" in found and (compressor := found.child("compressor")).text("id") not in _COMPRESSORS_V2:
-        raise compressor.wrong("id", f"one of {', '.join(_COMPRESSORS_V2)}, or no compressor", _REENCODE)
-    return _Stored(found.integers("chunks", rank, low=1), name)
-
-
-def _stored_v3(found: Metadata, rank: int) -> _Stored:
-    if not isinstance(found.values.get("data_type"), str):
-        raise found.wrong(
-            "data_type", "a plain number type", "Store the field that holds the image as an array of its own"
-        )
-    name = _number_type(found, "data_type")
-    if found.values.get("storage_transformers"):
-        raise found.wrong("storage_transformers", "none", _REENCODE)
-    grid = found.child("chunk_grid")
-    if grid.text("name") != "regular":
-        raise grid.wrong("name", "regular chunks", "Rechunk it, e.g. with zarr-python")
-    chunk = grid.child("configuration").integers("chunk_shape", rank, low=1)
-    return _Stored(_inner_chunk(found, chunk) or chunk, name)
-
-
-def _number_type(found: Metadata, key: str) -> str:
-    try:
-        dtype = np.dtype(found.text(key))
-    except (TypeError, ValueError, SyntaxError):
-        dtype = np.dtype("O")
-    if dtype.kind not in "biufc":
-        raise found.wrong(key, "a number type (uint8, or uint16 with an intensity_window)")
-    return dtype.name
-
-
-def _inner_chunk(holder: Metadata, outer: list[int]) -> list[int] | None:
-    """The innermost chunk where the codecs shard the chunk `outer`, else None. Raises SourceError for a codec that
-    cannot be read, and for a shard of too many chunks.
-    """
-    inner = None
-    for codec in _codecs(holder, "codecs"):
-        if codec.text("name") not in _CODECS_V3:
-            raise codec.wrong("name", f"one of {', '.join(_CODECS_V3)}", _REENCODE)
-        if codec.text("name") == "sharding_indexed":
-            shard = codec.child("configuration")
-            own = shard.integers("chunk_shape", len(outer), low=1)
-            if math.prod(-(-n // m) for n, m in zip(outer, own, strict=True)) > MAX_SHARD_CHUNKS:
-                raise shard.wrong(
-                    "chunk_shape",
-                    f"at most {MAX_SHARD_CHUNKS:,} chunks in a shard of {outer}, whose index is read whole",
-                    "Write it again with larger chunks or smaller shards",
-                )
-            inner = _inner_chunk(shard, own) or own
-    return inner
-
-
-def _codecs(holder: Metadata, key: str) -> list[Metadata]:
-    value: Any = holder.values.get(key)
-    if isinstance(value, list) and any(isinstance(v, str) for v in value):
-        return Metadata({key: [{"name": v} if isinstance(v, str) else v for v in value]}, holder.place).children(key)
-    return holder.children(key)
