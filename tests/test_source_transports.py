@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import boto3
+import hand_zarr
 import numpy as np
 import pytest
 import source_volumes as written
@@ -292,3 +294,20 @@ def test_403_for_what_is_absent(http: tuple[_Server, str]) -> None:
     check(opened(f"{url}/n5-group"))
     with pytest.raises(SourceError, match="permission denied"):
         opened(f"{url}/absent")
+
+
+@pytest.mark.parametrize("where", ["http", "s3"])
+def test_zarr_chunks_in_nested_folders_and_of_other_codecs(
+    where: str, http: tuple[_Server, str], s3: object, tmp_path: Path
+) -> None:
+    """What .zarray does not say is found by the chunks of a store too; what numcodecs decodes is fetched there."""
+    hand_zarr.zarr2(tmp_path / "nested", names="/", drop=("dimension_separator",))
+    hand_zarr.zarr2(tmp_path / "lzma", encode=lambda p: lzma.compress(p.tobytes()), compressor={"id": "lzma"})
+    http[0].root = tmp_path
+    for name in ("nested", "lzma"):
+        url = f"{http[1]}/{name}"
+        if where == "s3":
+            upload(s3, tmp_path / name, name)
+            url = f"s3://volumes/{name}"
+        source = opened(url, "zarr2")
+        np.testing.assert_array_equal(source.read(source.info.bounds), hand_zarr.TRUTH)

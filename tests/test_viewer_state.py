@@ -208,11 +208,28 @@ def test_n5_levels_units_and_inheritance() -> None:
     check(Layer("LR", "u", bare, (45, 37, 37), (0, 0, 0)), explicit=True)
 
 
+_ZARRAY = {"shape": [16, 16, 32], "chunks": [8, 8, 8], "order": "C", "fill_value": None, "compressor": None}
+
+
 @pytest.mark.parametrize(
     ("docs", "words"),
     [
         ({".zarray": {"shape": [8, 16, 32], "compressor": {"id": "bz2"}}}, "compression bz2"),
-        ({".zarray": {"shape": [8, 16, 32], "compressor": {"id": "zstd"}}}, None),
+        ({".zarray": _ZARRAY | {"compressor": {"id": "zstd", "level": 1}}}, None),
+        ({".zarray": _ZARRAY | {"compressor": {"id": "zstd"}}}, "zstd with level None"),
+        (
+            {".zarray": _ZARRAY | {"compressor": {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": True}}},
+            "blosc with shuffle True",
+        ),
+        ({".zarray": _ZARRAY | {"filters": [{"id": "delta"}]}}, "filters"),
+        ({".zarray": _ZARRAY | {"fill_value": "0"}}, "the fill_value 0"),
+        ({".zarray": {"shape": [8, 16, 32], "chunks": [8, 8, 8], "compressor": None}}, "a .zarray without order"),
+        ({".zarray": _ZARRAY, "1/1/2": {}}, 'chunks named with "/" where .zarray says "."'),
+        ({".zarray": _ZARRAY, "0/0/0": {}, "0.0.0": {}}, None),
+        ({"zarr.json": {"shape": [8, 16, 32], "codecs": [{"name": "numcodecs.lz4"}]}}, "the codec numcodecs.lz4"),
+        ({"zarr.json": {"shape": [8, 16, 32], "codecs": ["bytes"]}}, "the codec bytes"),
+        ({"zarr.json": {"shape": [8, 16, 32], "data_type": {"name": "uint8"}}}, "a data_type that is no text"),
+        ({"zarr.json": {"shape": [8, 16, 32], "codecs": [{"name": "bytes"}], "fill_value": 0}}, None),
         ({"attributes.json": {"dimensions": [9, 9, 9], "compression": {"type": "xz"}}}, "compression xz"),
         (
             {"attributes.json": {"dimensions": [9, 9, 9], "pixelResolution": [4, 4, 40]}},
@@ -226,6 +243,18 @@ def test_n5_levels_units_and_inheritance() -> None:
 )
 def test_what_neuroglancer_cannot_show_is_said(docs: Docs, words: str | None) -> None:
     assert native(docs).unreadable == words
+
+
+def test_axes_that_neuroglancer_does_not_see_are_put_in_order() -> None:
+    """By the names of OME-Zarr 0.3, and by those in other tools' attributes."""
+    array = {"shape": [32, 8, 16]}
+    multiscale = {"version": "0.3", "axes": ["x", "z", "y"], "datasets": [{"path": "0"}]}
+    old = native({".zattrs": {"multiscales": [multiscale]}, "0/.zarray": array})
+    assert (old.path, old.names, old.shape) == ("0", ("d1", "d2", "d0"), ZYX(8, 16, 32))
+    labs = native({".zarray": array, ".zattrs": {"axis_names": ["x", "z", "y"]}})
+    assert (labs.names, labs.shape) == (("d1", "d2", "d0"), ZYX(8, 16, 32))
+    mixed = native({"zarr.json": {"attributes": {"multiscales": [multiscale]}}, "0/.zarray": array})
+    assert (mixed.kind, mixed.path) == ("zarr2", "0")
 
 
 def test_the_prefix_of_the_url_decides_and_absence_is_told() -> None:

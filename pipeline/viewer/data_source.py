@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.base.geometry import ZYX
+from pipeline.storage.sources.metadata import Metadata
+from pipeline.storage.sources.zarr_attributes import axis_names
+from pipeline.viewer import zarr_support
 
 Triple = tuple[float, float, float]
 Get = Callable[[str], bytes | None]
@@ -26,6 +29,7 @@ _OME_NM = {
 _N5_NM = {"pm": 1e-3, "nm": 1.0, "um": 1e3, "µm": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9}
 _DECODED = ("raw", "gzip", "zlib", "blosc", "zstd")
 _OME_VERSIONS = ("0.4", "0.5-dev", "0.5")
+_LEAVES = {"zarr2": ".zarray", "zarr3": "zarr.json"}
 
 
 @dataclass(frozen=True)
@@ -110,21 +114,30 @@ def _attributes(get: Get, kind: str, path: str, meta: dict[str, Any]) -> dict[st
 def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> Native:
     attributes = _attributes(get, kind, path, meta)
     if "shape" in meta:
-        return _bare_array(kind, path, meta, attributes)
+        return _bare_array(get, kind, path, meta)
     multiscale = ((attributes.get("ome") or attributes)["multiscales"])[0]
     datasets = multiscale["datasets"]
     below = f"{path}/" if path else ""
-    leaf = ".zarray" if kind == "zarr2" else "zarr.json"
     array_path = below + datasets[level]["path"].strip("/")
-    array = _json(get, f"{array_path}/{leaf}")
+    array_kind, array = kind, _json(get, f"{array_path}/{_LEAVES[kind]}")
     if array is None:
-        raise ValueError(f"{array_path}/{leaf} is absent")
+        array_kind = "zarr2" if kind == "zarr3" else "zarr3"
+        array = _json(get, f"{array_path}/{_LEAVES[array_kind]}")
+    if array is None:
+        raise ValueError(f"{array_path}/{_LEAVES[kind]} is absent")
     version = (attributes.get("ome") or multiscale).get("version")
-    axes = multiscale["axes"] if version in _OME_VERSIONS else []
-    if not axes or (version == "0.5" and kind == "zarr2") or not all(_readable(axis.get("unit")) for axis in axes):
+    axes = multiscale.get("axes") or []
+    named = [str(axis["name"]) if isinstance(axis, dict) else str(axis) for axis in axes]
+    if (
+        not axes
+        or version not in _OME_VERSIONS
+        or (version == "0.5" and kind == "zarr2")
+        or array_kind != kind
+        or not all(_readable(axis.get("unit")) for axis in axes)
+    ):
         # Neuroglancer refuses such a multiscale, but it does open the level's array alone.
-        return _bare_array(kind, array_path, array, _attributes(get, kind, array_path, array))
-    zyx = _spatial([str(axis["name"]) for axis in axes])
+        return _bare_array(get, array_kind, array_path, array, named)
+    zyx = _spatial(named)
     units = [axes[i].get("unit") for i in zyx]
     fine, coarse = (_ome_transform(multiscale, datasets[k], len(axes)) for k in (0, level))
     return Native(
@@ -138,7 +151,7 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> N
         _triple([(coarse[i][1] - coarse[i][0] / 2) / fine[i][0] for i in zyx]),
         _triple([coarse[i][0] / fine[i][0] for i in zyx]),
         ZYX.of([array["shape"][i] for i in zyx]),
-        _coding(array.get("compressor"), "id"),
+        zarr_support.unreadable(kind, array_path, array, get),
     )
 
 
@@ -161,16 +174,17 @@ def _ome_transform(multiscale: dict[str, Any], dataset: dict[str, Any], rank: in
     return out
 
 
-def _bare_array(kind: str, path: str, meta: dict[str, Any], attributes: dict[str, Any]) -> Native:
-    """An array without OME metadata: Neuroglancer starts it at 0 and knows no voxel size that we would trust."""
-    shape = meta["shape"]
-    given = (attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")) or [None] * len(
-        shape
-    )
+def _bare_array(get: Get, kind: str, path: str, meta: dict[str, Any], axes: Sequence[str] = ()) -> Native:
+    """An array without OME metadata: Neuroglancer starts it at 0 and knows no voxel size that we would trust.
+
+    `axes` are the axes' names where Neuroglancer sees none.
+    """
+    shape, attributes = meta["shape"], _attributes(get, kind, path, meta)
+    given = attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")
     prefix = "d" if kind == "zarr2" else "dim_"
-    names = [name if name is not None else f"{prefix}{i}" for i, name in enumerate(given)]
-    zyx = _spatial(names)
-    counts = ZYX.of([shape[i] for i in zyx])
+    names = [name if name is not None else f"{prefix}{i}" for i, name in enumerate(given or [None] * len(shape))]
+    known = [name or "" for name in axis_names(Metadata(attributes, path), len(shape)) or ()]
+    zyx = _spatial(names if any(given or ()) else axes or known or names)
     return Native(
         kind,
         path,
@@ -178,8 +192,8 @@ def _bare_array(kind: str, path: str, meta: dict[str, Any], attributes: dict[str
         None,
         (0.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
-        counts,
-        _coding(meta.get("compressor"), "id"),
+        ZYX.of([shape[i] for i in zyx]),
+        zarr_support.unreadable(kind, path, meta, get),
     )
 
 

@@ -32,9 +32,9 @@ def find_zyx(
 ) -> tuple[int, int, int]:
     """The indices of the axes z, y, x in stored order. `place` is what messages call the array.
 
-    Where no axis is called x, y or z, the last three are z, y, x, or with `x_first` the first three x, y, z. Every
-    other axis must have length 1. Raises SourceError for arrays of fewer than three axes, colour images and time
-    series.
+    Where no axis is called x, y or z, the last three are z, y, x, or with `x_first` the first three x, y, z; so are
+    those without a name beside others that have one. Every other axis must have length 1. Raises SourceError for arrays
+    of fewer than three axes, colour images and time series.
     """
     rank = len(shape)
     words = [(name or "").lower() for name in names] if names is not None else [""] * rank
@@ -49,17 +49,17 @@ def find_zyx(
             "a volume of z, y, x",
             "Stack sections with python -m pipeline.convert",
         )
-    spatial = [word for word in words if word in ("z", "y", "x")]
-    if not spatial:
-        order = (2, 1, 0) if x_first else (rank - 3, rank - 2, rank - 1)
-    elif sorted(spatial) == ["x", "y", "z"]:
+    order = (2, 1, 0) if x_first else (rank - 3, rank - 2, rank - 1)
+    if {"z", "y", "x"} & set(words):
+        usual = dict(zip(order, "zyx", strict=True))
+        words = [word or usual.get(axis, "") for axis, word in enumerate(words)]
+        if not all(words.count(name) == 1 for name in "zyx"):
+            raise SourceError(
+                f"{place} has axes {words}",
+                "each of z, y and x once",
+                "Sections of one plane are stacked with python -m pipeline.convert",
+            )
         order = (words.index("z"), words.index("y"), words.index("x"))
-    else:
-        raise SourceError(
-            f"{place} has axes {words}",
-            "each of z, y and x once",
-            "Sections of one plane are stacked with python -m pipeline.convert",
-        )
     for axis, length in enumerate(shape):
         if axis not in order and length != 1:
             kind = _KINDS.get(words[axis], "an array of more than three axes")
