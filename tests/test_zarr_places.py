@@ -15,6 +15,7 @@ from hand_zarr import TRUTH
 from source_checks import opened, refusal
 from source_volumes import VOXEL_NM
 
+from pipeline import run
 from pipeline.config.volume import MaskConfig
 from pipeline.storage.sources.open import open_mask
 
@@ -161,10 +162,11 @@ class TestWhichArray:
     @pytest.mark.parametrize("version", [2, 3])
     def test_arrays_of_a_group_are_named(self, version: Any, tmp_path: Path) -> None:
         group = zarr.open_group(tmp_path / "v", mode="w", zarr_format=version)
-        for name in ("volumes/raw", "volumes/labels/ids", "a", "b", "c", "d"):
+        group.create_array("x", data=np.arange(26))
+        for name in ("volumes/raw", "volumes/labels/ids", "a", "b", "c"):
             group.create_array(name, data=TRUTH)
         message = refusal(tmp_path / "v")
-        assert "Its arrays: a, b, c, d, volumes/labels/ids and more" in message
+        assert "Its arrays: a, b, c, volumes/labels/ids, volumes/raw and more" in message  # x is no volume
         assert "source.array: a" in message
         with_all = zarr.consolidate_metadata(tmp_path / "v", zarr_format=version)
         assert with_all.metadata.consolidated_metadata is not None
@@ -279,6 +281,36 @@ class TestAttributesOfOthers:
             path = hand.zarr3(tmp_path / json.dumps(units), attributes={"dimension_units": units})
             assert "Give source.voxel_size_nm" in refusal(path)
 
+    def test_datasets_of_multiscales_with_a_transform(self, tmp_path: Path) -> None:
+        """As fibsem-tools writes them in a group beside those of OME, with axes only there."""
+        transform = {"axes": ["x", "z", "y"], "scale": [4, 40, 8], "translate": [42, 420, 84], "units": ["nm"] * 3}
+        entry = {"name": "em", "datasets": [{"path": "0", "transform": transform}]}
+        placed(image2(tmp_path / "v", entry, TRUTH.transpose(2, 0, 1)), (400, 80, 40))
+
+    @pytest.mark.parametrize("rank", [3, 4])
+    def test_webknossos_has_x_before_y_and_z(self, rank: int, tmp_path: Path) -> None:
+        """Its own file states axes and voxel size; its Zarr v2 arrays have no names."""
+        voxels = TRUTH.T[None] if rank == 4 else TRUTH.T
+        for n, (scale, mag, entry) in enumerate(
+            [
+                ({"factor": [4, 8, 40], "unit": "nanometer"}, "1", {"mag": [1, 1, 1]}),
+                ([2, 4, 40], "2-2-1", {"mag": [2, 2, 1], "path": "./color/2-2-1"}),
+                ({"factor": [0.002, 0.004, 0.02], "unit": "micrometer"}, "2", {}),
+            ]
+        ):
+            path = hand.zarr2(tmp_path / str(n) / "color" / mag, voxels)
+            layer = {"name": "color", "category": "color", "dataFormat": "zarr", "mags": [entry] if entry else []}
+            held = {"id": {"name": "em"}, "dataLayers": [layer], "scale": scale}
+            (tmp_path / str(n) / "datasource-properties.json").write_text(json.dumps(held))
+            placed(path, (0, 0, 0))
+            placed(tmp_path / str(n), (0, 0, 0), array=f"color/{mag}")
+        zyx = {"mag": 1, "axisOrder": {"z": rank - 3, "y": rank - 2, "x": rank - 1}}
+        held["dataLayers"][0]["mags"] = [zyx]
+        (tmp_path / "0/datasource-properties.json").write_text(json.dumps(held | {"scale": [4, 8, 40]}))
+        turned = hand.zarr2(tmp_path / "w" / "color" / "1", TRUTH[None] if rank == 4 else TRUTH)
+        (tmp_path / "0/datasource-properties.json").rename(tmp_path / "w/datasource-properties.json")
+        placed(turned, (0, 0, 0))
+
     def test_attributes_of_anybody_else_are_no_matter(self, tmp_path: Path) -> None:
         attributes = {"units": 3, "axis_names": "zyx", "transform": "none", "unit": None, "pixelResolution": [1, 2]}
         placed(hand.zarr2(tmp_path / "v", attributes=attributes), (0, 0, 0), voxel_size_nm=VOXEL_NM)
@@ -287,3 +319,16 @@ class TestAttributesOfOthers:
         attributes = FUNLIB | {"units": ["nm"] * 3}
         placed(image2(tmp_path / "a", hand.ome(), attributes=attributes), CENTRED)
         placed(image2(tmp_path / "b", hand.ome(unit=None), attributes=attributes), (400, 80, 40))
+
+
+def test_what_is_dropped_is_told_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hand.zarr2(tmp_path / "lr", attributes={"offset": [400, 80, 40]})
+    config = {
+        "source": {"url": "lr", "voxel_size_nm": VOXEL_NM},
+        "target": {"url": "sr", "chunk_shape": [2, 64, 64], "shard_shape": [2, 128, 128]},
+        "network": {"name": "bicubic", "scale": 8},
+        "cluster": {"kind": "local", "workers": 1},
+    }
+    (tmp_path / "volume.yaml").write_text(json.dumps(config))
+    assert run.main([str(tmp_path / "volume.yaml"), "--dry-run"]) == 0
+    assert "lr: its attribute offset = [400, 80, 40] is not taken" in capsys.readouterr().err

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.base.geometry import ZYX
-from pipeline.storage.sources.metadata import Metadata
-from pipeline.storage.sources.zarr_attributes import axis_names
 from pipeline.viewer import zarr_support
 
 Triple = tuple[float, float, float]
 Get = Callable[[str], bytes | None]
+Axes = tuple[int, int, int]
 
 # The spellings that Neuroglancer reads: the whole word in OME metadata, the symbol in N5's.
 _OME_NM = {
@@ -67,10 +66,13 @@ class Native:
         )
 
 
-def read_native(get: Get, kind: str | None = None, level: int = 0, array: str | None = None) -> Native | None:
+def read_native(
+    get: Get, kind: str | None = None, level: int = 0, array: str | None = None, zyx: Axes | None = None
+) -> Native | None:
     """The level `level` of the volume whose metadata objects `get` returns; None where there is no volume.
 
-    `kind` is the format prefix of the URL, None for any format; `array` is a path below the URL. Raises ValueError,
+    `kind` is the format prefix of the URL, None for any format; `array` is a path below the URL. `zyx` are the indices
+    of a Zarr array's axes, for where Neuroglancer reads no names of them; None takes the last three. Raises ValueError,
     KeyError, TypeError or IndexError for metadata that do not follow their format.
     """
     path = (array or "").strip("/")
@@ -78,11 +80,11 @@ def read_native(get: Get, kind: str | None = None, level: int = 0, array: str | 
     if kind in (None, "precomputed") and (meta := _json(get, f"{below}info")) is not None:
         return _precomputed(path, meta, level)
     if kind in (None, "zarr", "zarr3") and (meta := _json(get, f"{below}zarr.json")) is not None:
-        return _zarr(get, "zarr3", path, meta, level)
+        return _zarr(get, "zarr3", path, meta, level, zyx)
     if kind in (None, "zarr", "zarr2"):
         meta = _json(get, f"{below}.zarray")
         if meta is not None or _json(get, f"{below}.zattrs") is not None:
-            return _zarr(get, "zarr2", path, meta or {}, level)
+            return _zarr(get, "zarr2", path, meta or {}, level, zyx)
     if kind in (None, "n5"):
         return _n5(get, path, level)
     return None
@@ -111,10 +113,10 @@ def _attributes(get: Get, kind: str, path: str, meta: dict[str, Any]) -> dict[st
     return (_json(get, f"{below}.zattrs") if kind == "zarr2" else meta.get("attributes")) or {}
 
 
-def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> Native:
+def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int, zyx: Axes | None) -> Native:
     attributes = _attributes(get, kind, path, meta)
     if "shape" in meta:
-        return _bare_array(get, kind, path, meta)
+        return _bare_array(get, kind, path, meta, zyx)
     multiscale = ((attributes.get("ome") or attributes)["multiscales"])[0]
     datasets = multiscale["datasets"]
     below = f"{path}/" if path else ""
@@ -127,7 +129,6 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> N
         raise ValueError(f"{array_path}/{_LEAVES[kind]} is absent")
     version = (attributes.get("ome") or multiscale).get("version")
     axes = multiscale.get("axes") or []
-    named = [str(axis["name"]) if isinstance(axis, dict) else str(axis) for axis in axes]
     if (
         not axes
         or version not in _OME_VERSIONS
@@ -136,21 +137,21 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int) -> N
         or not all(_readable(axis.get("unit")) for axis in axes)
     ):
         # Neuroglancer refuses such a multiscale, but it does open the level's array alone.
-        return _bare_array(get, array_kind, array_path, array, named)
-    zyx = _spatial(named)
-    units = [axes[i].get("unit") for i in zyx]
+        return _bare_array(get, array_kind, array_path, array, zyx)
+    spatial = _spatial([str(axis["name"]) for axis in axes])
+    units = [axes[i].get("unit") for i in spatial]
     fine, coarse = (_ome_transform(multiscale, datasets[k], len(axes)) for k in (0, level))
     return Native(
         kind,
         path,
-        _names([str(axes[i]["name"]) for i in zyx]),
-        _triple([fine[i][0] * _OME_NM[u] for i, u in zip(zyx, units, strict=True)])
+        _names([str(axes[i]["name"]) for i in spatial]),
+        _triple([fine[i][0] * _OME_NM[u] for i, u in zip(spatial, units, strict=True)])
         if all(u in _OME_NM for u in units)
         else None,
         # OME-NGFF's translation is a voxel's centre, Neuroglancer's coordinates are its lower corner.
-        _triple([(coarse[i][1] - coarse[i][0] / 2) / fine[i][0] for i in zyx]),
-        _triple([coarse[i][0] / fine[i][0] for i in zyx]),
-        ZYX.of([array["shape"][i] for i in zyx]),
+        _triple([(coarse[i][1] - coarse[i][0] / 2) / fine[i][0] for i in spatial]),
+        _triple([coarse[i][0] / fine[i][0] for i in spatial]),
+        ZYX.of([array["shape"][i] for i in spatial]),
         zarr_support.unreadable(kind, array_path, array, get),
     )
 
@@ -174,25 +175,23 @@ def _ome_transform(multiscale: dict[str, Any], dataset: dict[str, Any], rank: in
     return out
 
 
-def _bare_array(get: Get, kind: str, path: str, meta: dict[str, Any], axes: Sequence[str] = ()) -> Native:
-    """An array without OME metadata: Neuroglancer starts it at 0 and knows no voxel size that we would trust.
-
-    `axes` are the axes' names where Neuroglancer sees none.
-    """
+def _bare_array(get: Get, kind: str, path: str, meta: dict[str, Any], zyx: Axes | None) -> Native:
+    """An array without OME metadata: Neuroglancer starts it at 0 and knows no voxel size that we would trust."""
     shape, attributes = meta["shape"], _attributes(get, kind, path, meta)
-    given = attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")
+    given = (attributes.get("_ARRAY_DIMENSIONS") if kind == "zarr2" else meta.get("dimension_names")) or [None] * len(
+        shape
+    )
     prefix = "d" if kind == "zarr2" else "dim_"
-    names = [name if name is not None else f"{prefix}{i}" for i, name in enumerate(given or [None] * len(shape))]
-    known = [name or "" for name in axis_names(Metadata(attributes, path), len(shape)) or ()]
-    zyx = _spatial(names if any(given or ()) else axes or known or names)
+    names = [name if name is not None else f"{prefix}{i}" for i, name in enumerate(given)]
+    order = zyx or _spatial(names)
     return Native(
         kind,
         path,
-        _names([names[i] for i in zyx]),
+        _names([names[i] for i in order]),
         None,
         (0.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
-        ZYX.of([shape[i] for i in zyx]),
+        ZYX.of([shape[i] for i in order]),
         zarr_support.unreadable(kind, path, meta, get),
     )
 

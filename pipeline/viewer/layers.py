@@ -53,7 +53,7 @@ def layers(config: Config) -> list[Layer]:
     """
     source, scale = config.source, config.network.scale
     info = open_source(source).info
-    lr = _native(source.url, source.mip, source.array)
+    lr = _native(source.url, source.mip, source.array, info.zyx)
     if lr is None:
         raise SourceError(f"{source.url} has no metadata that Neuroglancer reads", "OME-Zarr, Zarr, N5 or precomputed")
     first = _corner(info.corner_nm, info.bounds.start, info.voxel_size_nm)
@@ -85,10 +85,12 @@ def _corner(origin: Triple, voxel: ZYX, size: Triple) -> Triple:
     return z, y, x
 
 
-def _native(url: str, level: int = 0, array: str | None = None) -> Native | None:
+def _native(
+    url: str, level: int = 0, array: str | None = None, zyx: tuple[int, int, int] | None = None
+) -> Native | None:
     kind, _ = urls.split_format(url)
     try:
-        return read_native(Store(url).get, kind, level, array)
+        return read_native(Store(url).get, kind, level, array, zyx)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as error:
         saw = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
         raise UserError(saw, "a whole volume", "Check that its writing ended") from None

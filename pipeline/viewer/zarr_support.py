@@ -19,8 +19,8 @@ def unreadable(kind: str, path: str, array: dict[str, Any], get: Callable[[str],
 
 
 def _unreadable_v2(path: str, array: dict[str, Any], get: Callable[[str], bytes | None]) -> str | None:
-    compressor = array.get("compressor")
-    name = compressor.get("id") if compressor else None
+    compressor = array.get("compressor") or {}
+    name = compressor.get("id")
     if name is not None and name not in _LEVELS and name != "blosc":
         return f"compression {name}"
     if array.get("filters"):

@@ -20,7 +20,7 @@ class OmeLevel:
     """One dataset of a multiscale: its path, and for each axis a name, a unit, a scale and a translation in that unit.
 
     The translation is that of the first voxel's centre. `scale` is None where the metadata states none. Without axes
-    and transformations, as in version 0.1, there is nothing but the path.
+    and transformations, as in version 0.1, there is nothing but the path. `dataset` is the entry itself.
     """
 
     path: str
@@ -28,6 +28,7 @@ class OmeLevel:
     units: tuple[str | None, ...]
     scale: tuple[float, ...] | None
     translation: tuple[float, ...]
+    dataset: Metadata
 
     def size_nm(self, zyx: tuple[int, int, int]) -> tuple[float, float, float] | None:
         """The voxel size in nm of the axes at indices `zyx`; None where one has no scale or no unit of length."""
@@ -116,7 +117,7 @@ def _level(
         raise dataset.wrong("coordinateTransformations", "scales whose product is a positive number", _BY_ARRAY)
     # what the group states alone is the size of the finest level
     stated = any(kind == "scale" for kind, _ in (own if number else [*own, *after]))
-    return OmeLevel(path, names, units, tuple(scale) if stated else None, tuple(translation))
+    return OmeLevel(path, names, units, tuple(scale) if stated else None, tuple(translation), dataset)
 
 
 def _transforms(holder: Metadata, rank: int) -> list[tuple[str, list[float]]]:

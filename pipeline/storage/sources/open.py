@@ -233,6 +233,7 @@ def _info(level: Level, size: tuple[float, float, float]) -> VolumeInfo:
         sized=level.voxel_size_nm is not None,
         placed=at is not None,
         notes=tuple(f"{level.place}: {note}" for note in notes),
+        zyx=level.zyx,
     )
 
 

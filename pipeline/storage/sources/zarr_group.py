@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ def no_image(folder: Folder, path: str, attributes: Metadata, group: Metadata | 
             "an image",
             "Give the url of the EM image, not of its labels",
         )
-    found = list(itertools.islice(_arrays(folder, path, group), _SHOWN + 1))
+    found = _arrays(folder, path, group)
     if not found:
         return SourceError(
             f"{place} is a Zarr group without multiscales",
@@ -65,22 +64,28 @@ def _first_path(holder: Any, key: str) -> str | None:
     return path.strip("/") if isinstance(path, str) else None
 
 
-def _arrays(folder: Folder, path: str, group: Metadata | None) -> Iterator[str]:
-    """The paths, below the volume, of arrays in the group: by its consolidated metadata, or as local folders have them.
-    Object stores are not listed: that takes as long as there are chunks.
+def _arrays(folder: Folder, path: str, group: Metadata | None) -> list[str]:
+    """The paths, below the volume, of arrays in the group, those of three axes and more first: by its consolidated
+    metadata, or as local folders have them. Object stores are not listed: that takes as long as there are chunks.
     """
     base = f"{path}/" if path else ""
     if group is not None:
         held = group.values.get("consolidated_metadata")
         inside = held.get("metadata") if isinstance(held, dict) else None
-        names = [k for k, v in (inside or {}).items() if isinstance(v, dict) and v.get("node_type") == "array"]
+        found = inside if isinstance(inside, dict) else {}
     else:
-        held = _consolidated(folder, f"{base}.zmetadata")
-        names = [key.removesuffix("/.zarray") for key in held if key.endswith("/.zarray")]
+        found = _consolidated(folder, f"{base}.zmetadata")
+    ranks = {key.removesuffix("/.zarray"): rank for key, held in found.items() if (rank := _rank(held)) is not None}
     root = local_path(folder.url)
-    if not names and root is not None:
-        names = list(_local_arrays(root / path))
-    return (f"{base}{name}" for name in sorted(names))
+    if not ranks and root is not None:
+        ranks = dict(_local_arrays(root / path))
+    return [f"{base}{name}" for name in sorted(ranks, key=lambda name: (ranks[name] < 3, name))]
+
+
+def _rank(document: Any) -> int | None:
+    """The number of axes in a .zarray, or in the zarr.json of an array."""
+    shape = document.get("shape") if isinstance(document, dict) else None
+    return len(shape) if isinstance(shape, list) else None
 
 
 def _consolidated(folder: Folder, key: str) -> dict[str, Any]:
@@ -92,21 +97,22 @@ def _consolidated(folder: Folder, key: str) -> dict[str, Any]:
     return inside if isinstance(inside, dict) else {}
 
 
-def _local_arrays(root: Path) -> Iterator[str]:
+def _local_arrays(root: Path) -> Iterator[tuple[str, int]]:
     looked = 0
     for folder, below, files in os.walk(root):
         looked += len(below) + len(files)
         path = Path(folder)
-        if path != root and (".zarray" in files or ("zarr.json" in files and _is_array(path / "zarr.json"))):
-            below.clear()
-            yield path.relative_to(root).as_posix()
-        if len(path.relative_to(root).parts) >= _MAX_DEPTH or looked > _MAX_ENTRIES:
+        document = next((path / name for name in ("zarr.json", ".zarray") if name in files), None)
+        rank = _local_rank(document) if document is not None and path != root else None
+        if rank is not None:
+            yield path.relative_to(root).as_posix(), rank
+        if rank is not None or len(path.relative_to(root).parts) >= _MAX_DEPTH or looked > _MAX_ENTRIES:
             below.clear()
         below.sort()
 
 
-def _is_array(path: Path) -> bool:
+def _local_rank(path: Path) -> int | None:
     try:
-        return Metadata.parse(path.read_bytes(), str(path)).values.get("node_type") == "array"
+        return _rank(Metadata.parse(path.read_bytes(), str(path)).values)
     except (OSError, SourceError):
-        return False
+        return None

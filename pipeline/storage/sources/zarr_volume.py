@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
-from pipeline.storage.sources import ome_multiscales, zarr_attributes
+from pipeline.storage.sources import ome_multiscales, webknossos, zarr_attributes
 from pipeline.storage.sources.axes import find_zyx
 from pipeline.storage.sources.metadata import Folder, Metadata, inner_path
 from pipeline.storage.sources.ome_multiscales import OmeLevel
@@ -172,10 +172,13 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None, group: Metadata | 
     assert found is not None
     shape = found.integers("shape", low=1)
     stored = stored_v3(found, len(shape)) if node.version == 3 else stored_v2(found, len(shape))
-    names = _names(node, len(shape))
+    names = _names(node, ome, len(shape))
     if ome is not None and ome.names:
         _refuse_other_names(found, names, ome)
         names = ome.names
+    knossos = webknossos.look(folder, node.path, len(shape)) if ome is None else None
+    if knossos is not None and names is None:
+        names = knossos[0]
     zyx = find_zyx(names, shape, found.place)
     base = f"{node.path}/" if node.path else ""
     keys = ChunkKeys(base, stored.prefix, stored.separator, tuple(stored.stored_object), zyx)
@@ -186,6 +189,8 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None, group: Metadata | 
             notes.append(f'its chunks are named with "{separator}", its .zarray says "{keys.separator}"')
         keys = dataclasses.replace(keys, separator=separator)
     place = _place(node.attributes, zyx, len(shape), ome)
+    if knossos is not None and place == Place():
+        place = knossos[1]
     chain = stored.chain
     level = Level(
         url=folder.url,
@@ -223,6 +228,8 @@ def _spec(folder: Folder, node: _Node, stored: Stored, keys: ChunkKeys) -> dict[
 def _place(attributes: Metadata, zyx: tuple[int, int, int], rank: int, ome: OmeLevel | None) -> Place:
     """Voxel size and position by the multiscales where they state a size, else by the array's own attributes."""
     own = zarr_attributes.place(attributes, zyx, rank)
+    if ome is not None and own == Place():
+        own = zarr_attributes.place(ome.dataset, zyx, rank)
     size = ome.size_nm(zyx) if ome is not None else None
     if ome is None or (size is None and own.size_nm is not None):
         return own
@@ -242,13 +249,14 @@ def _refuse_other_names(found: Metadata, names: Sequence[str | None] | None, ome
             )
 
 
-def _names(node: _Node, rank: int) -> Sequence[str | None] | None:
+def _names(node: _Node, ome: OmeLevel | None, rank: int) -> Sequence[str | None] | None:
     """The names of the axes: dimension_names of Zarr v3, in Zarr v2 the attribute that xarray writes, else those that
     other tools write. None without.
     """
     holder, key = (node.array, "dimension_names") if node.version == 3 else (node.attributes, "_ARRAY_DIMENSIONS")
     if holder is None or key not in holder or holder.values[key] == [None] * rank:
-        return zarr_attributes.axis_names(node.attributes, rank)
+        own = zarr_attributes.axis_names(node.attributes, rank)
+        return own if own is not None or ome is None else zarr_attributes.axis_names(ome.dataset, rank)
     value = holder.values[key]
     if not isinstance(value, list) or len(value) != rank or not all(v is None or isinstance(v, str) for v in value):
         raise holder.wrong(key, f"{rank} names")
