@@ -134,7 +134,7 @@ def _zarr(get: Get, kind: str, path: str, meta: dict[str, Any], level: int, zyx:
         or version not in _OME_VERSIONS
         or (version == "0.5" and kind == "zarr2")
         or array_kind != kind
-        or not all(_readable(axis.get("unit")) for axis in axes)
+        or not all(isinstance(axis, dict) and _readable(axis.get("unit")) for axis in axes)
     ):
         # Neuroglancer refuses such a multiscale, but it does open the level's array alone.
         return _bare_array(get, array_kind, array_path, array, zyx)

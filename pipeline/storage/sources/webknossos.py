@@ -11,14 +11,14 @@ from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.zarr_attributes import Place
 
 _FILE = "datasource-properties.json"
-_AXES = {"c": 0, "x": 1, "y": 2, "z": 3}
+_AXES = ("c", "x", "y", "z")
 
 
 def look(folder: Folder, path: str, rank: int) -> tuple[list[str | None], Place] | None:
     """Names of the axes and the place of the array at `path`, DATASET/LAYER/MAG; None where no dataset names it."""
     root, _, tail = f"{folder.url}/{path}".rstrip("/").rpartition("/")
     root, _, layer = root.rpartition("/")
-    if not root.partition("://")[2].strip("/"):
+    if rank not in (3, 4) or not root.partition("://")[2].strip("/"):
         return None
     try:
         found = Folder(root).metadata(_FILE)
@@ -31,12 +31,9 @@ def look(folder: Folder, path: str, rank: int) -> tuple[list[str | None], Place]
     mags = [one for one in _objects(stated.get("mags")) if _ends(one, unquote(tail))]
     factors = _mag(mags[0].get("mag")) if mags else _mag(unquote(tail))
     order = mags[0].get("axisOrder") if mags else None
-    places = order if isinstance(order, dict) else {k: v for k, v in _AXES.items() if rank == 4 or k != "c"}
-    names: list[str | None] = [None] * rank
-    for name, axis in places.items():
-        axis = axis if rank == 4 or isinstance(order, dict) else axis - 1
-        if isinstance(axis, int) and 0 <= axis < rank:
-            names[axis] = name
+    names: list[str | None] = [*_AXES[-rank:]]
+    if isinstance(order, dict):
+        names = [next((name for name, axis in order.items() if axis == at), None) for at in range(rank)]
     scale = found.values.get("scale")
     sizes = _three(scale.get("factor") if isinstance(scale, dict) else scale)
     factor = nm_per(scale.get("unit") if isinstance(scale, dict) else "nm")
