@@ -91,7 +91,7 @@ def _native(
     kind, _ = urls.split_format(url)
     try:
         return read_native(Store(url).get, kind, level, array, zyx)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         saw = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
         raise UserError(saw, "a whole volume", "Check that its writing ended") from None
 

@@ -89,7 +89,8 @@ def _axes(first: Metadata) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
 def _rank(first: Metadata, dataset: Metadata) -> int:
     """How many axes the transformations have where `axes` states none; 0 where nothing says so."""
     for holder in (dataset, first):
-        for transform in holder.values.get("coordinateTransformations") or []:
+        transforms = holder.values.get("coordinateTransformations")
+        for transform in transforms if isinstance(transforms, list) else []:
             for kind in ("scale", "translation"):
                 value = transform.get(kind) if isinstance(transform, dict) else None
                 if isinstance(value, list) and 3 <= len(value) <= len(_AXES_BEFORE_0_3):

@@ -63,6 +63,10 @@ def _mag(value: Any) -> tuple[float, float, float] | None:
 
 
 def _three(value: Any) -> tuple[float, float, float] | None:
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, (int, float)) and v > 0 for v in value):
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_size, value)):
         return None
     return value[0], value[1], value[2]
+
+
+def _size(value: object) -> bool:
+    return isinstance(value, (int, float)) and 1e-9 < value < 1e15

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from pipeline.storage.sources.metadata import Metadata
 
 Triple = tuple[float, float, float]
 _SIZE_KEYS = ("voxel_size", "resolution")
-_WITH_UNIT = re.compile(r"\s*([0-9.]+(?:[eE][-+]?\d+)?)?\s*([^\W\d]*)\s*")
+_SMALLEST, _LARGEST = 1e-9, 1e15
+"""Sizes below and numbers beyond are no sizes and positions."""
+_WITH_UNIT = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)?\s*([^\W\d]*)\s*")
 """tensorstore's text of a dimension's unit: "40 nm", or "nm" alone."""
 
 
@@ -70,7 +71,7 @@ def _transform(transform: dict[str, Any], zyx: tuple[int, int, int], rank: int) 
         if sorted(name for name in lower if name in ("z", "y", "x")) == ["x", "y", "z"]:
             order, count = (lower.index("z"), lower.index("y"), lower.index("x")), len(axes)
     scale = _numbers(transform.get("scale"), order, count)
-    if scale is None or min(scale) <= 0:
+    if scale is None or min(scale) < _SMALLEST:
         return Place(notes=(f"its attribute transform has scale {transform.get('scale')}, which is not taken",))
     stated = transform.get("translate", transform.get("translation"))
     translate = _numbers(stated, order, count)
@@ -85,7 +86,7 @@ def _funlib(attributes: Metadata, key: str | None, zyx: tuple[int, int, int], ra
     size = None if key is None else _numbers(attributes.values[key], zyx, rank)
     offset = _numbers(stated, zyx, rank)
     moved = stated is not None and (offset is None or any(offset))
-    if key is None or size is None or min(size) <= 0:
+    if key is None or size is None or min(size) < _SMALLEST:
         notes = () if key is None else (f"its attribute {key} = {attributes.values[key]} is not taken",)
         return Place(notes=(*notes, f"its attribute offset = {stated} is not taken") if moved else notes)
     corner = None if offset is None else _triple(o / s for o, s in zip(offset, size, strict=True))
@@ -102,12 +103,16 @@ def _dimension_units(value: Any, zyx: tuple[int, int, int], rank: int) -> Place:
         factor = nm_per(found[2]) if found else None
         if found is not None and factor is not None:
             sizes.append(float(found[1] or 1) * factor)
-    return Place(size_nm=_triple(sizes)) if len(sizes) == 3 and min(sizes) > 0 else Place()
+    return (
+        Place(size_nm=_triple(sizes))
+        if len(sizes) == 3 and _SMALLEST < min(sizes) <= max(sizes) < _LARGEST
+        else Place()
+    )
 
 
 def _pixel_resolution(pixel: dict[str, Any], zyx: tuple[int, int, int], rank: int) -> Place:
     size = _numbers(pixel.get("dimensions"), zyx, rank)
-    if size is None or min(size) <= 0:
+    if size is None or min(size) < _SMALLEST:
         return Place()
     if min(size) < max(size):
         return Place(seen=f"its pixelResolution is {pixel['dimensions']}, which some write x first and some z first")
@@ -125,7 +130,7 @@ def _place(
 
 def _numbers(value: Any, order: tuple[int, int, int], count: int) -> Triple | None:
     """The numbers (z, y, x) of a list for `count` axes, or for z, y and x alone in the order of the stored axes."""
-    if not isinstance(value, list) or not all(_finite(v) for v in value) or len(value) not in (count, 3):
+    if not isinstance(value, list) or not all(_number(v) for v in value) or len(value) not in (count, 3):
         return None
     return _triple(value[axis] for axis in _places(order, count, len(value)))
 
@@ -141,8 +146,8 @@ def _places(order: tuple[int, int, int], count: int, length: int) -> Sequence[in
     return order if length == count else [sorted(order).index(axis) for axis in order]
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def _triple(values: Any) -> Triple:

@@ -47,8 +47,8 @@ class ChunkKeys:
         return map(self.name, itertools.product(*ranges))
 
     def others(self) -> list[ChunkKeys]:
-        """The other ways in which writers name chunks."""
-        ways = [("", "."), ("", "/"), ("c/", "/"), ("c.", ".")]
+        """The other ways in which writers name such chunks."""
+        ways = [("", "."), ("", "/"), *([("c/", "/"), ("c.", ".")] if self.prefix else [])]
         return [
             ChunkKeys(self.folder, prefix, separator, self.shape, self.zyx)
             for prefix, separator in ways
@@ -65,7 +65,8 @@ def stored_separator(holds: Callable[[str], bool], keys: ChunkKeys, shape: Seque
     other = "/" if keys.separator == "." else "."
     moved = ChunkKeys(keys.folder, keys.prefix, other, keys.shape, keys.zyx)
     counts = [-(-n // m) for n, m in zip(shape, keys.shape, strict=True)]
-    for index in ([0] * len(counts), [n // 2 for n in counts], [n - 1 for n in counts]):
+    places = (tuple(0 for _ in counts), tuple(n // 2 for n in counts), tuple(n - 1 for n in counts))
+    for index in dict.fromkeys(places):
         if holds(keys.name(index)):
             return keys.separator
         if holds(moved.name(index)):

@@ -74,7 +74,7 @@ def _arrays(folder: Folder, path: str, group: Metadata | None) -> list[str]:
         inside = held.get("metadata") if isinstance(held, dict) else None
         found = inside if isinstance(inside, dict) else {}
     else:
-        found = _consolidated(folder, f"{base}.zmetadata")
+        found = {k: v for k, v in _consolidated(folder, f"{base}.zmetadata").items() if k.endswith("/.zarray")}
     ranks = {key.removesuffix("/.zarray"): rank for key, held in found.items() if (rank := _rank(held)) is not None}
     root = local_path(folder.url)
     if not ranks and root is not None:
