@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from source_volumes import VOXEL_NM
 
 from pipeline.base.errors import DamagedChunkError, MissingChunkError, SourceError
 from pipeline.base.geometry import ZYX, Box
+from pipeline.base.limits import MAX_METADATA_BYTES
+from pipeline.storage.sources.metadata import Folder
 
 WIDE = TRUTH.astype("u2") * 300
 
@@ -173,6 +176,13 @@ class TestNamesOfChunks:
         want = TRUTH.copy()
         want[:4, :8, :8] = 5
         np.testing.assert_array_equal(source.read(source.info.bounds), want)
+
+    def test_a_chunk_larger_than_metadata_may_be_is_there(self, tmp_path: Path) -> None:
+        (tmp_path / "0.0.0").touch()
+        os.truncate(tmp_path / "0.0.0", MAX_METADATA_BYTES + 1)
+        folder = Folder(f"file://{tmp_path}")
+        assert folder.holds("0.0.0")
+        assert not folder.holds("0/0/0")
 
     @pytest.mark.parametrize("config", [{}, {"missing_chunks": {"fill": 0}}])
     def test_told_at_a_hole(self, config: dict[str, Any], tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ class TestWhichArray:
             assert f"source.array: {array}" in message
             placed(path / array, (0, 0, 0), voxel_size_nm=VOXEL_NM, notes=1)
 
+    @pytest.mark.filterwarnings("ignore:Consolidated metadata")
     @pytest.mark.parametrize("version", [2, 3])
     def test_arrays_of_a_group_are_named(self, version: Any, tmp_path: Path) -> None:
         group = zarr.open_group(tmp_path / "v", mode="w", zarr_format=version)
