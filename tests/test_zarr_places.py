@@ -109,6 +109,14 @@ class TestOme:
         other = image2(tmp_path / "v", hand.ome(), attributes={"_ARRAY_DIMENSIONS": ["x", "y", "z"]})
         assert "the multiscales say ['z', 'y', 'x']" in refusal(other)
 
+    def test_multiscales_of_another_array_are_left_out_by_its_name(self, tmp_path: Path) -> None:
+        more = image2(tmp_path / "v", hand.ome(axes="czyx"))
+        assert "has 3 axes, the multiscales name ['c', 'z', 'y', 'x']" in refusal(more)
+        placed(more, (0, 0, 0), array="0", voxel_size_nm=VOXEL_NM, notes=1)
+        turned = image2(tmp_path / "w", hand.ome(axes="zyx"), TRUTH.T, attributes={"axis_names": ["x", "y", "z"]})
+        assert "Name the array by source.array" in refusal(turned)
+        placed(turned, (0, 0, 0), array="0", voxel_size_nm=VOXEL_NM, notes=1)
+
     def test_labels_are_no_image(self, tmp_path: Path) -> None:
         path = hand.group2(tmp_path / "v", {"multiscales": [hand.ome()], "image-label": {"version": "0.4"}})
         hand.zarr2(path / "0")

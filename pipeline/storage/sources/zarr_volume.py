@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from pipeline.base.errors import SourceError
+from pipeline.base.errors import EmsrError, SourceError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.storage.sources import ome_multiscales, webknossos, zarr_attributes
 from pipeline.storage.sources.axes import find_zyx
@@ -86,15 +86,14 @@ def _named(folder: Folder, root: _Node | None, version: int, mip: int, array: st
         if group is None or group.array is not None:
             continue
         try:
-            levels = ome_multiscales.multiscales(group.attributes) or []
+            for named in ome_multiscales.multiscales(group.attributes) or []:
+                if f"{prefix}/{named.path}".strip("/") == path:
+                    return _level(folder, node, named, group.attributes)
         except SourceError as error:
             level = _level(folder, node, None)
             return dataclasses.replace(
                 level, notes=(*level.notes, f"its group's multiscales are not used: {error.saw}")
             )
-        for named in levels:
-            if f"{prefix}/{named.path}".strip("/") == path:
-                return _level(folder, node, named, group.attributes)
     return _level(folder, node, None)
 
 
@@ -109,7 +108,7 @@ def _told_of_group(level: Level, version: int) -> Level:
         try:
             group = _node(Folder(above), "", version)
             levels = ome_multiscales.multiscales(group.attributes) if group is not None else None
-        except SourceError:
+        except EmsrError:  # what is above the volume is read for a word alone
             return level
         if any(found.path == below for found in levels or ()):
             told = f"the multiscales of {above} state its place: give that as source.url, with source.array: {below}"
@@ -239,13 +238,19 @@ def _place(attributes: Metadata, zyx: tuple[int, int, int], rank: int, ome: OmeL
 
 
 def _refuse_other_names(found: Metadata, names: Sequence[str | None] | None, ome: OmeLevel) -> None:
-    """Raises SourceError where the array calls another axis z, y or x than the multiscales do."""
+    """Raises SourceError where the array calls another axis z, y or x than the multiscales do, or has other axes."""
+    do = "Name the array by source.array, with source.voxel_size_nm, or mend one of the two"
+    rank = len(found.integers("shape"))
+    if rank != len(ome.names):
+        raise SourceError(
+            f"{found.place} has {rank} axes, the multiscales name {list(ome.names)}", "a name for every axis", do
+        )
     for name, stated in zip(names or (), ome.names, strict=False):
         if name is not None and name.lower() in ("z", "y", "x") and name.lower() != stated:
             raise SourceError(
                 f"{found.place} names its axes {list(names or ())}, the multiscales say {list(ome.names)}",
                 "the same names",
-                "Mend one of the two",
+                do,
             )
 
 
