@@ -208,13 +208,15 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
             'int(records["bytes"].max())\n        self._queued.clear()',
         ),
     ],
-    ("pipeline/storage/kv.py", KV): [
+    ("pipeline/storage/store_errors.py", KV): [
         (
             '"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}',
             '"DEADLINE_EXCEEDED"}',
         ),
         ("    if number in _FULL:", "    if False:"),
         ("code = _CODE.match(text)", "code = _CODE.search(text)"),
+    ],
+    ("pipeline/storage/kv.py", KV): [
         ("        if failed:\n            raise failed\n", ""),
         ("chr(ord(prefix[-1]) + 1)", "chr(ord(prefix[-1]) + 2)"),
         ("map(bytes.decode, keys) if not files.is_own(name))", "map(bytes.decode, keys))"),

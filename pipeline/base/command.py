@@ -14,6 +14,7 @@ from types import FrameType
 
 from pipeline.base import output
 from pipeline.base.errors import ConfigError, EmsrError, UserError
+from pipeline.base.secrets import redacted
 from pipeline.base.waits import end_soon, watched_command
 
 INTERRUPTED = 130
@@ -56,12 +57,12 @@ def guarded(work: Callable[[], int]) -> int:
             return INTERRUPTED
         except Exception as error:
             if os.environ.get("EMSR_DEBUG"):
-                traceback.print_exc()
+                print(redacted(traceback.format_exc()), file=sys.stderr)
             if lacks := exhausted(error):
                 print(f"emsr: {lacks}.", file=sys.stderr)
                 return 2
             print(
-                f"emsr: a fault inside emsr: {type(error).__name__}: {error}. "
+                f"emsr: a fault inside emsr: {type(error).__name__}: {redacted(str(error))}. "
                 "Set EMSR_DEBUG=1 for the traceback and report it.",
                 file=sys.stderr,
             )

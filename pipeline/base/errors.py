@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.base.secrets import redacted
+
 
 class EmsrError(Exception):
-    """Base of every error that emsr raises on purpose."""
+    """Base of every error that emsr raises on purpose. Its text holds no password, signature or token of a URL."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class UserError(EmsrError):
@@ -37,6 +42,14 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...]]]:  # type: ignore[override]
         return type(self), (self.problems,)
+
+
+class DeniedError(UserError):
+    """A store refuses a request (status 401 or 403), or a disk does. Many stores answer so for what is absent."""
+
+
+class MovedError(UserError):
+    """A web server answers by a redirect: what was asked for lies elsewhere."""
 
 
 class SourceError(UserError):

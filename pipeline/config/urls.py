@@ -1,4 +1,7 @@
-"""URLs as users write them, made absolute: plain paths, file, s3, gs, http(s), each with an optional format prefix."""
+"""URLs as users write them, made absolute: plain paths, file, s3, gs, http(s), each with an optional format prefix.
+
+`s3+https://host/bucket/path` (or s3+http) names an S3 endpoint other than the environment's, as in Neuroglancer.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.base.errors import UserError
+from pipeline.base.secrets import redacted
 
-SCHEMES = ("file", "s3", "gs", "http", "https")
+SCHEMES = ("file", "s3", "s3+https", "s3+http", "gs", "http", "https")
 FORMATS = ("zarr", "zarr2", "zarr3", "n5", "precomputed")
 
 
@@ -23,13 +27,16 @@ def split_format(url: str) -> tuple[str | None, str]:
 def normalise(url: str, base: Path) -> str:
     """The URL in one spelling: a scheme of SCHEMES, no trailing slash, any format prefix kept.
 
-    A plain path becomes file://; a relative one starts from the folder `base`. Raises UserError for an unknown scheme,
-    an empty path, a missing bucket or host, a query, or control characters.
+    A plain path becomes file://; a relative one starts from the folder `base`; `s3://https://host/bucket`, as
+    cloud-volume has it, becomes s3+https://host/bucket. Raises UserError for an unknown scheme, an empty path, a
+    missing bucket or host, a query, a user's name or password, or control characters. No message quotes those.
     """
     if not url.isprintable():
-        raise UserError(f"url {url!r} holds control characters", "printable ones", "Remove them")
+        raise UserError(f"url {redacted(url)!r} holds control characters", "printable ones", "Remove them")
     kind, rest = split_format(url)
     prefix = f"{kind}://" if kind else ""
+    if rest.startswith(("s3://https://", "s3://http://")):
+        rest = "s3+" + rest.removeprefix("s3://")
     scheme, sep, _ = rest.partition("://")
     if not sep:
         if not rest.strip():
@@ -37,21 +44,40 @@ def normalise(url: str, base: Path) -> str:
         return prefix + "file://" + quote(os.path.normpath(base / Path(rest).expanduser()))
     if scheme not in SCHEMES:
         known = ", ".join(f"{s}://" for s in SCHEMES + FORMATS)
-        raise UserError(f"url {url!r} starts with {scheme}://", f"a plain path or one of {known}")
+        raise UserError(f"url {redacted(url)!r} starts with {scheme}://", f"a plain path or one of {known}")
     parts = urlsplit(rest)
+    if "@" in parts.netloc:
+        raise UserError(
+            f"url {redacted(url)} holds a user's name or password",
+            "a URL without one",
+            "It would stand in reports beside the target. Give credentials by the environment, or serve the volume "
+            "where none are asked for",
+        )
     if scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.strip("/")):
-        raise UserError(f"url {url!r} names no absolute path", "file:///folder/volume")
+        raise UserError(f"url {redacted(url)!r} names no absolute path", "file:///folder/volume")
     if scheme != "file" and not parts.netloc:
-        raise UserError(f"url {url!r} names no bucket or host", f"{scheme}://bucket-or-host/path")
+        raise UserError(f"url {redacted(url)!r} names no bucket or host", f"{scheme}://bucket-or-host/path")
+    if scheme.startswith("s3+") and not parts.path.strip("/"):
+        raise UserError(f"url {redacted(url)!r} names no bucket", f"{scheme}://host/bucket/path")
     if parts.query or parts.fragment:
         raise UserError(
-            f"url {rest.partition('?')[0]}?... holds a query",
+            f"url {redacted(url)} holds a {'query' if parts.query else 'fragment (#)'}",
             "a URL without one",
             "Give credentials by the environment, not in the URL",
         )
     if scheme == "file":
         return prefix + "file://" + quote(os.path.normpath(unquote(parts.path)))
     return prefix + rest.rstrip("/")
+
+
+def bucket_and_path(url: str) -> tuple[str, str]:
+    """Bucket and path of a normalised s3, s3+https, s3+http or gs URL, without outer slashes; both unquoted."""
+    parts = urlsplit(split_format(url)[1])
+    path = unquote(parts.path).strip("/")
+    if not parts.scheme.startswith("s3+"):
+        return parts.netloc, path
+    bucket, _, rest = path.partition("/")
+    return bucket, rest
 
 
 def local_path(url: str) -> Path | None:

@@ -20,6 +20,7 @@ from pydantic import (
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config import urls, yaml_file
+from pipeline.config.access import AccessConfig, use
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.yaml_file import Bytes
 
@@ -108,6 +109,7 @@ class MaskConfig(_Model):
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     missing_chunks: Literal["error"] | FillConfig = "error"
+    access: AccessConfig = AccessConfig()
 
 
 class SourceConfig(_Model):
@@ -123,6 +125,7 @@ class SourceConfig(_Model):
     bad_sections: BadSectionsConfig = BadSectionsConfig()
     mask: MaskConfig | None = None
     skip_empty: StrictBool = False
+    access: AccessConfig = AccessConfig()
 
     @model_validator(mode="after")
     def _window(self) -> SourceConfig:
@@ -142,6 +145,7 @@ class TargetConfig(_Model):
     encoding: Literal["raw", "zstd", "blosc-zstd", "jpeg", "png"] | None = None
     mips: Literal["auto"] | Annotated[StrictInt, Field(ge=1, le=16)] = "auto"
     fidelity: StrictBool = True
+    access: AccessConfig = AccessConfig()
 
     @model_validator(mode="after")
     def _encoding(self) -> TargetConfig:
@@ -215,7 +219,7 @@ class Config(_Model):
 def load(path: str | Path) -> Config:
     """Read and check volume.yaml. Relative paths and URLs start from its folder and come back absolute.
 
-    Raises ConfigError with all problems.
+    From then on this process asks its stores by what it says of their access. Raises ConfigError with all problems.
     """
     path = Path(path)
     config, lines = yaml_file.read(path, Config, "volume.yaml")
@@ -236,6 +240,15 @@ def load(path: str | Path) -> Config:
             changed[where] = urls.normalise(url, base)
         except UserError as error:
             problems.append(f"{path}:{yaml_file.line(lines, (*where.split('.'), key))}: {where}.{key}: {error}")
+    stated = {"source": config.source, "target": config.target, "source.mask": config.source.mask}
+    for where, volume in stated.items():
+        if volume is None or where not in changed:
+            continue
+        try:
+            volume.access.refuse_other_store(changed[where])
+        except ValueError as error:
+            problems.append(f"{path}:{yaml_file.line(lines, (*where.split('.'), 'access'))}: {where}.{error}")
+        use(changed[where], volume.access)
     if problems:
         raise ConfigError(problems)
     source = config.source.model_copy(update={"url": changed["source"]})

@@ -74,7 +74,8 @@ def _cached(url: str, sha256: str | None) -> Path:
 def _fetch(url: str, sha256: str) -> bytes:
     parent, _, name = url.rpartition("/")
     try:
-        value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S)
+        # the sha256 says what they are, wherever a redirect leads
+        value = Store(parent).get_at_most(name, MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES / SLOW_BYTES_PER_S, follow=True)
     except NoAnswerError:
         raise
     except TransientError as error:

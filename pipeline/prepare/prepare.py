@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -116,6 +115,7 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         config.work.stall_s,
         rates=RequestRates(requests.read, requests.write) if requests else RequestRates(),
         mask=choices.mask,
+        access=config.target.access,
     )
     return Prepared(choices, job, spec, store)
 
@@ -154,7 +154,7 @@ def _target_url(config: Config) -> str:
             "a path, s3:// or gs://",
             "Choose another target.url",
         )
-    if not re.sub(r"^\w+://[^/]*", "", url).strip("/"):
+    if not urls.bucket_and_path(url)[1]:
         raise TargetError(f"target.url {url} is a bucket's root", "a folder in it", "Append a name for the volume")
     others = {
         "source.url": config.source.url,

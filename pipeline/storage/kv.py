@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,60 +14,53 @@ from urllib.parse import quote, unquote, urlsplit
 import tensorstore as ts
 
 from pipeline.base.errors import (
-    DamagedChunkError,
-    DataError,
     EmsrError,
-    MissingChunkError,
+    MovedError,
     NoAnswerError,
     TooLargeObjectError,
-    TransientError,
-    UserError,
 )
+from pipeline.base.secrets import redacted
 from pipeline.base.waits import waiting
-from pipeline.config.urls import local_path, split_format
+from pipeline.config.access import access_of, s3_endpoint
+from pipeline.config.urls import bucket_and_path, local_path, split_format
 from pipeline.storage import files, http_body, requests, swapped_file
-from pipeline.storage.write_errors import folder_refuses
-
-_CODE = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
-"""How a text of tensorstore's begins: with its status code, which stands nowhere else."""
-_DETAIL = re.compile(r" \[(\w+)='((?:\\.|[^'\\])*)'\]\Z")
-"""What may follow it, once or more: a fact by name, such as [os_error_code='28']."""
-_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
-"""A path: whatever its own name says is no reason."""
-_NO_BUCKET = re.compile(
-    r'<Code>NoSuchBucket</Code>|\\?"message\\?":\s*\\?"The specified bucket does not exist|'
-    r"\A(NoSuchBucket|The specified bucket does not exist)"
-)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}
+from pipeline.storage.store_errors import classify as classify
+from pipeline.storage.store_errors import classify_write as classify_write
 
 
 def spec(url: str) -> dict[str, Any]:
     """tensorstore's JSON for the folder `url`, a normalised URL; a format prefix is left out.
 
-    S3 endpoints other than AWS come from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, the region from AWS_REGION or
-    AWS_DEFAULT_REGION: the variables that boto3 reads; credentials from the standard places.
+    What volume.yaml or the environment says of credentials, region and who pays is in it: see `config/access`.
+    s3+https://host/bucket names the endpoint; that of s3:// is AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for boto3.
     """
     _, url = split_format(url)
     parts = urlsplit(url)
     path = unquote(parts.path).strip("/")
     if parts.scheme == "file":
         return {"driver": "file", "path": f"/{path}/"}
-    if parts.scheme == "s3":
-        out: dict[str, Any] = {"driver": "s3", "bucket": parts.netloc, "path": f"{path}/" if path else ""}
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if endpoint:
-            out |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-        elif region:
-            out |= {"aws_region": region}
-        if os.environ.get("AWS_ACCESS_KEY_ID"):
-            # Said so that tensorstore does not look for profile files and log that they are absent.
-            out["aws_credentials"] = {"type": "environment"}
-        return out
+    if parts.scheme in ("http", "https"):
+        return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"/{path}/"}
+    bucket, path = bucket_and_path(url)
+    out: dict[str, Any] = {"bucket": bucket, "path": f"{path}/" if path else ""}
+    access = access_of(url)
     if parts.scheme == "gs":
-        return {"driver": "gcs", "bucket": parts.netloc, "path": f"{path}/" if path else ""}
-    return {"driver": "http", "base_url": f"{parts.scheme}://{parts.netloc}", "path": f"/{path}/"}
+        payer = {"gcs_user_project": {"project_id": access.billing_project}} if access.billing_project else {}
+        return {"driver": "gcs"} | out | payer
+    out |= {"driver": "s3"} | ({"requester_pays": True} if access.requester_pays else {})
+    endpoint = s3_endpoint(url)
+    if endpoint:
+        out |= {"endpoint": endpoint, "aws_region": access.region or "us-east-1"}
+    elif access.region:
+        out |= {"aws_region": access.region}
+    if access.anonymous:
+        out["aws_credentials"] = {"type": "anonymous"}
+    elif access.profile is not None:
+        out["aws_credentials"] = {"type": "profile", "profile": access.profile}
+    elif os.environ.get("AWS_ACCESS_KEY_ID"):
+        # Said so that tensorstore does not look for profile files and log that they are absent.
+        out["aws_credentials"] = {"type": "environment"}
+    return out
 
 
 # Without these, tensorstore waits for ever for a server that has accepted a request and does not answer, or that sends
@@ -110,68 +101,6 @@ def context() -> ts.Context:
     )
 
 
-def classify(error: BaseException, what: str) -> EmsrError:
-    """tensorstore's error about `what` as an EmsrError, by its status code and the number of the system's error.
-
-    MissingChunkError, DamagedChunkError, TransientError, or UserError for permissions, full disks and absent buckets.
-    Paths and keys in its text decide nothing: a folder may be called "404 is missing".
-    """
-    if isinstance(error, EmsrError):
-        return error
-    text = str(error)
-    code, reason, details = _parts(text)
-    number = int(details.get("os_error_code", "0")) if not isinstance(error, OSError) else error.errno
-    if _NO_BUCKET.search(reason) or _NO_BUCKET.search(details.get("http_response_body", "")):
-        return UserError(
-            f"{what}: there is no such bucket", "a bucket that exists", "Check the url, or create the bucket first"
-        )
-    if number in _FULL:
-        return UserError(
-            f"{what}: no space left",
-            "",
-            "Free some space there, then run the same command again: what is written is kept",
-        )
-    if code == "NOT_FOUND":
-        return MissingChunkError(f"{what}: {text}")
-    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):
-        return UserError(
-            f"{what}: permission denied ({_short(text)})",
-            "",
-            "Check the path's rights or the credentials in the environment",
-        )
-    if code in _TRANSIENT or isinstance(error, (TimeoutError, ConnectionError)):
-        return TransientError(f"{what}: {text}")
-    return DamagedChunkError(f"{what}: {text}")
-
-
-def classify_write(error: BaseException, what: str) -> EmsrError:
-    """The error of a write about `what`: DiskError or TransientError where it may pass, UserError where it will not."""
-    number = error.errno if isinstance(error, OSError) else int(_parts(str(error))[2].get("os_error_code", "0"))
-    fault = folder_refuses(number, what) if number else classify(error, what)
-    if isinstance(fault, DataError):
-        return UserError(f"{what}: {_short(str(error))}", "a place that takes objects", "See its log or its owner")
-    return fault
-
-
-def _parts(text: str) -> tuple[str, str, dict[str, str]]:
-    """tensorstore's status code ("" where it states none), its words without the paths that they quote, its details.
-
-    `CODE: Failed to open: "/a/path": No space left [os_error_code='28']`
-    """
-    details: dict[str, str] = {}
-    while found := _DETAIL.search(text):
-        details.setdefault(found[1], found[2])
-        text = text[: found.start()]
-    code = _CODE.match(text)
-    reason = _QUOTED.sub('""', text[code.end() :] if code else text)
-    return (code[1] if code else ""), reason, details
-
-
-def _short(text: str, limit: int = 300) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 class Store:
     """The objects below a URL. Every method raises what `classify`, `classify_write` or `folder_refuses` make of an
     error, and nothing else.
@@ -192,9 +121,9 @@ class Store:
         result = self._answer(key, self._begin_read(key))
         return bytes(result.value) if result.state == "value" else None
 
-    def get_at_most(self, key: str, most: int, extra_s: float = 0.0) -> bytes | None:
+    def get_at_most(self, key: str, most: int, extra_s: float = 0.0, follow: bool = False) -> bytes | None:
         """As `get`, for `extra_s` longer. Raises TooLargeObjectError where it holds more than `most` bytes, where they
-        are local or on HTTP without reading more.
+        are local or on HTTP without reading more. Redirects of a web server are a MovedError unless it is to `follow`.
         """
         path = local_path(f"{self.url}/{quote(key)}")
         value = None
@@ -203,12 +132,14 @@ class Store:
                 if path is not None and path.exists() and path.stat().st_size > most:
                     raise http_body.TooLong
                 if self.url.startswith(("http://", "https://")):
-                    value = http_body.body(f"{self.url}/{quote(key)}", most)
+                    value = http_body.body(f"{self.url}/{quote(key)}", most, follow)
             if value is None:
                 result = self._answer(key, self._begin_read(key), extra_s)
                 value = bytes(result.value) if result.state == "value" else None
             if value is not None and len(value) > most:
                 raise http_body.TooLong
+        except http_body.Moved as moved:
+            raise _moved(self.url, key, moved) from None
         except http_body.TooLong:
             raise TooLargeObjectError(
                 f"{self.url}/{quote(key)} holds more than {most >> 20} MiB", f"at most {most >> 20} MiB", "Look at it"
@@ -357,6 +288,17 @@ class Store:
                 return future.result()
         except Exception as error:
             raise classify(error, f"{self.url}/{key}") from error
+
+
+def _moved(url: str, key: str, moved: http_body.Moved) -> MovedError:
+    """The error for `key` below `url`, which a server answers by a redirect; it says what to write instead."""
+    where, tail = urlsplit(moved.location), f"/{quote(key)}"
+    saw = f"{url}/{quote(key)} is answered by a redirect ({moved.status}) to {redacted(moved.location) or 'itself'}"
+    wanted = "a server that gives the objects itself"
+    new = f"{where.scheme}://{where.netloc}{where.path}".removesuffix(tail)
+    if where.scheme not in ("http", "https") or where.query or not where.path.endswith(tail) or new == url:
+        return MovedError(saw, wanted, "Open it in a browser: it may ask for a login, or lie elsewhere; or copy it")
+    return MovedError(saw, wanted, f"Give the url {redacted(new)}")
 
 
 def waiting_for_voxels(what: str, size: int) -> AbstractContextManager[None]:

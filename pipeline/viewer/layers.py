@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.base.errors import SourceError, TargetError, UserError
 from pipeline.base.geometry import ZYX
 from pipeline.config import urls
+from pipeline.config.access import s3_endpoint
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
@@ -105,9 +104,9 @@ def _check_shape(url: str, native: Native, wanted: ZYX) -> None:
 def browser_url(url: str) -> str:
     """The URL as Neuroglancer reads it: without a format prefix, s3:// with the endpoint that the environment names."""
     _, url = urls.split_format(url)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if url.startswith("s3://") and endpoint:
-        return f"s3+{urlsplit(endpoint).scheme}://{urlsplit(endpoint).netloc}/{url.removeprefix('s3://')}"
+    endpoint = s3_endpoint(url) if url.startswith("s3://") else None
+    if endpoint is not None:
+        return f"s3+{endpoint.rstrip('/')}/{url.removeprefix('s3://')}"
     return url
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline import __version__
 from pipeline.base.geometry import Box
+from pipeline.config.access import AccessConfig
 from pipeline.config.volume import SourceConfig
 from pipeline.plan.network_spec import NetworkSpec
 from pipeline.plan.plan import Plan
@@ -71,6 +72,8 @@ class Job:
     """The run that wants it. A worker opens everything anew for another run: what was mended since is read again."""
     sources: str = ""
     """The digest of the client's installed sources, which must be the worker's; empty where any will do."""
+    access: AccessConfig = AccessConfig()  # noqa: RUF009 - frozen
+    """How the target's store is asked."""
     runtimes: tuple[Runtime, ...] = ()
     """What a worker may compute with; empty where anything will do."""
 

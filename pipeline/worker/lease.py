@@ -8,6 +8,7 @@ import traceback
 from dataclasses import replace
 
 from pipeline.base.errors import DataError, NoAnswerError, TargetError, TransientError, UserError
+from pipeline.base.secrets import redacted
 from pipeline.base.waits import LIMIT_S, heartbeat, no_answer, waiting
 from pipeline.inference.tiles import SectionCaches
 from pipeline.plan.receipt import QUARANTINED, Receipt
@@ -121,5 +122,5 @@ def _attempt(opened: OpenJob, index: int, caches: SectionCaches | None) -> Recei
 
 def _failed(index: int, error: Exception, began: float) -> Receipt:
     kind = type(error).__name__
-    text = f"{kind}: {error}\n\n" + "".join(traceback.format_exception(error))
+    text = redacted(f"{kind}: {error}\n\n" + "".join(traceback.format_exception(error)))
     return Receipt(index, QUARANTINED, error=text, fault=kind, seconds=time.perf_counter() - began)

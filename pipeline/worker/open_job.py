@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, replace
 
 from pipeline.base.errors import EmsrError
+from pipeline.config import access
 from pipeline.inference.network import Network
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import RequestRates
@@ -63,6 +64,7 @@ def open_job(job: Job) -> OpenJob:
 def _opened(job: Job) -> OpenJob:
     refuse_other_precision(job.network)
     allocator.configure_malloc()
+    access.use(job.target.url, job.access)
     source = open_source(job.source)
     if source.info.fingerprint != job.source_fingerprint:
         raise EmsrError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from pipeline.base.errors import (
 )
 from pipeline.base.limits import MAX_METADATA_BYTES
 from pipeline.storage import kv
+from pipeline.storage.sources import absent_answer
 
 MAX_COORDINATE = 2**52
 """Larger numbers in metadata are refused: up to here, products with small factors fit 64 bits."""
@@ -133,13 +135,18 @@ def _shown(value: object) -> str:
 class Folder:
     """The metadata objects below one url.
 
-    `refused` is the first denied permission, to be raised if nothing is found.
+    `refused` is the first answer that says neither that an object is there nor that none is (a denied permission, a
+    redirect, a page), to be raised if nothing is found.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.refused: SourceError | None = None
         self._store = kv.Store(url)
+
+    @functools.cached_property
+    def _page(self) -> bytes | None:
+        return absent_answer.page(self.url)
 
     def spec(self, path: str = "") -> dict[str, Any]:
         """tensorstore's JSON for the folder `path` below the url."""
@@ -151,7 +158,11 @@ class Folder:
         TransientError; NoAnswerError.
         """
         try:
-            return self._store.get_at_most(key, MAX_METADATA_BYTES)
+            found = self._store.get_at_most(key, MAX_METADATA_BYTES)
+            if found is not None and self._page is not None and absent_answer.is_page(found, self._page):
+                self._refuse_page(key)
+                return None
+            return found
         except NoAnswerError:
             raise
         except TooLargeObjectError as error:
@@ -159,7 +170,7 @@ class Folder:
                 error.saw, f"metadata of {error.wanted}", "Look at it: this is no volume's metadata"
             ) from None
         except UserError as error:
-            # a bucket that may be read but not listed answers 403 for what is absent
+            # a bucket that may be read but not listed answers 403 for what is absent, a web site a redirect
             self.refused = self.refused or SourceError(error.saw, error.wanted, error.do)
             return None
         except MissingChunkError:
@@ -180,7 +191,22 @@ class Folder:
         Raises SourceError where it is no JSON object; TransientError.
         """
         data = self.data(key)
-        return None if data is None else Metadata.parse(data, f"{self.url}/{quote(key)}")
+        if data is None:
+            return None
+        if (self._page is not None and absent_answer.is_no_metadata(data, self._page)) or self._is_markup(data):
+            self._refuse_page(key)
+            return None
+        return Metadata.parse(data, f"{self.url}/{quote(key)}")
+
+    def _is_markup(self, data: bytes) -> bool:
+        return self.url.startswith(("http://", "https://")) and data.lstrip()[:1] == b"<"
+
+    def _refuse_page(self, key: str) -> None:
+        self.refused = self.refused or SourceError(
+            f"{self.url}/{quote(key)} is a page, as this server has (status 200) where no object is",
+            "the metadata of a volume",
+            "Check the url; a browser shows whether the page asks for a login",
+        )
 
 
 def inner_path(path: str, error: SourceError) -> str:

@@ -13,10 +13,12 @@ import numpy as np
 
 from pipeline.base.errors import SourceError, UserError
 from pipeline.base.waits import waiting
+from pipeline.config import access
 from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
 from pipeline.storage import kv
 from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
+from pipeline.storage.sources.absent_answer import refuse_server
 from pipeline.storage.sources.metadata import Folder, fingerprint
 from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_table
 from pipeline.storage.sources.voxel_array import Level, Voxels
@@ -49,10 +51,12 @@ _NOT_LABELS = "Give the url of the EM image, not of its labels"
 def open_source(config: SourceConfig) -> Source:
     """The volume of `config.url`. Reads metadata only. Raises SourceError, TransientError."""
     url = _absolute(config.url)
+    access.use(url, config.access)
     level = _find(url, config.mip, config.array)
     to_uint8 = _image_mapping(level, config.intensity_window)
     info = _info(level, _voxel_size(level, config.voxel_size_nm, "source.voxel_size_nm"))
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
+    refuse_server(level, fill, "source.missing_chunks")
     return VolumeSource(info, level, level.opener(level), to_uint8, fill)
 
 
@@ -65,6 +69,7 @@ def open_scored(url: str, window: tuple[int, int] | None, fill: int | None, keys
         level = _find(_absolute(url), 0, None)
         to_uint8 = _image_mapping(level, window if level.dtype == "uint16" else None)
         info = _info(level, level.voxel_size_nm or (1.0, 1.0, 1.0))
+        refuse_server(level, fill, keys["missing_chunks"])
         return VolumeSource(info, level, level.opener(level), to_uint8, fill, key=keys["missing_chunks"])
 
 
@@ -75,8 +80,10 @@ def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _M
     as `like` begins at the same corner, as most writers of coarser levels mean it. `keys` is as in `open_scored`.
     Raises SourceError, TransientError.
     """
+    url = _absolute(config.url)
+    access.use(url, config.access)
     with _named(keys):
-        level = _find(_absolute(config.url), config.mip, None)
+        level = _find(url, config.mip, None)
     if level.dtype != "bool" and np.dtype(level.dtype).kind not in "iu":
         raise SourceError(
             f"mask {level.place} holds {level.dtype}", "bool or whole numbers", "Store it as uint8 of 0 and 1"
@@ -86,6 +93,7 @@ def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _M
     if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
         info = dataclasses.replace(info, corner_nm=like.corner_nm)
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
+    refuse_server(level, fill, keys["missing_chunks"])
     return VolumeSource(info, level, level.opener(level), _non_zero, fill, key=keys["missing_chunks"])
 
 

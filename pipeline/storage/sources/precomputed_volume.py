@@ -124,6 +124,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         metadata_key="info",
         corner_voxels=(0.0, 0.0, 0.0),
         labels=labels,
+        sharded=sharding is not None,
         reader="cloud-volume" if suffixed else "tensorstore",
         opener=opener,
     )

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.base.errors import MissingChunkError, TransientError
-from pipeline.base.geometry import Box, chunk_count, grid_parts
-from pipeline.storage import requests
+from pipeline.base.errors import DamagedChunkError, DeniedError, MissingChunkError, TransientError, UserError
+from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
+from pipeline.storage import kv, requests
+from pipeline.storage.sources import absent_answer
 from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.voxel_array import Level, VoxelArray, Voxels
 from pipeline.storage.volume import Uint8Array, VolumeInfo
@@ -47,6 +48,8 @@ class VolumeSource:
     ) -> None:
         self._info, self._level, self._array = info, level, array
         self._to_uint8, self._fill, self._key = to_uint8, fill, key
+        self._denied = False
+        """The store is known to answer 401 or 403 for chunks that are absent."""
 
     @property
     def info(self) -> VolumeInfo:
@@ -66,24 +69,30 @@ class VolumeSource:
         requests.READS.take(chunk_count(local, self._level.chunk))
         try:
             return np.ascontiguousarray(self._to_uint8(self._array.start(box)()))
-        except MissingChunkError as error:
+        except DamagedChunkError as error:
+            raise DamagedChunkError(absent_answer.explained(self._level, error)) from error
+        except (MissingChunkError, DeniedError) as error:
             if self._fill is None:
                 self._check_hole(box, error)
+                saw = f"{error}"
+                if isinstance(error, DeniedError):
+                    saw = f"{error.saw}. The chunk may be absent: this store answers so for what is not there"
                 raise MissingChunkError(
-                    f"{error}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}"
+                    f"{saw}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}"
                 ) from error
         return self._read_around_holes(box, self._fill)
 
     def _read_around_holes(self, box: Box, fill: int) -> Uint8Array:
         out = np.full(tuple(box.shape), fill, np.uint8)
         chunks = self._chunks(box)
-        first: tuple[Box, MissingChunkError] | None = None
+        first: tuple[Box, MissingChunkError | DeniedError] | None = None
         while batch := list(itertools.islice(chunks, _CHUNKS_AT_ONCE)):
             for part, pending in [(part, self._array.start(part)) for part in batch]:
                 try:
                     out[part.slices(box.start)] = self._to_uint8(pending())
-                except MissingChunkError as error:
-                    first = first or (part, error)
+                except (MissingChunkError, DeniedError) as error:
+                    if first is None or isinstance(error, DeniedError):
+                        first = part, error
         if first is not None:
             # Only now, after the last absent chunk, so that a disk lost on the way is noticed.
             self._check_hole(*first)
@@ -95,12 +104,47 @@ class VolumeSource:
             part.shift(origin) for part in grid_parts(Box(box.start - origin, box.stop - origin), self._level.chunk)
         )
 
-    def _check_hole(self, box: Box, missing: MissingChunkError) -> None:
+    def _check_hole(self, box: Box, missing: MissingChunkError | DeniedError) -> None:
         """Raises TransientError where the volume's metadata are absent too: of an unmounted disk every object is.
 
-        Raises SourceError where the chunk is stored under another name.
+        Raises SourceError where the chunk is stored under another name, and `missing` itself where the store denies
+        what is there.
         """
-        if Folder(self._level.url).data(self._level.metadata_key) is None:
+        folder = Folder(self._level.url)
+        if folder.data(self._level.metadata_key) is None:
+            if isinstance(missing, DeniedError) or folder.refused is not None:
+                raise missing
             raise TransientError(f"the whole volume {self._level.url} has gone ({missing})") from missing
+        if isinstance(missing, DeniedError) and not self._denied:
+            self._refuse_rights(missing)
+            self._denied = True
         if self._level.explain_hole is not None:
             self._level.explain_hole(box)
+
+    def _refuse_rights(self, denied: DeniedError) -> None:
+        """Raises `denied` where the store answers otherwise for a key that is absent, or not one chunk may be read."""
+        if self._level.url.startswith("file://") or not absent_answer.is_denied(
+            kv.Store(self._level.url), self._level.metadata_key
+        ):
+            raise denied
+        looked = 0
+        for at in self._spread():
+            looked += 1
+            try:
+                self._array.start(Box(at, at + ZYX(1, 1, 1)))()
+            except (MissingChunkError, DeniedError):
+                continue
+            return
+        raise UserError(
+            f"{denied.saw}; so are all of {looked} chunks throughout the volume, and keys that are absent",
+            "the right to read chunks, or to list the bucket (s3:ListBucket), which tells rights from holes",
+            "Ask the owner of the bucket",
+        )
+
+    def _spread(self) -> Iterator[ZYX]:
+        """The first voxels of up to 125 chunks throughout the volume, the middle first, where data often is."""
+        grid = self._info.bounds.shape.ceil_div(self._level.chunk)
+        steps = [list(dict.fromkeys(i * (n - 1) // 4 for i in (2, 1, 3, 0, 4))) for n in grid]
+        for z, y, x in itertools.product(*steps):
+            requests.READS.take(1)
+            yield ZYX(z, y, x) * self._level.chunk + self._info.bounds.start

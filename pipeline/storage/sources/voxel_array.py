@@ -36,7 +36,8 @@ class Level:
     be told. `labels` is True where the metadata says that the volume is a segmentation. `identity` is the metadata that
     defines the voxels, for the fingerprint. `metadata_key` is an object below `url` that exists as long as the volume
     does. `explain_hole` is called with the box of an absent chunk, and raises SourceError where the chunk is stored
-    under another name. `opener` opens the level.
+    under another name. `sharded` is True where many chunks lie in one object, of which parts are read. `opener` opens
+    the level.
     """
 
     url: str
@@ -56,6 +57,7 @@ class Level:
     seen: str = ""
     notes: tuple[str, ...] = ()
     labels: bool = False
+    sharded: bool = False
     reader: str = "tensorstore"
     explain_hole: Callable[[Box], None] | None = field(default=None, repr=False)
     opener: Callable[[Level], VoxelArray] = field(default=lambda level: open_array(level), repr=False)

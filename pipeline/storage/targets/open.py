@@ -164,7 +164,7 @@ def _almost(value: bytes, ours: bytes) -> bool:
 
 
 def _check_writable(url: str) -> None:
-    if not url.startswith(("file://", "s3://", "gs://")):
+    if not url.startswith(("file://", "s3://", "s3+https://", "s3+http://", "gs://")):
         raise TargetError(f"target.url {url} cannot be written", "a path or file://, s3:// or gs:// URL")
 
 
