@@ -249,16 +249,6 @@ def test_a_page_instead_of_a_chunk(http: tuple[_Server, str]) -> None:
             source.read(source.info.bounds)
 
 
-def test_a_server_without_ranges_never_gives_wrong_voxels(http: tuple[_Server, str]) -> None:
-    server, url = http
-    server.ranges = False
-    for name in ("zarr3-sharded-blosc", "precomputed-sharded-raw"):
-        try:
-            check(opened(f"{url}/{name}", name, fill=7))
-        except DamagedChunkError:
-            continue
-
-
 def test_passing_faults(http: tuple[_Server, str]) -> None:
     server, url = http
     server.flaky = 2
@@ -285,15 +275,6 @@ def test_forbidden(http: tuple[_Server, str]) -> None:
     server.status = 403
     with pytest.raises(Exception, match="permission denied"):
         source.read(source.info.bounds)
-
-
-def test_403_for_what_is_absent(http: tuple[_Server, str]) -> None:
-    """As a bucket answers that may be read but not listed: what is there is found, what is not is told as seen."""
-    server, url = http
-    server.absent = 403
-    check(opened(f"{url}/n5-group"))
-    with pytest.raises(SourceError, match="permission denied"):
-        opened(f"{url}/absent")
 
 
 @pytest.mark.parametrize("where", ["http", "s3"])
