@@ -79,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
+        self.send_header("ETag", '"1"')
+        self.send_header("x-goog-generation", "1")
         chunked = self.server.chunked and status == 200
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, StrictBool, StrictStr, model_validator
 from pipeline.base.errors import UserError
 from pipeline.config import urls, yaml_file
 
-_AMAZONS = frozenset({"anonymous", "profile", "region", "requester_pays"})
+_AMAZONS = frozenset({"anonymous", "profile", "region"})
 _GOOGLES = frozenset({"billing_project"})
 
 
@@ -22,8 +22,8 @@ class AccessConfig(BaseModel):
     """One store's access. What is not stated is the environment's.
 
     `anonymous`: requests are not signed (S3). `profile` is a section of the AWS credentials file, `region` the
-    bucket's. `requester_pays` agrees to pay for requests to a bucket of S3, `billing_project` is the project that pays
-    for those to a bucket of Google's.
+    bucket's. `billing_project` is the project that pays for requests to a bucket of Google's whose readers pay. Of S3 no
+    such bucket can be read: tensorstore 0.1.86 sends x-amz-requester-payer, where S3 wants x-amz-request-payer.
     """
 
     model_config = yaml_file.MODEL
@@ -31,13 +31,12 @@ class AccessConfig(BaseModel):
     anonymous: StrictBool = False
     profile: StrictStr | None = None
     region: StrictStr | None = None
-    requester_pays: StrictBool = False
     billing_project: StrictStr | None = None
 
     @model_validator(mode="after")
     def _one(self) -> AccessConfig:
-        if self.anonymous and (self.profile is not None or self.requester_pays):
-            raise ValueError("anonymous: true without profile and requester_pays: who pays or signs has a name")
+        if self.anonymous and self.profile is not None:
+            raise ValueError("anonymous: true or a profile: one of the two")
         return self
 
     def refuse_other_store(self, url: str) -> None:
@@ -64,7 +63,6 @@ def access_of(url: str, environment: Mapping[str, str] = os.environ) -> AccessCo
     from_environment = {
         "anonymous": environment.get("AWS_NO_SIGN_REQUEST", "").upper() in ("1", "YES", "TRUE") and not stated.profile,
         "region": environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION"),
-        "requester_pays": environment.get("AWS_REQUEST_PAYER", "").lower() == "requester",
         "billing_project": environment.get("GOOGLE_CLOUD_QUOTA_PROJECT"),
     }
     return stated.model_copy(update={k: v for k, v in from_environment.items() if v and not getattr(stated, k)})

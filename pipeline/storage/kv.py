@@ -47,7 +47,7 @@ def spec(url: str) -> dict[str, Any]:
     if parts.scheme == "gs":
         payer = {"gcs_user_project": {"project_id": access.billing_project}} if access.billing_project else {}
         return {"driver": "gcs"} | out | payer
-    out |= {"driver": "s3"} | ({"requester_pays": True} if access.requester_pays else {})
+    out["driver"] = "s3"
     endpoint = s3_endpoint(url)
     if endpoint:
         out |= {"endpoint": endpoint, "aws_region": access.region or "us-east-1"}
@@ -56,7 +56,14 @@ def spec(url: str) -> dict[str, Any]:
     if access.anonymous:
         out["aws_credentials"] = {"type": "anonymous"}
     elif access.profile is not None:
-        out["aws_credentials"] = {"type": "profile", "profile": access.profile}
+        # tensorstore finds neither file by itself where a profile is named
+        where = {
+            "credentials_file": os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+            "config_file": os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
+        }
+        out["aws_credentials"] = {"type": "profile", "profile": access.profile} | {
+            key: str(Path(path).expanduser()) for key, path in where.items()
+        }
     elif os.environ.get("AWS_ACCESS_KEY_ID"):
         # Said so that tensorstore does not look for profile files and log that they are absent.
         out["aws_credentials"] = {"type": "environment"}

@@ -11,7 +11,7 @@ import json
 import math
 import uuid
 
-from pipeline.base.errors import DeniedError, EmsrError, MovedError, SourceError
+from pipeline.base.errors import DataError, DeniedError, EmsrError, MovedError, SourceError
 from pipeline.base.limits import MAX_METADATA_BYTES
 from pipeline.storage import http_body, kv
 from pipeline.storage.sources.voxel_array import Level, item_bytes
@@ -36,7 +36,7 @@ def page(url: str) -> bytes | None:
         return None
     try:
         return kv.Store(url).get_at_most(f"emsr-absent-{uuid.uuid4().hex}", MAX_METADATA_BYTES)
-    except (DeniedError, MovedError):
+    except (DeniedError, MovedError, DataError):
         return None
 
 
