@@ -22,8 +22,8 @@ class AccessConfig(BaseModel):
     """One store's access. What is not stated is the environment's.
 
     `anonymous`: requests are not signed (S3). `profile` is a section of the AWS credentials file, `region` the
-    bucket's. `billing_project` is the project that pays for requests to a bucket of Google's whose readers pay. Of S3 no
-    such bucket can be read: tensorstore 0.1.86 sends x-amz-requester-payer, where S3 wants x-amz-request-payer.
+    bucket's. `billing_project` is the project that pays for requests to a bucket of Google's whose readers pay. No such
+    bucket of S3 can be read: tensorstore 0.1.86 sends x-amz-requester-payer, where S3 wants x-amz-request-payer.
     """
 
     model_config = yaml_file.MODEL

@@ -38,8 +38,8 @@ RANGES = (
 """What is wanted and advised where a server sends whole objects for parts of them."""
 _DENIED = "Check the url (a store that may not be listed answers so for what is absent too) and the credentials"
 _DENIED_S3 = (
-    f"{_DENIED}. A public bucket: access.anonymous: true (AWS_NO_SIGN_REQUEST=YES). One whose readers pay cannot be read "
-    "by s3://: mount it (mount-s3 --requester-pays) or copy it (aws s3 sync --request-payer requester)"
+    f"{_DENIED}. A public bucket: access.anonymous: true (AWS_NO_SIGN_REQUEST=YES). One whose readers pay emsr cannot "
+    "ask: mount it (mount-s3 --requester-pays) or copy it (aws s3 sync --request-payer requester)"
 )
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}
