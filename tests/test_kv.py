@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, TransientError, UserError
+from pipeline.base.errors import (
+    DamagedChunkError,
+    DeniedError,
+    EmsrError,
+    MissingChunkError,
+    MovedError,
+    TransientError,
+    UserError,
+)
 from pipeline.storage import files
 from pipeline.storage.kv import Store, classify
 from pipeline.storage.targets.open import is_empty
@@ -134,8 +142,15 @@ def test_a_name_is_no_reason(name: str, tmp_path: Path) -> None:
         (ValueError("NOT_FOUND: Not Found [http_response_body='<Error><Code>NoSuchBucket</Code></Error>']"), UserError),
         (ValueError("RESOURCE_EXHAUSTED: Failed writing: \"/a\": No space left [os_error_code='28']"), UserError),
         (ValueError("RESOURCE_EXHAUSTED: Failed writing: \"/a\": quota [os_error_code='122']"), UserError),
-        (ValueError("PERMISSION_DENIED: 403"), UserError),
-        (PermissionError("no"), UserError),
+        (ValueError("PERMISSION_DENIED: 403"), DeniedError),
+        (ValueError("UNAUTHENTICATED: 401"), DeniedError),
+        (ValueError("FAILED_PRECONDITION: Error reading http://h/k: Unknown [HTTP code 302]"), MovedError),
+        (
+            ValueError("FAILED_PRECONDITION: Error in http://h/k: Requested byte range [-9, ?) was ignored by server"),
+            UserError,
+        ),
+        (ValueError("INVALID_ARGUMENT: Bucket is requester pays bucket but no user project provided."), UserError),
+        (PermissionError("no"), DeniedError),
         (ValueError("DATA_LOSS: CRC mismatch"), DamagedChunkError),
         (ValueError("something else"), DamagedChunkError),
     ],
