@@ -146,7 +146,7 @@ def test_a_name_is_no_reason(name: str, tmp_path: Path) -> None:
         (ValueError("UNAUTHENTICATED: 401"), DeniedError),
         (ValueError("FAILED_PRECONDITION: Error reading http://h/k: Unknown [HTTP code 302]"), MovedError),
         (
-            ValueError("FAILED_PRECONDITION: Error in http://h/k: Requested byte range [-9, ?) was ignored by server"),
+            ValueError("FAILED_PRECONDITION: http://h/k: Requested byte range [-9, ?) was ignored by server"),
             UserError,
         ),
         (ValueError("INVALID_ARGUMENT: Bucket is requester pays bucket but no user project provided."), UserError),

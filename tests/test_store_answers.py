@@ -13,8 +13,10 @@ from source_volumes import FORMATS, VOXEL_NM, truth
 
 from pipeline.base.errors import DamagedChunkError, DeniedError, EmsrError, MissingChunkError, SourceError, UserError
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
+from pipeline.storage.kv import Store
 from pipeline.storage.sources.open import open_mask, open_source
 from pipeline.storage.volume import Source
+from pipeline.viewer import layers
 
 CARRIED = ["zarr2-blosc", "zarr3-sharded-blosc", "ome-0.4", "ome-0.5", "n5-group", "precomputed-raw"]
 SHARDED = ["zarr3-sharded-blosc", "precomputed-sharded-raw"]
@@ -228,3 +230,24 @@ def test_python_s_own_server(folder: Path) -> None:
             opened(f"{url}/{name}")
     server.shutdown()
     server.server_close()
+
+
+def test_the_viewer_finds_metadata_behind_odd_answers(server: OddServer) -> None:
+    """What `view` reads of a source is found as `run` finds it."""
+    for absent in ((403, b""), (200, PAGE)):
+        server.absent = absent
+        for name in CARRIED:
+            native = layers._native(f"{server.url}/{name}")
+            assert native is not None, name
+            assert tuple(native.shape) == truth().shape, name
+
+
+def test_a_target_that_may_not_be_listed(server: OddServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    server.denied = lambda path: True
+    store = Store(f"s3+{server.url}/bucket/sr")
+    with pytest.raises(DeniedError, match=r"right to list there \(s3:ListBucket"):
+        store.keys()
+    with pytest.raises(DeniedError, match=r"right to list there \(s3:ListBucket"):
+        store.is_empty()

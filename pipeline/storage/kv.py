@@ -25,6 +25,7 @@ from pipeline.config.access import access_of, s3_endpoint
 from pipeline.config.urls import bucket_and_path, local_path, split_format
 from pipeline.storage import files, http_body, requests, swapped_file
 from pipeline.storage.store_errors import classify as classify
+from pipeline.storage.store_errors import classify_list
 from pipeline.storage.store_errors import classify_write as classify_write
 
 
@@ -235,7 +236,7 @@ class Store:
             with waiting(f"a list of {self.url}"):
                 keys = self._kv.list(key_range).result()
         except Exception as error:
-            raise classify(error, f"listing {self.url}") from error
+            raise classify_list(error, f"listing {self.url}") from error
         return sorted(name for name in map(bytes.decode, keys) if not files.is_own(name))
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
@@ -255,7 +256,7 @@ class Store:
             listing.cancel()
             return False
         except Exception as error:
-            raise classify(error, f"listing {self.url}") from error
+            raise classify_list(error, f"listing {self.url}") from error
 
     def keys_between(self, start: str, stop: str) -> list[str]:
         """As `keys`: those from `start` on and before `stop`; an empty `stop` is the end."""
@@ -263,7 +264,7 @@ class Store:
             with waiting(f"a list of {self.url}"):
                 keys = self._kv.list(ts.KvStore.KeyRange(start, stop)).result()
         except Exception as error:
-            raise classify(error, f"listing {self.url}") from error
+            raise classify_list(error, f"listing {self.url}") from error
         return sorted(name for key in keys if not files.is_own(name := key.decode(errors="backslashreplace")))
 
     def get_all(self, keys: Iterable[str], at_once: int = BATCH) -> Iterator[tuple[str, bytes | None]]:

@@ -37,6 +37,8 @@ RANGES = (
 )
 """What is wanted and advised where a server sends whole objects for parts of them."""
 _DENIED = "Check the url (a store that may not be listed answers so for what is absent too) and the credentials"
+_LIST = "the right to list there (s3:ListBucket, storage.objects.list): what lies at a target is found by it"
+_WRITE = "the right to put objects there (s3:PutObject, storage.objects.create)"
 _DENIED_S3 = (
     f"{_DENIED}. A public bucket: access.anonymous: true (AWS_NO_SIGN_REQUEST=YES). One whose readers pay emsr cannot "
     "ask: mount it (mount-s3 --requester-pays) or copy it (aws s3 sync --request-payer requester)"
@@ -105,8 +107,18 @@ def classify_write(error: BaseException, what: str) -> EmsrError:
     """The error of a write about `what`: DiskError or TransientError where it may pass, UserError where it will not."""
     number = error.errno if isinstance(error, OSError) else int(_parts(str(error))[2].get("os_error_code", "0"))
     fault = folder_refuses(number, what) if number else classify(error, what)
+    if isinstance(fault, DeniedError) and not isinstance(error, OSError):
+        return DeniedError(fault.saw, _WRITE, "Check the credentials")
     if isinstance(fault, DataError):
         return UserError(f"{what}: {_short(str(error))}", "a place that takes objects", "See its log or its owner")
+    return fault
+
+
+def classify_list(error: BaseException, what: str) -> EmsrError:
+    """The error of a listing about `what`."""
+    fault = classify(error, what)
+    if isinstance(fault, DeniedError) and not isinstance(error, OSError):
+        return DeniedError(fault.saw, _LIST, "Check the credentials")
     return fault
 
 

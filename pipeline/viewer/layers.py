@@ -13,7 +13,7 @@ from pipeline.config.access import s3_endpoint
 from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
-from pipeline.storage.kv import Store
+from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.open import open_source
 from pipeline.viewer.data_source import Native, Triple, read_native
 from pipeline.viewer.state import Layer, Mark, viewer_state
@@ -87,12 +87,16 @@ def _corner(origin: Triple, voxel: ZYX, size: Triple) -> Triple:
 def _native(
     url: str, level: int = 0, array: str | None = None, zyx: tuple[int, int, int] | None = None
 ) -> Native | None:
-    kind, _ = urls.split_format(url)
+    kind, bare = urls.split_format(url)
+    folder = Folder(bare)
     try:
-        return read_native(Store(url).get, kind, level, array, zyx)
+        native = read_native(folder.data, kind, level, array, zyx)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         saw = f"{url} has metadata that cannot be understood ({type(error).__name__}: {error})"
         raise UserError(saw, "a whole volume", "Check that its writing ended") from None
+    if native is None and folder.refused is not None:
+        raise folder.refused
+    return native
 
 
 def _check_shape(url: str, native: Native, wanted: ZYX) -> None:

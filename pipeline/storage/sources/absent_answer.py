@@ -13,6 +13,7 @@ import uuid
 
 from pipeline.base.errors import DataError, DeniedError, EmsrError, MovedError, SourceError
 from pipeline.base.limits import MAX_METADATA_BYTES
+from pipeline.base.waits import waiting
 from pipeline.storage import http_body, kv
 from pipeline.storage.sources.voxel_array import Level, item_bytes
 from pipeline.storage.store_errors import RANGES
@@ -65,7 +66,9 @@ def refuse_server(level: Level, fill: int | None, key: str) -> None:
     """
     if not level.url.startswith(("http://", "https://")):
         return
-    if level.sharded and http_body.sends_parts(f"{level.url}/{level.metadata_key}") is False:
+    with waiting(level.url):
+        parts = http_body.sends_parts(f"{level.url}/{level.metadata_key}") if level.sharded else None
+    if parts is False:
         raise SourceError(f"{level.place} is sharded, and its server does not answer Range requests", *RANGES)
     absent = page(level.url)
     if absent is None or (fill is None and len(absent) not in _raw_sizes(level)):
