@@ -26,6 +26,8 @@ class OddServer(ThreadingHTTPServer):
         """What is answered where no file is."""
         self.denied: Callable[[str], bool] = lambda path: False
         """Paths that are answered by 403 though a file is there."""
+        self.refusal: tuple[str, tuple[int, bytes]] = ("", (404, b""))
+        """One path, and what is answered there."""
         self.moved: Callable[[str], str | None] = lambda path: None
         """Where a path is redirected to."""
         self.ranges = "yes"
@@ -59,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (location := server.moved(path)) is not None:
             return self._answer(302, b"", Location=location)
         file = server.root / path.lstrip("/")
+        if path == server.refusal[0]:
+            return self._answer(*server.refusal[1])
         if server.denied(path):
             return self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
         if not file.is_file():

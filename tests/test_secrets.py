@@ -69,7 +69,7 @@ def test_in_every_key_of_table_yaml(key: str, tmp_path: Path) -> None:
         f'{{"access_token": "{SECRET}", "client_secret": "{SECRET}"}}',
         f"connect to http://me:{SECRET}@proxy.lab.org:3128",
         f"AWS_SECRET_ACCESS_KEY={SECRET}",
-        f"<AWSAccessKeyId>{SECRET}</AWSAccessKeyId>",
+        f"<AWSAccessKeyId>{SECRET}</AWSAccessKeyId><Token-0>{SECRET}</Token-0>",
         f"location: https://cdn/v?sig={SECRET}#{SECRET}",
     ],
 )

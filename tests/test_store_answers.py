@@ -20,6 +20,7 @@ from pipeline.viewer import layers
 
 CARRIED = ["zarr2-blosc", "zarr3-sharded-blosc", "ome-0.4", "ome-0.5", "n5-group", "precomputed-raw"]
 SHARDED = ["zarr3-sharded-blosc", "precomputed-sharded-raw"]
+HOLED = [*CARRIED, "precomputed-sharded-raw"]
 METADATA = ("info", "attributes.json", "zarr.json", ".zarray", ".zattrs", ".zgroup")
 
 
@@ -40,7 +41,7 @@ def server(folder: Path) -> Iterator[OddServer]:
 @pytest.fixture
 def holed(folder: Path, tmp_path: Path) -> Iterator[OddServer]:
     """A server of volumes that each lack one object of voxels."""
-    for name in CARRIED:
+    for name in HOLED:
         shutil.copytree(folder / name, tmp_path / name)
         min(chunks(tmp_path / name)).unlink()
     with serving(tmp_path) as found:
@@ -63,7 +64,7 @@ def check(source: Source) -> None:
     np.testing.assert_array_equal(source.read(source.info.bounds), truth())
 
 
-@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("name", HOLED)
 def test_403_for_what_is_absent_is_a_hole(name: str, holed: OddServer) -> None:
     """As a bucket answers that may be read, not listed: filled as behind 404, and told as a hole without a fill."""
     behind_404 = opened(f"{holed.url}/{name}", 7)
@@ -251,3 +252,35 @@ def test_a_target_that_may_not_be_listed(server: OddServer, monkeypatch: pytest.
         store.keys()
     with pytest.raises(DeniedError, match=r"right to list there \(s3:ListBucket"):
         store.is_empty()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "saw"),
+    [
+        (400, "ExpiredToken", "does not accept these credentials"),
+        (403, "InvalidAccessKeyId", "does not accept these credentials"),
+        (403, "InvalidObjectState", r"archived \(Glacier\)"),
+        (301, "PermanentRedirect", "another region"),
+        (400, "AuthorizationHeaderMalformed", "another region"),
+    ],
+)
+def test_s3_s_other_refusals_are_neither_holes_nor_damage(
+    status: int, code: str, saw: str, server: OddServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk in the archive is no hole, and an expired token damages nothing: a fill must not take their place."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    one = min(chunks(server.root / "ome-0.5"))
+    key, here = f"/volumes/{one.relative_to(server.root)}", server.root.parent / "volumes"
+    here.symlink_to(server.root)
+    server.root, inside = server.root.parent, server.root
+    source = opened(f"s3+{server.url}/volumes/ome-0.5", 7)
+    server.refusal = key, (status, f"<Error><Code>{code}</Code><Token-0>hunter22</Token-0></Error>".encode())
+    try:
+        with pytest.raises(UserError, match=saw) as caught:
+            source.read(source.info.bounds)
+        assert not isinstance(caught.value, DeniedError)
+        assert "hunter22" not in str(caught.value)
+    finally:
+        server.root = inside
+        here.unlink()

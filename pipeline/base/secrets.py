@@ -15,7 +15,9 @@ _NAMED = re.compile(
     r"([\"']?\s*[:=]\s*[\"']?)((?:Bearer|Basic|AWS4-HMAC-SHA256)\s+)?[^\s\"'&,;<>\]]{4,}"
 )
 """A value by the name of a secret, as in headers, JSON and parts of a query."""
-_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|(?<=<AWSAccessKeyId>)[^<]+")
+_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+_ECHOED = re.compile(r"<(AWSAccessKeyId|Token-\d|SignatureProvided)>[^<]+")
+"""What S3 repeats of a request that it refuses."""
 HIDDEN = "..."
 
 
@@ -24,4 +26,5 @@ def redacted(text: str) -> str:
     text = _USER_INFO.sub(rf"\1{HIDDEN}@", text)
     text = _QUERY.sub(rf"\1\2{HIDDEN}", text)
     text = _NAMED.sub(rf"\1\2{HIDDEN}", text)
+    text = _ECHOED.sub(rf"<\1>{HIDDEN}", text)
     return _ACCESS_KEY.sub(HIDDEN, text)

@@ -37,6 +37,20 @@ RANGES = (
 )
 """What is wanted and advised where a server sends whole objects for parts of them."""
 _DENIED = "Check the url (a store that may not be listed answers so for what is absent too) and the credentials"
+_S3_CODES = {
+    "ExpiredToken|TokenRefreshRequired|InvalidToken|InvalidAccessKeyId|SignatureDoesNotMatch": (
+        "the store does not accept these credentials",
+        "valid ones in every process",
+        "Renew them, and check which profile and endpoint they are for",
+    ),
+    "InvalidObjectState": ("the object is archived (Glacier)", "one that can be read", "Restore the volume first"),
+    "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException": (
+        "the bucket is in another region",
+        "the bucket's",
+        "State access.region, or AWS_REGION in every process",
+    ),
+}
+"""Answers of S3 that say neither that an object is absent nor that it is damaged: what was seen, wanted, advised."""
 _LIST = "the right to list there (s3:ListBucket, storage.objects.list): what lies at a target is found by it"
 _WRITE = "the right to put objects there (s3:PutObject, storage.objects.create)"
 _DENIED_S3 = (
@@ -82,6 +96,10 @@ def classify(error: BaseException, what: str) -> EmsrError:
             "a profile of the AWS credentials file on this machine",
             "Check access.profile and AWS_SHARED_CREDENTIALS_FILE",
         )
+    said = f"{reason} {details.get('http_response_body', '')}"
+    for codes, (saw, wanted, do) in _S3_CODES.items():
+        if found := re.search(rf"(?:\A|\s|<Code>)({codes})\b", said):
+            return UserError(f"{what}: {saw} ({found[1]})", wanted, do)
     if found := _MOVED.search(reason):
         return MovedError(
             f"{what} is answered by a redirect ({found[1]})",

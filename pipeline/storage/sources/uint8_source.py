@@ -110,9 +110,8 @@ class VolumeSource:
         Raises SourceError where the chunk is stored under another name, and `missing` itself where the store denies
         what is there.
         """
-        folder = Folder(self._level.url)
-        if folder.data(self._level.metadata_key) is None:
-            if isinstance(missing, DeniedError) or folder.refused is not None:
+        if Folder(self._level.url).data(self._level.metadata_key) is None:
+            if isinstance(missing, DeniedError):
                 raise missing
             raise TransientError(f"the whole volume {self._level.url} has gone ({missing})") from missing
         if isinstance(missing, DeniedError) and not self._denied:
