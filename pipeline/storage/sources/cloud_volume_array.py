@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
-from pipeline.base.geometry import Box, grid_parts
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.config.urls import local_path
 from pipeline.storage import kv
 from pipeline.storage.sources.unpacked_size import exceeds
@@ -113,8 +113,13 @@ class _CloudVolumeArray:
 
 def chunk_names(level: Level, box: Box) -> Iterator[str]:
     """The file names, without suffix, of the chunks that `box` touches."""
-    origin, last = level.bounds.start, level.bounds.stop
+    origin = level.bounds.start
     for part in grid_parts(Box(box.start - origin, box.stop - origin), level.chunk):
-        start = part.start // level.chunk * level.chunk + origin
-        stop = (start + level.chunk).minimum(last)
-        yield f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"
+        yield chunk_name(level, part.start // level.chunk)
+
+
+def chunk_name(level: Level, position: ZYX) -> str:
+    """The file name, without suffix, of the chunk at this position of the grid."""
+    start = position * level.chunk + level.bounds.start
+    stop = (start + level.chunk).minimum(level.bounds.stop)
+    return f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"
