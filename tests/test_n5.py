@@ -8,8 +8,11 @@ import itertools
 import json
 import lzma
 import struct
+import threading
 import zlib
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ import pytest
 from source_checks import opened, refusal
 from source_volumes import truth
 
-from pipeline.base.errors import DamagedChunkError
-from pipeline.config.volume import FillConfig
+from pipeline.base.errors import DamagedChunkError, SourceError
+from pipeline.config.volume import FillConfig, SourceConfig
+from pipeline.storage.sources.open import open_source
 
 SHAPE, BLOCK = (6, 20, 26), (4, 8, 8)
 NM = {"pixelResolution": {"unit": "nm", "dimensions": [4, 8, 40]}}
@@ -294,6 +298,19 @@ class TestWhatIsInside:
         assert "Append data to source.url" in refusal(tmp_path / "v/raw")
         assert_read(tmp_path / "v/raw/data")
         assert opened(tmp_path / "v/raw/data").info.corner_nm == (80, 0, 0)
+
+    def test_behind_a_server_the_usual_places_are_looked_at(self, tmp_path: Path) -> None:
+        """No folder can be listed there."""
+        self.bigdataviewer(tmp_path / "v")
+        handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}/v"
+            with pytest.raises(SourceError, match=r"Append setup0/timepoint0 to source\.url"):
+                open_source(SourceConfig(url=url))
+            with pytest.raises(SourceError, match=r"Append timepoint0 to source\.url"):
+                open_source(SourceConfig(url=f"{url}/setup0"))
+            server.shutdown()
 
     def test_a_folder_without_any(self, tmp_path: Path) -> None:
         (tmp_path / "v/notes").mkdir(parents=True)
