@@ -16,6 +16,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numcodecs
 import numpy as np
 import pytest
@@ -68,6 +69,17 @@ def _blosc(name: str) -> Callable[[bytes], bytes]:
     return numcodecs.Blosc(name, 6, 2).encode
 
 
+def java_lz4(data: bytes, size: int) -> bytes:
+    """lz4-java's LZ4BlockOutputStream with buffers of `size` bytes: what does not get smaller is stored as it is."""
+    out = b""
+    for at in range(0, len(data), size):
+        part = data[at : at + size]
+        packed = imagecodecs.lz4_encode(part)
+        method, body = (0x20, packed) if len(packed) < len(part) else (0x10, part)
+        out += b"LZ4Block" + struct.pack("<BIII", method, len(body), len(part), 0) + body
+    return out + b"LZ4Block" + struct.pack("<BIII", 0x10, 0, 0, 0)
+
+
 COMPRESSIONS: dict[str, tuple[Any, Callable[[bytes], bytes]]] = {
     "java-blosc": (
         {"type": "blosc", "cname": "zstd", "clevel": 6, "shuffle": 2, "blocksize": 0, "nthreads": 1},
@@ -83,6 +95,8 @@ COMPRESSIONS: dict[str, tuple[Any, Callable[[bytes], bytes]]] = {
     "zarr-xz": ({"type": "xz", "preset": None, "format": 1, "check": -1, "filters": None}, lzma.compress),
     "java-xz": ({"type": "xz", "preset": 6}, lzma.compress),
     "java-zstd": ({"type": "zstd", "level": 3, "nbWorkers": 0}, numcodecs.Zstd(3).encode),
+    "java-lz4": ({"type": "lz4", "blockSize": 65536}, lambda b: java_lz4(b, 100)),
+    "lz4-frames": ({"type": "lz4", "blockSize": 65536}, imagecodecs.lz4f_encode),
     "raw": ({"type": "raw"}, bytes),
     "as-text": ("gzip", gzip.compress),
     "upper-case": ({"type": "GZIP"}, gzip.compress),
@@ -104,7 +118,7 @@ class TestCompression:
         more = {"n5": "4.0.0", "units": ["px", "px", "px"], "axes": None, "labels": {"a": 1}, "resolution": [9, 9, 9]}
         assert_read(write(tmp_path / "v", **NM, **more), voxel_size_nm=(40.0, 8.0, 4.0))
 
-    @pytest.mark.parametrize("kind", ["lz4", "jpeg", "lzma", "", 7])
+    @pytest.mark.parametrize("kind", ["lz4hc", "jpeg", "lzma", "", 7])
     def test_others_are_refused_by_name(self, kind: Any, tmp_path: Path) -> None:
         message = refusal(write(tmp_path / "v", {"type": kind}, **NM))
         assert f"type = {json.dumps(kind)}" in message
@@ -113,6 +127,61 @@ class TestCompression:
         source = opened(write(tmp_path / "v", {"type": "gzip"}, zlib.compress, **NM))
         with pytest.raises(DamagedChunkError):
             source.read(source.info.bounds)
+
+
+class TestLz4:
+    """emsr decodes these blocks itself."""
+
+    def test_two_bytes_a_channel_of_one_and_axes_turned(self, tmp_path: Path) -> None:
+        voxels = truth(SHAPE, "uint16").transpose(2, 1, 0)[None]
+        big = voxels.astype(">u2")
+        path = write(
+            tmp_path / "v",
+            {"type": "lz4"},
+            lambda b: java_lz4(b, 300),
+            voxels=big,
+            dataType="uint16",
+            axes=["z", "y", "x", "c"],
+            resolution=[40, 8, 4, 1],
+        )
+        source = opened(path, intensity_window=(0, 65535))
+        assert source.info.voxel_size_nm == (40, 8, 4)
+        np.testing.assert_array_equal(
+            source.read(source.info.bounds), (truth(SHAPE, "uint16").astype(int) * 510 + 65535) // (2 * 65535)
+        )
+
+    def test_blocks_that_are_whole_at_the_end(self, tmp_path: Path) -> None:
+        """Some writers pad the last block of an axis."""
+        path = write(tmp_path / "v", {"type": "lz4"}, lambda b: java_lz4(b, 300), **NM)
+        part = np.zeros(BLOCK, np.uint8)
+        part[:2, :4, :2] = truth(SHAPE)[4:, 16:, 24:]
+        (path / "3/2/1").write_bytes(struct.pack(">HH3I", 0, 3, *BLOCK[::-1]) + java_lz4(part.T.tobytes("F"), 99))
+        assert_read(path)
+
+    @pytest.mark.parametrize(
+        "block",
+        [
+            b"",
+            struct.pack(">HH3I", 0, 3, 8, 8, 4),
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + java_lz4(bytes(255), 100),
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + java_lz4(bytes(257), 1000),
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + java_lz4(bytes(256), 100)[:40],
+            struct.pack(">HH3I", 0, 3, 8, 8, 3) + java_lz4(bytes(192), 100),
+            struct.pack(">HH3I", 0, 3, 8000, 8000, 4) + java_lz4(bytes(192), 100),
+            struct.pack(">HH4I", 1, 3, 8, 8, 4, 256) + java_lz4(bytes(256), 100),
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + b"LZ4Block" + b"\xff" * 30,
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + b"nothing of that kind",
+            struct.pack(">HH3I", 0, 3, 8, 8, 4) + bytes(imagecodecs.lz4f_encode(bytes(1 << 20))),
+        ],
+    )
+    def test_what_is_no_such_block_is_damage(self, block: bytes, tmp_path: Path) -> None:
+        path = write(tmp_path / "v", {"type": "lz4"}, lambda b: java_lz4(b, 300), **NM)
+        (path / "0/0/0").write_bytes(block)
+        source = opened(path, missing_chunks=FillConfig(fill=9))
+        with pytest.raises(DamagedChunkError):
+            source.read(source.info.bounds)
+        (path / "0/0/0").unlink()
+        assert (source.read(source.info.bounds)[:4, :8, :8] == 9).all()
 
 
 class TestBlocks:

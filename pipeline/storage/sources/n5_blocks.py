@@ -68,8 +68,13 @@ class WholeBlocks:
     def _heads(self, parts: Iterator[Box]) -> Iterator[tuple[str, bytes]]:
         """Key and bytes of the blocks that hold these parts; no bytes for one that is absent."""
         for part in parts:
-            position = ["0"] * len(self._level.stored_chunk)
-            for axis, index in zip(self._level.zyx, part.start // self._level.chunk, strict=True):
-                position[axis] = str(index)
-            key = "/".join([*([self._path] if self._path else []), *position])
+            key = block_key(self._level, self._path, part.start // self._level.chunk)
             yield key, self._folder.data(key) or b""
+
+
+def block_key(level: Level, path: str, position: ZYX) -> str:
+    """The key, below the url, of the block at this position (z, y, x) of the grid; `path` is the array's."""
+    stored = ["0"] * len(level.stored_chunk)
+    for axis, index in zip(level.zyx, position, strict=True):
+        stored[axis] = str(index)
+    return "/".join([*([path] if path else []), *stored])

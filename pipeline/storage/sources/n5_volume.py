@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from pipeline.storage.sources.axes import find_zyx
 from pipeline.storage.sources.metadata import Folder, Metadata, inner_path
 from pipeline.storage.sources.n5_attributes import Attributes
 from pipeline.storage.sources.n5_blocks import WholeBlocks
-from pipeline.storage.sources.voxel_array import Level, open_array
+from pipeline.storage.sources.n5_lz4 import open_lz4
+from pipeline.storage.sources.voxel_array import Level, VoxelArray, open_array
 
 _COMPRESSIONS: dict[str, dict[str, Any]] = {
     "raw": {},
@@ -29,8 +31,10 @@ _COMPRESSIONS: dict[str, dict[str, Any]] = {
     "xz": {},
     "blosc": {"cname": "zstd", "clevel": 1, "shuffle": 0},
     "zstd": {},
+    "lz4": {},
 }
-"""What tensorstore reads, and the members that it wants. Levels and the like decide nothing when a block is read."""
+"""What is read, and the members that tensorstore wants; it reads all but lz4. Levels and the like decide nothing when a
+block is read."""
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
 _MAX_LEVELS = 64
 _MAX_FOLDERS = 2000
@@ -190,8 +194,15 @@ def _level(folder: Folder, path: str, found: Metadata, groups: list[Metadata]) -
         corner_voxels=corner,
         identity=identity | {"compression": stated},
         metadata_key=(f"{path}/" if path else "") + "attributes.json",
-        opener=lambda level: WholeBlocks(folder, path, level, open_array(level)),
+        reader="imagecodecs" if readable["type"] == "lz4" else "tensorstore",
+        opener=partial(_open, folder, path, readable["type"]),
     )
+
+
+def _open(folder: Folder, path: str, compression: str, level: Level) -> VoxelArray:
+    if compression == "lz4":
+        return open_lz4(level, path)
+    return WholeBlocks(folder, path, level, open_array(level))
 
 
 def _compression(found: Metadata) -> tuple[Any, dict[str, Any]]:

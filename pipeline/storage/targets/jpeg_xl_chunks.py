@@ -11,7 +11,8 @@ from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv
-from pipeline.storage.jpeg_xl import JpegXlArray, encode
+from pipeline.storage.chunk_array import ChunkArray
+from pipeline.storage.jpeg_xl import decode, encode
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
 from pipeline.storage.volume import Uint8Array
 
@@ -24,7 +25,7 @@ def encode_chunks(level: LevelSpec, key: Callable[[ZYX], str], box: Box, voxels:
 
 def open_chunks(
     url: str, folder: str, scale: str, level: LevelSpec, key: Callable[[ZYX], str], shard_files: ShardFiles | None
-) -> JpegXlArray:
+) -> ChunkArray:
     """The stored level as (z, y, x) from (0, 0, 0). Its info lies in `folder` below the url, and calls it `scale`.
 
     Raises TargetError where it is absent or of another shape, TransientError or UserError of the store.
@@ -45,9 +46,9 @@ def open_chunks(
             f"{level.shape} (z, y, x)",
             "Give another target url",
         )
-    bounds = Box(ZYX(0, 0, 0), level.shape)
-    if shard_files is not None:
-        store, name = shard_files.open_at(url), shard_files.name
-        return JpegXlArray(what, bounds, level.chunk, "uint8", store, name)
-    store = ts.KvStore.open(kv.spec(url), context=kv.context()).result()
-    return JpegXlArray(what, bounds, level.chunk, "uint8", store, key)
+    name: Callable[[ZYX], str | bytes] = key if shard_files is None else shard_files.name
+    if shard_files is None:
+        store = ts.KvStore.open(kv.spec(url), context=kv.context()).result()
+    else:
+        store = shard_files.open_at(url)
+    return ChunkArray(what, Box(ZYX(0, 0, 0), level.shape), level.chunk, "uint8", store, name, decode)
