@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -106,12 +107,13 @@ class TestSource:
         expected[: CHUNK[0], : CHUNK[1], : CHUNK[2]] = 9
         np.testing.assert_array_equal(filled, expected)
 
-    def test_an_image_that_unpacks_to_much_more(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("compress", [False, "gzip"])
+    def test_an_image_that_unpacks_to_much_more(self, compress: str | bool, tmp_path: Path) -> None:
         """In a process of its own, whose memory does not grow: the size is compared before pixels are decoded."""
-        volume = written.by_cloud_volume(tmp_path / "v", "jxl", False)
+        volume = written.by_cloud_volume(tmp_path / "v", "jxl", compress)
         bomb = image(np.zeros((12_000, 12_000), np.uint8), effort=1)
         assert len(bomb) < 1 << 20
-        (volume.path / volume.chunk).write_bytes(bomb)
+        (volume.path / volume.chunk).write_bytes(gzip.compress(bomb) if compress else bomb)
         program = f"""
 import resource
 from pipeline.base.errors import DamagedChunkError
