@@ -344,7 +344,7 @@ class TestVoxelOffset:
         assert source.info.bounds.start.y < 0
         np.testing.assert_array_equal(source.read(source.info.bounds), volume.voxels)
 
-    @pytest.mark.parametrize("offset", [[0, 0], [0, 0, 0.5], [0, 0, 2**62], ["0", 0, 0], 0, [True, 0, 0]])
+    @pytest.mark.parametrize("offset", [[0, 0], [0, 0, 0.5], [0, 0, 2**62], ["zero", 0, 0], 0, [True, 0, 0]])
     def test_what_is_no_offset(self, offset: object, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
         edit(volume.path / "info", lambda v: at(v["scales"][0], voxel_offset=offset))
