@@ -304,6 +304,13 @@ class TestPlaces:
         assert "Give source.voxel_size_nm" in refusal(path)
         assert opened(path, voxel_size_nm=(40.0, 4.0, 4.0)).info.voxel_size_nm == (40, 4, 4)
 
+    def test_a_position_that_cannot_be_taken_is_said(self, tmp_path: Path) -> None:
+        size = (40.0, 8.0, 4.0)
+        (note,) = opened(write(tmp_path / "v", offset=[0, 0, 9]), voxel_size_nm=size).info.notes
+        assert "offset = [0, 0, 9] is not taken" in note
+        assert opened(write(tmp_path / "u", offset=[0, 0, 0]), voxel_size_nm=size).info.notes == ()
+        assert opened(write(tmp_path / "w", offset=[0, 0, 9], **NM)).info.notes == ()
+
     def test_axes_that_a_transform_states_in_another_order(self, tmp_path: Path) -> None:
         """Written from NumPy's x, y, z: N5 then stores z first."""
         transform = {"axes": ["x", "y", "z"], "units": ["nm"] * 3, "scale": [4, 8, 40], "translate": [2, 4, 20]}

@@ -53,6 +53,12 @@ class Attributes:
             corner = None if size is None else self._corner(zyx, rank, size)
         return size, corner
 
+    def notes(self, corner: Triple | None) -> tuple[str, ...]:
+        """What is stated of a position and cannot be taken, since no size with a unit stands beside it."""
+        stated = next((h.values["offset"] for h in (self.own, *self.groups) if "offset" in h), None)
+        moved = any(stated) if isinstance(stated, list) else stated is not None
+        return (f"its attribute offset = {stated} is not taken",) if moved and corner is None else ()
+
     def _transform(self) -> Metadata | None:
         """CellMap's `transform`, of the array or of its entry in the group's multiscales."""
         for holder in (self.own, *self._datasets()):

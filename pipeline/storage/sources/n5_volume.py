@@ -192,6 +192,7 @@ def _level(folder: Folder, path: str, found: Metadata, groups: list[Metadata]) -
         dtype=dtype,
         voxel_size_nm=size,
         corner_voxels=corner,
+        notes=attributes.notes(corner),
         identity=identity | {"compression": stated},
         metadata_key=(f"{path}/" if path else "") + "attributes.json",
         reader="imagecodecs" if readable["type"] == "lz4" else "tensorstore",
