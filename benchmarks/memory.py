@@ -31,6 +31,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "raw": {"format": "ome-zarr", "encoding": "raw"},
     "precomputed": {"format": "precomputed", "encoding": "raw"},
     "jpeg": {"format": "precomputed", "encoding": "jpeg"},
+    "jxl": {"format": "precomputed", "encoding": "jxl"},
 }
 SIDES = {2: (128, 128), 32: (256, 256), 64: (256, 512), 128: (512, 512)}
 """LR rows and columns of a slab of so many MiB of SR voxels, at its case's depth."""
@@ -47,7 +48,14 @@ class Case:
 
 GPEMSR = Case("blosc-zstd", 2, 2, "gpemsr", depth=2)
 """Preset small, x8. The weights are random, for memory does not depend on them."""
-FEW = [Case("blosc-zstd", 32, 1), Case("blosc-zstd", 128, 2), Case("jpeg", 64, 2), Case("precomputed", 64, 3), GPEMSR]
+FEW = [
+    Case("blosc-zstd", 32, 1),
+    Case("blosc-zstd", 128, 2),
+    Case("jpeg", 64, 2),
+    Case("jxl", 64, 2),
+    Case("precomputed", 64, 3),
+    GPEMSR,
+]
 ALL = [*(Case(*each) for each in itertools.product(TARGETS, (32, 64, 128), (1, 2, 3))), GPEMSR]
 
 

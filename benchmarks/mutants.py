@@ -29,6 +29,8 @@ SWAPPED = "tests/test_swapped_file.py"
 TARGETS = "tests/test_targets.py"
 SHARDING = "tests/test_precomputed_morton.py"
 SOURCES = "tests/test_source_metadata.py tests/test_sources.py -k 'Voxel or after_a or TestLevels'"
+N5 = "tests/test_n5.py"
+JPEG_XL = "tests/test_jpeg_xl.py"
 INTERRUPTS = "tests/test_run.py -k ctrl_c"
 COPIES = "tests/test_stragglers.py -k 'no_other_worker or has_gone'"
 WORKER = "tests/test_worker.py tests/test_bad_sections.py -k 'worker or empty_output'"
@@ -301,6 +303,25 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/storage/sources/precomputed_volume.py", SOURCES): [
         ('scale.integers("voxel_offset", 3, low=-MAX_COORDINATE) if', 'scale.integers("voxel_offset", 3) if'),
         (' if "voxel_offset" in scale else [0, 0, 0]', ""),
+    ],
+    ("pipeline/storage/sources/n5_attributes.py", N5): [
+        ("moved[axis] / scale[axis] - 0.5 for", "moved[axis] / scale[axis] for"),
+        ('names if transform.values.get("ordering") == "F" else names[::-1]', "names"),
+        ("z, y, x = (o * f / s for o, f, s in", "z, y, x = (o / s for o, f, s in"),
+        ("if factors is None and min(sizes) < _MIN_NM:", "if False:"),
+    ],
+    ("pipeline/storage/sources/n5_lz4.py", N5): [
+        ('newbyteorder(">")', 'newbyteorder("<")'),
+        ("out=most + 1)", "out=most)"),
+        ("min(stored - shape) < 0 or", "False or"),
+    ],
+    ("pipeline/storage/chunk_array.py", JPEG_XL): [
+        ("(corner + self.chunk).minimum(shape) - corner", "self.chunk"),
+        ("voxels[part.shift(origin).slices(box.start)]", "voxels[part.slices(box.start)]"),
+    ],
+    ("pipeline/storage/jpeg_xl.py", JPEG_XL): [
+        ("lossless=True, ", ""),
+        ("(data, out=voxels, numthreads=1)", "(data, numthreads=1)"),
     ],
     ("pipeline/storage/sources/ome_multiscales.py", SOURCES): [
         ("(self.scale[axis] if self.scale else 1) - 0.5 for", "(self.scale[axis] if self.scale else 1) for"),

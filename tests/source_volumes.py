@@ -227,6 +227,8 @@ def by_cloud_volume(path: Path, encoding: str = "raw", compress: str | bool | No
     info = CloudVolume.create_new_info(
         1, "image", "uint8", encoding, VOXEL_NM[::-1], OFFSET[::-1], SHAPE[::-1], chunk_size=CHUNK[::-1]
     )
+    if encoding == "jxl":
+        info["scales"][0]["jxl_quality"] = 100
     volume = CloudVolume(f"file://{path}", info=info, compress=compress, progress=False)
     for level in range(1, mips):
         volume.add_scale((2**level, 2**level, 1))
@@ -246,6 +248,31 @@ def by_cloud_volume(path: Path, encoding: str = "raw", compress: str | bool | No
         "precomputed",
         tolerance=10 if encoding == "jpeg" else 0,
     )
+
+
+def sharded_jpeg_xl(path: Path) -> Written:
+    """cloud-volume writes this too: chunks that it encodes, packed by its own shards."""
+    from cloudvolume.chunks import encode
+    from cloudvolume.datasource.precomputed.common import compressed_morton_code
+    from cloudvolume.datasource.precomputed.sharding import ShardingSpecification
+
+    volume = precomputed(path, sharded=True)
+    info = json.loads((path / "info").read_text())
+    info["scales"][0] |= {"encoding": "jxl", "jxl_quality": 100}
+    (path / "info").write_text(json.dumps(info))
+    grid = [-(-n // c) for n, c in zip(SHAPE, CHUNK, strict=True)]
+    chunks = {}
+    for at in np.ndindex(*grid):
+        part = tuple(slice(i * c, (i + 1) * c) for i, c in zip(at, CHUNK, strict=True))
+        voxels = np.asfortranarray(volume.voxels[part].T[..., None])
+        number = int(compressed_morton_code(np.array(at[::-1]), np.array(grid[::-1])))
+        chunks[number] = encode(voxels, "jxl", compression_params={"level": 100, "jxl_effort": 3})
+    for file in (path / "4_8_40").iterdir():
+        file.unlink()
+    shards = ShardingSpecification.from_dict(info["scales"][0]["sharding"]).synthesize_shards(chunks, progress=False)
+    for name, data in shards.items():
+        (path / "4_8_40" / name).write_bytes(data)
+    return volume
 
 
 _BLOSC = numcodecs.Blosc("zstd", 1, numcodecs.Blosc.BITSHUFFLE)
@@ -287,5 +314,8 @@ FORMATS: dict[str, Callable[[Path], Written]] = {
     "cloud-volume-raw-zstd": lambda p: by_cloud_volume(p, "raw", "zstd"),
     "cloud-volume-jpeg-gz": lambda p: by_cloud_volume(p, "jpeg", "gzip"),
     "cloud-volume-png-gz": lambda p: by_cloud_volume(p, "png", "gzip"),
+    "cloud-volume-jxl": lambda p: by_cloud_volume(p, "jxl", False),
+    "cloud-volume-jxl-gz": lambda p: by_cloud_volume(p, "jxl", "gzip"),
+    "cloud-volume-sharded-jxl": sharded_jpeg_xl,
 }
 """Sources promise every format and codec here."""

@@ -68,6 +68,17 @@ def test_benchmarks_run(name: str, arguments: tuple[str, ...]) -> None:
     assert benchmark(name, *arguments)
 
 
+def test_encodings_of_targets_are_compared(tmp_path: Path) -> None:
+    """jxl and blosc-zstd lose nothing, which the script itself looks at, and jxl stores less."""
+    raw = np.random.default_rng(0).integers(0, 9, (8, 256, 256)) + np.arange(256) // 2 + 60
+    tifffile.imwrite(tmp_path / "raw.tif", raw.astype(np.uint8))
+    lines = benchmark("target_encodings.py", str(tmp_path / "raw.tif"), "builtin", "32", "1").splitlines()
+    stored = {tuple(line.strip("| ").split(" | ")[:2]): float(line.strip("| ").split(" | ")[2]) for line in lines[2:]}
+    assert stored["gpemsr", "jxl"] < stored["gpemsr", "blosc-zstd"]
+    assert stored["bicubic", "jxl"] < stored["bicubic", "blosc-zstd"]
+    assert stored["gpemsr", "raw"] == 1
+
+
 def test_the_script_for_a_gpu_runs(tmp_path: Path) -> None:
     """On the day that a GPU is lent it must not be broken: every part runs to its end here, as small as it can."""
     environ = dict(os.environ) | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}

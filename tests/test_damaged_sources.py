@@ -234,6 +234,7 @@ FUZZED = [
     "precomputed-jpeg",
     "precomputed-sharded-raw",
     "cloud-volume-raw-gz",
+    "cloud-volume-jxl",
 ]
 WRONG: list[Any] = [None, "", "x", 0, -1, 3, 1.5, 2**31, 2**45, 10**30, 1e300, True, [], {}, [1], ["x"], [None]]
 WRONG += [{"a": 1}, [[1, 2, 3]], [{}], [0, 0, 0], [-1, -1, -1]]

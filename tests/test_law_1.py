@@ -45,7 +45,7 @@ def test_identical_trees_for_any_slabs_and_workers(
     assert tree(tmp_path / "sr") == undisturbed
 
 
-@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg", "jxl"])
 def test_precomputed_trees_too(encoding: str, source: Path, tmp_path: Path) -> None:
     """Also where levels are averaged from what a lossy encoding stored."""
     trees = []

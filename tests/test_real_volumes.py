@@ -82,6 +82,13 @@ TARGETS = {
     "precomputed-raw": {"target__format": "precomputed", "target__encoding": "raw", "target__shard_shape": None},
     "precomputed-png": {"target__format": "precomputed", "target__encoding": "png", "target__shard_shape": None},
     "precomputed-jpeg": {"target__format": "precomputed", "target__encoding": "jpeg", "target__shard_shape": None},
+    "precomputed-jxl": {"target__format": "precomputed", "target__encoding": "jxl", "target__shard_shape": None},
+    "precomputed-sharded-jxl": {
+        "target__format": "precomputed",
+        "target__encoding": "jxl",
+        "target__shard_shape": [2, 128, 128],
+        "target__chunk_shape": [2, 64, 64],
+    },
     "precomputed-sharded": {
         "target__format": "precomputed",
         "target__shard_shape": [2, 128, 128],

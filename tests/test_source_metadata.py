@@ -181,14 +181,14 @@ class TestRefused:
         assert "numcodecs.lzma" in refusal(tmp_path / "w", voxel_size_nm=VOXEL_NM)
 
     @pytest.mark.parametrize(
-        "encoding", ["jxl", "compressed_segmentation", "compresso", "fpzip", "kempressed", "zfpc", "crackle"]
+        "encoding", ["jpegxl", "compressed_segmentation", "compresso", "fpzip", "kempressed", "zfpc", "crackle"]
     )
     def test_precomputed_encodings(self, encoding: str, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
         edit(volume.path / "info", lambda v: at(v["scales"][0], encoding=encoding))
         message = refusal(volume)
         assert encoding in message
-        assert "raw, jpeg, png" in message
+        assert "raw, jpeg, png, jxl" in message
 
     def test_precomputed_that_is_no_image(self, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
@@ -291,6 +291,41 @@ class TestMasks:
             open_mask(MaskConfig(url=str(tmp_path / "absent")), LIKE)
 
 
+class TestPrecomputedOfOthers:
+    """What Neuroglancer reads without a word is read, and keys that it does not know decide nothing."""
+
+    def test_keys_absent_further_or_in_capitals(self, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+
+        def change(info: dict[str, Any]) -> None:
+            del info["num_channels"], info["type"]
+            info.pop("@type", None)
+            info |= {"data_type": "UINT8", "mesh": "mesh", "skeletons": None, "generation": {"tool": 1}}
+            scale = info["scales"][0]
+            scale |= {"encoding": "RAW", "hidden": True, "jxl_effort": 5, "sharding": None, "key": "/4_8_40/"}
+            scale["chunk_sizes"] += [[64, 64, 64]]
+            info["scales"] += [{"key": "later", "encoding": "of another tool"}]
+
+        edit(volume.path / "info", change)
+        source = opened(volume)
+        np.testing.assert_array_equal(source.read(source.info.bounds), volume.voxels)
+
+    def test_numbers_as_text(self, tmp_path: Path) -> None:
+        volume = written.precomputed(tmp_path / "v")
+
+        def change(info: dict[str, Any]) -> None:
+            for key in ("resolution", "size", "voxel_offset"):
+                info["scales"][0][key] = [str(number) for number in info["scales"][0][key]]
+            info["scales"][0]["chunk_sizes"] = [[str(n) for n in info["scales"][0]["chunk_sizes"][0]]]
+
+        edit(volume.path / "info", change)
+        source = opened(volume)
+        assert (source.info.voxel_size_nm, source.info.bounds.start) == (VOXEL_NM, ZYX.of(written.OFFSET))
+        np.testing.assert_array_equal(source.read(source.info.bounds), volume.voxels)
+        edit(volume.path / "info", lambda v: at(v["scales"][0], resolution=["four", 8, 40]))
+        assert 'resolution = ["four", 8, 40]' in refusal(volume)
+
+
 class TestVoxelOffset:
     """Of precomputed volumes: where voxel 0 of the data lies on the volume's grid, x first."""
 
@@ -309,7 +344,7 @@ class TestVoxelOffset:
         assert source.info.bounds.start.y < 0
         np.testing.assert_array_equal(source.read(source.info.bounds), volume.voxels)
 
-    @pytest.mark.parametrize("offset", [[0, 0], [0, 0, 0.5], [0, 0, 2**62], ["0", 0, 0], 0, [True, 0, 0]])
+    @pytest.mark.parametrize("offset", [[0, 0], [0, 0, 0.5], [0, 0, 2**62], ["zero", 0, 0], 0, [True, 0, 0]])
     def test_what_is_no_offset(self, offset: object, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
         edit(volume.path / "info", lambda v: at(v["scales"][0], voxel_offset=offset))

@@ -31,6 +31,8 @@ CARRIED = [
     "precomputed-raw",
     "precomputed-jpeg",
     "precomputed-sharded-raw",
+    "cloud-volume-jxl",
+    "cloud-volume-sharded-jxl",
 ]
 
 

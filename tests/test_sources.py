@@ -41,7 +41,8 @@ class TestEveryFormat:
         centre_at_zero = volume.path.name.startswith("ome")
         assert info.corner_nm == (tuple(-v / 2 for v in VOXEL_NM) if centre_at_zero else (0, 0, 0))
         assert info.url == f"file://{volume.path}"
-        assert info.reader == ("cloud-volume" if volume.chunk.endswith((".gz", ".br", ".zstd")) else "tensorstore")
+        plain = "imagecodecs" if "jxl" in volume.path.name else "tensorstore"
+        assert info.reader == ("cloud-volume" if volume.chunk.endswith((".gz", ".br", ".zstd")) else plain)
 
     def test_whole(self, volume: Written) -> None:
         source = opened(volume)
@@ -157,9 +158,9 @@ class TestLevels:
 
     def test_one_unreadable_scale_does_not_hide_the_others(self, tmp_path: Path) -> None:
         volume = written.precomputed(tmp_path / "v")
-        edit(volume.path / "info", lambda v: v["scales"].append(v["scales"][0] | {"key": "x", "encoding": "jxl"}))
+        edit(volume.path / "info", lambda v: v["scales"].append(v["scales"][0] | {"key": "x", "encoding": "compresso"}))
         assert opened(volume).read(Box.at(ZYX.of(OFFSET), ZYX(1, 1, 1))).size == 1
-        assert "jxl" in refusal(volume, mip=1)
+        assert "compresso" in refusal(volume, mip=1)
 
     def test_array_inside_a_group(self, tmp_path: Path) -> None:
         ome = written.ome(tmp_path / "o", "0.5")

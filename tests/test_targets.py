@@ -37,6 +37,7 @@ CASES = [
     ("precomputed", "raw"),
     ("precomputed", "png"),
     ("precomputed", "jpeg"),
+    ("precomputed", "jxl"),
 ]
 
 
@@ -152,7 +153,8 @@ def test_keys_are_those_of_the_encoded_objects(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "jpeg")]
+    ("form", "encoding"),
+    [("ome-zarr", "blosc-zstd"), ("precomputed", "raw"), ("precomputed", "jpeg"), ("precomputed", "jxl")],
 )
 def test_the_same_bytes_whatever_else_runs_and_however_the_box_is_cut(form: str, encoding: str) -> None:
     target = open_target(small("file:///nowhere", form, encoding))
@@ -230,7 +232,13 @@ def test_half_a_shard_is_damage_not_absence(tmp_path: Path, form: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "encoding"),
-    [("ome-zarr", "blosc-zstd"), ("ome-zarr", "zstd"), ("precomputed", "jpeg"), ("precomputed", "raw")],
+    [
+        ("ome-zarr", "blosc-zstd"),
+        ("ome-zarr", "zstd"),
+        ("precomputed", "jpeg"),
+        ("precomputed", "jxl"),
+        ("precomputed", "raw"),
+    ],
 )
 def test_a_cut_object_is_damage(tmp_path: Path, form: str, encoding: str) -> None:
     target = open_target(small(tmp_path.as_uri(), form, encoding))
@@ -384,7 +392,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.stop()
 
 
-@pytest.mark.parametrize(("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("precomputed", "jpeg")])
+@pytest.mark.parametrize(
+    ("form", "encoding"), [("ome-zarr", "blosc-zstd"), ("precomputed", "jpeg"), ("precomputed", "jxl")]
+)
 def test_the_same_objects_on_s3(tmp_path: Path, s3: Any, form: str, encoding: str) -> None:
     """One PUT per object; what lies there, copied to a folder by boto3, is what the independent reader reads."""
     url = "s3://bucket/some/volume"

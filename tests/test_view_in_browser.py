@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import zarr
+from cloudvolume import CloudVolume
 from conftest import GUARD_S
 from numpy.typing import NDArray
 from PIL import Image
@@ -46,6 +47,10 @@ from test_view import (
     write_precomputed,
     write_yaml,
 )
+
+from pipeline.base.geometry import ZYX, Box
+from pipeline.plan.target_spec import LevelSpec, TargetSpec
+from pipeline.storage.targets.open import open_target
 
 
 @dataclass
@@ -285,5 +290,25 @@ def test_precomputed_source_with_packed_chunk_files(browser: Browser, tmp_path: 
         chunk.with_name(f"{chunk.name}.gz").write_bytes(gzip.compress(chunk.read_bytes()))
         chunk.unlink()
     write_precomputed(tmp_path / "sr", SR, SR_VOXEL, (20, -16 * SCALE, 30 * SCALE), sharded=False)
+    volume = write_yaml(tmp_path, "url: precomputed://lr", "url: sr, format: precomputed")
+    check_coincide(browser, volume, tmp_path, layers=2)
+
+
+def test_jpeg_xl_source_and_sharded_jpeg_xl_target(browser: Browser, tmp_path: Path) -> None:
+    """cloud-volume writes the source; the target is emsr's own. Neuroglancer has a decoder of its own."""
+    info = CloudVolume.create_new_info(
+        1, "image", "uint8", "jxl", VOXEL[::-1], (0, 0, 0), LR_SHAPE[::-1], chunk_size=(64, 64, 2)
+    )
+    info["scales"][0]["jxl_quality"] = 100
+    source = CloudVolume(f"file://{tmp_path}/lr", info=info, progress=False)
+    source.commit_info()
+    source[:, :, :] = LR.T[..., None]
+    shape, chunk = ZYX.of(SR.shape), ZYX(2, 64, 64)
+    level = LevelSpec(shape, chunk, ZYX(2, 128, 128))
+    target = open_target(
+        TargetSpec((tmp_path / "sr").as_uri(), "precomputed", "jxl", SCALE, SR_VOXEL, (0, 0, 0), (level,), None)
+    )
+    target.create()
+    target.put(target.encode(0, Box(ZYX(0, 0, 0), shape), SR))
     volume = write_yaml(tmp_path, "url: precomputed://lr", "url: sr, format: precomputed")
     check_coincide(browser, volume, tmp_path, layers=2)

@@ -239,6 +239,13 @@ _ZARRAY = {"shape": [16, 16, 32], "chunks": [8, 8, 8], "order": "C", "fill_value
             {"attributes.json": {"dimensions": [9, 9, 9], "resolution": [4, 4, 40], "units": ["nanometer"] * 3}},
             "the unit nanometer",
         ),
+        ({"attributes.json": {"dimensions": [9, 9, 9], "compression": "gzip"}}, "a compression that is text"),
+        (
+            {"attributes.json": {"dimensions": [9, 9, 9], "resolution": [4, 4, 40], "units": "nm"}},
+            "units that are text",
+        ),
+        ({"attributes.json": {"dimensions": [9, 9, 9], "axes": [{"name": "x"}]}}, "axes that are no words"),
+        ({"info": {"scales": [{"resolution": ["4", "4", "40"], "size": ["9", 9, 9], "encoding": "jxl"}]}}, None),
     ],
 )
 def test_what_neuroglancer_cannot_show_is_said(docs: Docs, words: str | None) -> None:

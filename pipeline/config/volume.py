@@ -142,7 +142,7 @@ class TargetConfig(_Model):
     format: Literal["ome-zarr", "precomputed"] = "ome-zarr"
     chunk_shape: ShapeField | None = None
     shard_shape: ShapeField | None = None
-    encoding: Literal["raw", "zstd", "blosc-zstd", "jpeg", "png"] | None = None
+    encoding: Literal["raw", "zstd", "blosc-zstd", "jpeg", "png", "jxl"] | None = None
     mips: Literal["auto"] | Annotated[StrictInt, Field(ge=1, le=16)] = "auto"
     fidelity: StrictBool = True
     access: AccessConfig = AccessConfig()
@@ -157,7 +157,7 @@ class TargetConfig(_Model):
 
 ENCODINGS: dict[str, tuple[str, ...]] = {
     "ome-zarr": ("blosc-zstd", "zstd", "raw"),
-    "precomputed": ("raw", "jpeg", "png"),
+    "precomputed": ("raw", "jpeg", "png", "jxl"),
 }
 """The encodings of each format, its default first. storage/targets/ has a module for each format, which writes them."""
 

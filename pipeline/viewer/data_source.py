@@ -205,8 +205,8 @@ def _coding(compressor: dict[str, Any] | None, key: str) -> str | None:
 def _precomputed(path: str, info: dict[str, Any], level: int) -> Native:
     fine, scale = info["scales"][0], info["scales"][level]
     voxel = _triple(fine["resolution"][::-1])
-    step = _triple([s / f for s, f in zip(scale["resolution"][::-1], voxel, strict=True)])
-    offset = (scale.get("voxel_offset") or [0, 0, 0])[::-1]
+    step = _triple([s / f for s, f in zip(_triple(scale["resolution"][::-1]), voxel, strict=True)])
+    offset = _triple((scale.get("voxel_offset") or [0, 0, 0])[::-1])
     return Native(
         "precomputed",
         path,
@@ -214,7 +214,7 @@ def _precomputed(path: str, info: dict[str, Any], level: int) -> Native:
         voxel,
         _triple([o * s for o, s in zip(offset, step, strict=True)]),
         step,
-        ZYX.of(scale["size"][::-1]),
+        ZYX.of([int(float(n)) for n in scale["size"][::-1]]),
     )
 
 
@@ -243,12 +243,18 @@ def _n5(get: Get, path: str, level: int | None) -> Native | None:
         raise ValueError(f"s{level}/attributes.json is absent")
     size = array["dimensions"]
     pixel = merged.get("pixelResolution") or {}
-    unreadable = _coding(array.get("compression") or {"type": array.get("compressionType", "raw")}, "type")
+    compression = array.get("compression") or {"type": array.get("compressionType", "raw")}
+    unreadable = _coding(compression, "type") if isinstance(compression, dict) else "a compression that is text"
     if not isinstance(pixel, dict):
         pixel, unreadable = {}, "a pixelResolution that is a list"
     voxel: Any = pixel.get("dimensions") or merged.get("resolution")
     units = [pixel["unit"]] * len(size) if pixel.get("unit") else merged.get("units") or ["nm"] * len(size)
-    names = merged.get("axes") or ["x", "y", "z", "t", "c"][: len(size)]
+    names = merged.get("axes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        unreadable = "axes that are no words" if names else unreadable
+        names = ["x", "y", "z", "t", "c"][: len(size)]
+    if isinstance(units, str):
+        units, unreadable = [units] * len(size), "units that are text"
     zyx = _spatial(names, x_first=True)
     strange = [units[i] for i in zyx if units[i] not in _N5_NM]
     if strange:

@@ -21,13 +21,15 @@ from pipeline.worker.job import Job, Question, Runtime
 
 _LIBRARIES = ("torchvision", "numpy", "tensorstore")
 """Beside torch they make the bytes of a target: the network's operators, its arrays, the encoder."""
+_ENCODERS = {"jxl": ("imagecodecs",)}
+"""Those that encode besides. Only their own targets name them: a runtime is compared with those of earlier runs."""
 
 
 @functools.cache
-def runtime() -> Runtime:
-    """What this process computes with."""
+def runtime(encoding: str) -> Runtime:
+    """What this process computes a target of this encoding with."""
     found = [f"torch {device.torch_version()}"]
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *_ENCODERS.get(encoding, ())):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -64,9 +66,9 @@ def refuse_other_emsr(job: Job) -> None:
             "the same commit in every process",
             "Install it there, and restart the worker",
         )
-    if job.runtimes and runtime() not in job.runtimes:
+    if job.runtimes and runtime(job.target.encoding) not in job.runtimes:
         raise ClusterError(
-            f"it computes with {runtime()}, this run with {' or '.join(map(str, job.runtimes))}",
+            f"it computes with {runtime(job.target.encoding)}, this run with {' or '.join(map(str, job.runtimes))}",
             "the same libraries and kind of device in every worker",
             "Leave it out, or set cluster.mixed: true",
         )

@@ -79,7 +79,7 @@ def check_worker(job: Job, question: Question) -> Fitness:
     def check() -> None:
         opened = _opened(job)
         refuse_other_place(job, question, opened.source)
-        found.append(Fitness(runtime(), opened.base_bytes, freezes))
+        found.append(Fitness(runtime(job.target.encoding), opened.base_bytes, freezes))
 
     stall = watchdog.run_watched(check, job.stall_s, teller(job.run))
     if stall is not None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.base.errors import DamagedChunkError, EmsrError, MissingChunkError, SourceError, TransientError
-from pipeline.base.geometry import Box, grid_parts
+from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.config.urls import local_path
-from pipeline.storage import kv
-from pipeline.storage.sources.unpacked_size import exceeds
+from pipeline.storage import jpeg_xl, kv
+from pipeline.storage.sources.unpacked_size import exceeds, unpacked
 from pipeline.storage.sources.voxel_array import Level, Pending, VoxelArray, Voxels, first_line, item_bytes
 
 _SLACK_BYTES = 1 << 20
@@ -86,6 +86,27 @@ class _CloudVolumeArray:
                     f"{self._level.place} at voxels {box}: {path.name} unpacks to more than {most:,} bytes, some twice "
                     "what a chunk has"
                 )
+        if self._level.identity["encoding"] == "jxl":
+            self._refuse_other_images(box)
+
+    def _refuse_other_images(self, box: Box) -> None:
+        """Raises DamagedChunkError where a chunk of `box` is an image of another size, which may be any. The images
+        are decoded twice by this: cloud-volume compresses such files again only where it is told to.
+        """
+        origin = self._level.bounds.start
+        for part in grid_parts(Box(box.start - origin, box.stop - origin), self._level.chunk):
+            position = part.start // self._level.chunk
+            start = position * self._level.chunk
+            shape = (start + self._level.chunk).minimum(self._level.bounds.shape) - start
+            for suffix in ("", *SUFFIXES):
+                path = self._folder / f"{chunk_name(self._level, position)}{suffix}"
+                if not path.exists():
+                    continue
+                try:
+                    image = unpacked(path)
+                except Exception:  # damaged: cloud-volume says how
+                    continue
+                jpeg_xl.decode(image, shape, f"{self._level.place}: {path.name}", self._level.dtype)
 
     def _classify(self, error: Exception, box: Box) -> EmsrError:
         if isinstance(error, EmsrError):
@@ -113,8 +134,13 @@ class _CloudVolumeArray:
 
 def chunk_names(level: Level, box: Box) -> Iterator[str]:
     """The file names, without suffix, of the chunks that `box` touches."""
-    origin, last = level.bounds.start, level.bounds.stop
+    origin = level.bounds.start
     for part in grid_parts(Box(box.start - origin, box.stop - origin), level.chunk):
-        start = part.start // level.chunk * level.chunk + origin
-        stop = (start + level.chunk).minimum(last)
-        yield f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"
+        yield chunk_name(level, part.start // level.chunk)
+
+
+def chunk_name(level: Level, position: ZYX) -> str:
+    """The file name, without suffix, of the chunk at this position of the grid."""
+    start = position * level.chunk + level.bounds.start
+    stop = (start + level.chunk).minimum(level.bounds.stop)
+    return f"{start.x}-{stop.x}_{start.y}-{stop.y}_{start.z}-{stop.z}"

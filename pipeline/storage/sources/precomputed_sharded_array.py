@@ -24,18 +24,27 @@ def open_sharded(level: Level, sharding: dict[str, Any], key: str) -> VoxelArray
 
     Raises SourceError where tensorstore refuses them.
     """
+    return _ShardedArray(level, open_array(level), shard_store(level, sharding, key))
+
+
+def shard_store(level: Level, sharding: dict[str, Any], key: str) -> ts.KvStore:
+    """The level's chunks by `stored_name`. Raises SourceError where tensorstore refuses the sharding."""
     base = kv.spec(level.url)
     base |= {"path": f"{base['path']}{key}/"}
     spec = {"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": sharding}
     try:
-        shards = ts.KvStore.open(spec, context=kv.context()).result()
+        return ts.KvStore.open(spec, context=kv.context()).result()
     except Exception as error:
         raise SourceError(
             f"{level.place} cannot be read: {first_line(error)}",
             "sharding that tensorstore reads",
             "Write the volume again",
         ) from error
-    return _ShardedArray(level, open_array(level), shards)
+
+
+def stored_name(level: Level, position: ZYX) -> bytes:
+    """tensorstore's key, in a store of shards, of the chunk at this position of the grid: its number in 8 bytes."""
+    return struct.pack(">Q", chunk_number(level.bounds.shape.ceil_div(level.chunk), position))
 
 
 class _ShardedArray:
@@ -56,10 +65,9 @@ class _ShardedArray:
 
     def _look_up_zeros(self, voxels: Voxels, box: Box) -> None:
         chunk, origin = self._level.chunk, self._level.bounds.start
-        grid = self._level.bounds.shape.ceil_div(chunk)
         here = box.shift(ZYX(0, 0, 0) - origin)
         zeros = [part.start // chunk for part in grid_parts(here, chunk) if not voxels[part.slices(here.start)].any()]
-        for position, found in [(p, self._shards.read(struct.pack(">Q", chunk_number(grid, p)))) for p in zeros]:
+        for position, found in [(p, self._shards.read(stored_name(self._level, p))) for p in zeros]:
             try:
                 with waiting(f"{self._level.place} at chunk {position}"):
                     stored = found.result().state == "value"

@@ -14,13 +14,23 @@ from pipeline.base.errors import SourceError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.limits import MAX_MINISHARD_BITS
 from pipeline.config.urls import local_path
+from pipeline.storage import jpeg_xl
 from pipeline.storage.sources.cloud_volume_array import SUFFIXES, chunk_names, open_by_cloud_volume
 from pipeline.storage.sources.metadata import MAX_COORDINATE, Folder, Metadata
+from pipeline.storage.sources.precomputed_jpeg_xl import open_jpeg_xl
 from pipeline.storage.sources.precomputed_sharded_array import open_sharded
 from pipeline.storage.sources.voxel_array import Level, VoxelArray, open_array
 
 _DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32")
-_IMAGES = ("raw", "jpeg", "png")
+_IMAGES = ("raw", "jpeg", "png", "jxl")
+_PACKAGES = {
+    "fpzip": "fpzip",
+    "kempressed": "fpzip",
+    "zfpc": "zfpc",
+    "compresso": "compresso",
+    "crackle": "crackle-codec",
+}
+"""Encodings of cloud-volume's that are not read, with the packages that it needs for them."""
 _SHARDING = (
     "@type",
     "preshift_bits",
@@ -52,12 +62,13 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
             "levels chosen by source.mip",
             "Take source.array away",
         )
-    if info.text("type", "image or segmentation") not in ("image", "segmentation"):
+    content = info.text("type", "image or segmentation").lower() if "type" in info else "image"
+    if content not in ("image", "segmentation"):
         raise info.wrong("type", "image or segmentation")
     dtype = info.text("data_type").lower()
     if dtype not in _DTYPES:
         raise info.wrong("data_type", f"one of {', '.join(_DTYPES)}")
-    if info.integer("num_channels", low=1) != 1:
+    if "num_channels" in info and info.integer("num_channels", low=1) != 1:
         raise info.wrong(
             "num_channels", "1: one grey volume, no colour image", "Store one channel as a volume of its own"
         )
@@ -67,16 +78,36 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
             f"{folder.url} has {len(scales)} level{'s' * (len(scales) > 1)}, source.mip is {mip}",
             f"0 to {len(scales) - 1}",
         )
-    return _level(folder, scales[mip], mip, info, dtype)
+    volume = {"type": content, "data_type": dtype, "num_channels": 1}
+    return _level(folder, _with_numbers(scales[mip]), mip, info, volume)
 
 
-def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str) -> Level:
+def _with_numbers(scale: Metadata) -> Metadata:
+    """The scale with numbers in place of the texts that Neuroglancer takes for them ("4.0")."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, list):
+            return [number(v) for v in value]
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    keys = ("resolution", "size", "voxel_offset", "chunk_sizes")
+    return Metadata(dict(scale.values) | {key: number(scale.values[key]) for key in keys if key in scale}, scale.place)
+
+
+def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, volume: dict[str, Any]) -> Level:
     key = scale.text("key").strip("/")
     encoding = scale.text("encoding").lower()
-    labels = info.values["type"] == "segmentation"
+    labels, dtype = volume["type"] == "segmentation", volume["data_type"]
     known = (*_IMAGES, "compressed_segmentation") if labels else _IMAGES
     if encoding not in known:
-        raise scale.wrong("encoding", f"one of {', '.join(known)}", "Re-encode it, e.g. with cloud-volume or igneous")
+        package = f" (which needs pip install {_PACKAGES[encoding]})" if encoding in _PACKAGES else ""
+        do = f"Copy it with cloud-volume{package}: vol.transfer_to(new_url, vol.bounds, encoding='raw')"
+        raise scale.wrong("encoding", f"one of {', '.join(known)}", do)
+    if encoding == "jxl" and dtype not in jpeg_xl.DTYPES:
+        raise info.wrong("data_type", f"{' or '.join(jpeg_xl.DTYPES)} in JPEG XL")
     size = scale.integers("size", 3, low=1)
     offset = scale.integers("voxel_offset", 3, low=-MAX_COORDINATE) if "voxel_offset" in scale else [0, 0, 0]
     chunk = _chunk(scale)
@@ -94,11 +125,12 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         stored["sharding"] = sharding
     if encoding == "compressed_segmentation":
         stored["compressed_segmentation_block_size"] = scale.integers("compressed_segmentation_block_size", 3, low=1)
-    volume = {"type": info.text("type"), "data_type": dtype, "num_channels": 1}
     suffixed = sharding is None and _has_suffixes(folder.url, key)
     opener: Callable[[Level], VoxelArray] = open_array
     if suffixed:
         opener = functools.partial(open_by_cloud_volume, info=info.values, mip=mip, key=key)
+    elif encoding == "jxl":
+        opener = functools.partial(open_jpeg_xl, sharding=sharding, key=key)
     elif sharding is not None:
         opener = functools.partial(open_sharded, sharding=sharding, key=key)
     start = _zyx(offset)
@@ -125,7 +157,7 @@ def _level(folder: Folder, scale: Metadata, mip: int, info: Metadata, dtype: str
         corner_voxels=(0.0, 0.0, 0.0),
         labels=labels,
         sharded=sharding is not None,
-        reader="cloud-volume" if suffixed else "tensorstore",
+        reader="cloud-volume" if suffixed else "imagecodecs" if encoding == "jxl" else "tensorstore",
         opener=opener,
     )
     if suffixed or sharding is not None:

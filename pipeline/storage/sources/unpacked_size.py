@@ -27,6 +27,11 @@ def exceeds(path: Path, most: int) -> bool:
     return False
 
 
+def unpacked(path: Path) -> bytes:
+    """The file's bytes, unpacked; for one that does not exceed a bound. Raises as `exceeds` does."""
+    return b"".join(_blocks(path))
+
+
 def _blocks(path: Path) -> Iterator[bytes]:
     if path.suffix == ".br":
         import brotli

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,12 @@ from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
 from pipeline.base.waits import waiting
 from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv, requests
+from pipeline.storage.targets.jpeg_xl_chunks import encode_chunks, open_chunks
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
 from pipeline.storage.volume import Uint8Array
+
+Reader = Callable[[Box], Uint8Array]
+"""Gives the stored voxels of a box of an array. Raises MissingChunkError, DamagedChunkError, TransientError."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class StoredArray:
     encoding. `view` turns the opened array into (z, y, x) from (0, 0, 0). `key` gives the object's key, below the
     target's url, of the shard at a position (z, y, x) in the grid of shards; `position` is its reverse, None for a key
     that is not of the form of such keys. With `shard_files`, `known` describes single chunks, which are packed into
-    shards afterwards.
+    shards afterwards. `jpeg_xl` is the scale's key where its chunks are JPEG XL images, of which tensorstore knows
+    nothing: `stored` and `known` are not used.
     """
 
     level: LevelSpec
@@ -43,6 +49,7 @@ class StoredArray:
     key: Callable[[ZYX], str]
     position: Callable[[str], ZYX | None]
     shard_files: ShardFiles | None = None
+    jpeg_xl: str | None = None
 
 
 def _check_whole_shards(level: LevelSpec, box: Box) -> None:
@@ -69,19 +76,30 @@ def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]
     _check_whole_shards(array.level, box)
     if voxels.dtype != np.uint8 or voxels.shape != tuple(box.shape):
         raise ValueError(f"voxels are {voxels.dtype} {voxels.shape}, box {box} takes uint8 {box.shape}")
+    if array.jpeg_xl is not None:
+        chunk_key = array.shard_files.chunk_key if array.shard_files else array.key
+        objects = encode_chunks(array.level, chunk_key, box, voxels)
+    else:
+        objects = _by_tensorstore(array, box, voxels)
+    return array.shard_files.pack(box, objects) if array.shard_files else objects
+
+
+def _by_tensorstore(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
     context = private_context()
     memory = {"kvstore": {"driver": "memory", "path": array.folder}, "store_data_equal_to_fill_value": True}
     target = ts.open(memory | array.known, open=True, assume_metadata=True, context=context).result()
     array.view(target)[box.slices()].write(voxels, can_reference_source_data_indefinitely=True).result()
-    objects = stored_objects(context)
-    return array.shard_files.pack(box, objects) if array.shard_files else objects
+    return stored_objects(context)
 
 
-def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
-    """Open the stored array for reading, as (z, y, x) from (0, 0, 0).
+def open_stored(url: str, array: StoredArray) -> Reader:
+    """Open the stored array for reading: the result gives the voxels of a box, (z, y, x) from (0, 0, 0).
 
     Raises TargetError where it is absent or of another shape, TransientError or UserError of the store.
     """
+    if array.jpeg_xl is not None:
+        chunks = open_chunks(url, array.folder, array.jpeg_xl, array.level, array.key, array.shard_files)
+        return lambda box: chunks.start(box)()
     what = f"{url}/{array.folder}".rstrip("/")
     root = kv.spec(url)
     try:
@@ -99,11 +117,11 @@ def open_stored(url: str, array: StoredArray) -> ts.TensorStore:
         raise TargetError(
             f"target {what} holds an array of {view.shape}", f"{array.level.shape}", "Give another target url"
         )
-    return view
+    return partial(_read_stored, url, array, view)
 
 
-def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, absent: int | None) -> Uint8Array:
-    """The voxels of `box` (z, y, x), read through `view`, which open_stored returned.
+def read(store: kv.Store, array: StoredArray, reader: Reader, box: Box, absent: int | None) -> Uint8Array:
+    """The voxels of `box` (z, y, x), read by `reader`, which open_stored returned.
 
     A shard without an object is filled with `absent` where that is given, else MissingChunkError. With `absent`, a
     stored shard that lacks one of its chunks is DamagedChunkError: it is never filled.
@@ -111,14 +129,14 @@ def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, ab
     if not Box(ZYX(0, 0, 0), array.level.shape).contains(box):
         raise ValueError(f"box {box} is outside the array of {array.level.shape}")
     try:
-        return _read_all(store, array, view, box)
+        return _read_all(array, reader, box)
     except MissingChunkError:
         if absent is None:
             raise
     out = np.full(tuple(box.shape), absent, np.uint8)
     for piece in grid_parts(box, array.level.shard):
         try:
-            out[piece.slices(box.start)] = _read_all(store, array, view, piece)
+            out[piece.slices(box.start)] = _read_all(array, reader, piece)
         except MissingChunkError as error:
             key = array.key(piece.start // array.level.shard)
             if store.get(key) is not None:
@@ -126,21 +144,25 @@ def read(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box, ab
     return out
 
 
-def _read_all(store: kv.Store, array: StoredArray, view: ts.TensorStore, box: Box) -> Uint8Array:
+def _read_all(array: StoredArray, reader: Reader, box: Box) -> Uint8Array:
     requests.READS.take(chunk_count(box, array.level.chunk))
+    return reader(box)
+
+
+def _read_stored(url: str, array: StoredArray, view: ts.TensorStore, box: Box) -> Uint8Array:
     try:
-        with kv.waiting_for_voxels(f"{store.url}/{array.folder} {box}", box.size):
+        with kv.waiting_for_voxels(f"{url}/{array.folder} {box}", box.size):
             voxels: Uint8Array = np.asarray(view[box.slices()].read(order="C").result())
         holes = (
             []
             if array.shard_files is None
-            else array.shard_files.lacks(store.url, _zero_chunks(array.level.chunk, box, voxels))
+            else array.shard_files.lacks(url, _zero_chunks(array.level.chunk, box, voxels))
         )
     except Exception as error:
-        raise kv.classify(error, f"{store.url}/{array.folder} {box}") from error
+        raise kv.classify(error, f"{url}/{array.folder} {box}") from error
     if holes:
         raise MissingChunkError(
-            f"{store.url}/{array.folder} {box}: {len(holes)} chunks are missing, the first is {holes[0]} of the grid"
+            f"{url}/{array.folder} {box}: {len(holes)} chunks are missing, the first is {holes[0]} of the grid"
         )
     return voxels
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-import tensorstore as ts
-
 from pipeline.base.errors import DataError, TargetError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.waits import heartbeat, waiting
@@ -66,7 +64,7 @@ class StoredTarget:
         _check_levels(spec)
         self._spec = spec
         self._arrays: dict[int, StoredArray] = _FORMATS[spec.format].arrays(spec)
-        self._views: dict[int, ts.TensorStore] = {}
+        self._readers: dict[int, encode.Reader] = {}
 
     def __reduce__(self) -> tuple[type[StoredTarget], tuple[TargetSpec]]:
         return type(self), (self._spec,)
@@ -140,9 +138,9 @@ class StoredTarget:
 
     def read(self, level: int, box: Box, absent: int | None = None) -> Uint8Array:
         array = self._array(level)
-        if level not in self._views:
-            self._views[level] = encode.open_stored(self._spec.url, array)
-        return encode.read(self._store, array, self._views[level], box, absent)
+        if level not in self._readers:
+            self._readers[level] = encode.open_stored(self._spec.url, array)
+        return encode.read(self._store, array, self._readers[level], box, absent)
 
     def _array(self, level: int) -> StoredArray:
         if level not in self._arrays:

@@ -43,25 +43,29 @@ class ShardFiles:
             files = shards.with_transaction(transaction)
             positions = (tile.start // self.level.chunk for tile in grid_parts(box, self.level.chunk))
             for written in [
-                files.write(self._name(position), chunks[self.chunk_key(position)]) for position in positions
+                files.write(self.name(position), chunks[self.chunk_key(position)]) for position in positions
             ]:
                 written.result()
         return stored_objects(context)
 
     def lacks(self, url: str, positions: Iterable[ZYX]) -> list[ZYX]:
         """Those grid positions (z, y, x) whose chunks are in no shard file of the volume at `url`."""
-        base = kv.spec(url)
-        shards = self._open(base | {"path": base["path"] + self.folder}, kv.context())
-        found = [(position, shards.read(self._name(position))) for position in positions]
+        shards = self.open_at(url)
+        found = [(position, shards.read(self.name(position))) for position in positions]
         with waiting(f"{url}/{self.folder}"):
             return [position for position, future in found if future.result().state != "value"]
+
+    def open_at(self, url: str) -> ts.KvStore:
+        """The chunks of the volume at `url`, by `name`."""
+        base = kv.spec(url)
+        return self._open(base | {"path": base["path"] + self.folder}, kv.context())
 
     def _open(self, base: dict[str, Any], context: ts.Context) -> ts.KvStore:
         return ts.KvStore.open(
             {"driver": "neuroglancer_uint64_sharded", "base": base, "metadata": self.sharding}, context=context
         ).result()
 
-    def _name(self, position: ZYX) -> bytes:
+    def name(self, position: ZYX) -> bytes:
         """tensorstore's key of a chunk in shards: the chunk's number in 8 bytes, big endian."""
         return struct.pack(">Q", chunk_number(self.level.shape.ceil_div(self.level.chunk), position))
 

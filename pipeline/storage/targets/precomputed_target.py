@@ -22,6 +22,7 @@ import tensorstore as ts
 from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
+from pipeline.storage import jpeg_xl
 from pipeline.storage import precomputed_morton as sharding
 from pipeline.storage.targets.encode import StoredArray
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles
@@ -134,6 +135,12 @@ def _scale(level: LevelSpec, voxel_size_nm: tuple[float, float, float], offset: 
         "chunk_size": _xyz(level.chunk),
         "encoding": encoding,
     }
+    if encoding == "jxl" and not _fits_jpeg_xl(level.chunk):
+        raise TargetError(
+            f"chunk_shape {level.chunk} is too large for jxl",
+            f"x, and z times y, up to {jpeg_xl.MAX_EDGE}, and {jpeg_xl.MAX_PIXELS} voxels",
+            "Use smaller chunks",
+        )
     if encoding == "jpeg":
         if max(level.chunk.x, level.chunk.y * level.chunk.z) > _JPEG_EDGE:
             raise TargetError(
@@ -145,6 +152,10 @@ def _scale(level: LevelSpec, voxel_size_nm: tuple[float, float, float], offset: 
     if level.shard != level.chunk:
         scale["sharding"] = _sharding(level)
     return scale
+
+
+def _fits_jpeg_xl(chunk: ZYX) -> bool:
+    return max(chunk.x, chunk.y * chunk.z) <= jpeg_xl.MAX_EDGE and chunk.product <= jpeg_xl.MAX_PIXELS
 
 
 def _sharding(level: LevelSpec) -> dict[str, Any]:
@@ -178,11 +189,12 @@ def _array(folder: str, scale: dict[str, Any], level: LevelSpec) -> StoredArray:
     scale_folder = f"{folder}{scale['key']}/"
     chunk_key = partial(_chunk_key, scale_folder, level, ZYX(z, y, x))
     chunk_position = partial(_chunk_position, scale_folder, level, ZYX(z, y, x))
+    image = scale["key"] if scale["encoding"] == "jxl" else None
     if "sharding" not in scale:
-        return StoredArray(level, folder, stored, known, _as_zyx, chunk_key, chunk_position)
+        return StoredArray(level, folder, stored, known, _as_zyx, chunk_key, chunk_position, jpeg_xl=image)
     files = ShardFiles(level, scale_folder, scale["sharding"], chunk_key)
     key, position = partial(_shard_key, scale_folder, level), partial(_shard_position, scale_folder, level)
-    return StoredArray(level, folder, stored, known, _as_zyx, key, position, files)
+    return StoredArray(level, folder, stored, known, _as_zyx, key, position, files, image)
 
 
 def _as_zyx(array: ts.TensorStore) -> ts.TensorStore:
