@@ -131,6 +131,8 @@ def classify(error: BaseException, what: str) -> EmsrError:
             "",
             "Free some space there, then run the same command again: what is written is kept",
         )
+    if code == "NOT_FOUND" and reason.startswith("Cannot list non-directory"):
+        return folder_refuses(errno.ENOTDIR, what)
     if code == "NOT_FOUND":
         return MissingChunkError(f"{what}: {text}")
     if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or isinstance(error, PermissionError):
@@ -298,7 +300,7 @@ class Store:
                 keys = self._kv.list(key_range).result()
         except Exception as error:
             raise classify(error, f"listing {self.url}") from error
-        return sorted(name for name in map(bytes.decode, keys) if not files.is_own(name))
+        return sorted(name for key in keys if not files.is_own(name := key.decode(errors="backslashreplace")))
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
         """Whether there is no key at all. `likely` keys are read first, so that the answer of a large store is quick.
@@ -312,7 +314,8 @@ class Store:
         listing = self._kv.list()
         try:
             with waiting(f"a list of {self.url}"):
-                return all(files.is_own(key.decode()) for key in listing.result(timeout=LIST_SECONDS))
+                keys = listing.result(timeout=LIST_SECONDS)
+            return all(files.is_own(key.decode(errors="backslashreplace")) for key in keys)
         except TimeoutError:
             listing.cancel()
             return False
