@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from conftest import GUARD_S, REPOSITORY, texture, tree, volume_yaml, write_lr
 
+from pipeline.base.errors import ClusterError
+from pipeline.process import children
+
 PYTHON = sys.executable
 
 # (what is amiss, a line of bash in which $EMSR is the command, words of the message)
@@ -144,3 +147,28 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(place: Path) -> None:
     done = said_by("set -o pipefail; $EMSR status v.yaml | true", place)
     assert done.returncode == 1
     assert not done.stderr
+
+
+def test_a_machine_that_does_not_reach_itself_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "LOOPBACK", "192.0.2.1")  # of no machine (RFC 5737)
+    with pytest.raises(ClusterError, match=r"does not reach itself at 192\.0\.2\.1 .*ip link set lo up"):
+        children.refuse_without_loopback()
+
+
+def test_the_end_of_the_time_on_a_processor_is_told_once(place: Path) -> None:
+    """The kernel repeats the signal each second, and would kill a command that is closing what it has open."""
+    (place / "spins.py").write_text(
+        "import time\n"
+        "from pipeline.base.command import guarded\n"
+        "def work():\n"
+        "    try:\n"
+        "        while True: pass\n"
+        "    finally:\n"
+        "        while time.process_time() < 3.2: pass\n"
+        "print(guarded(work))\n"
+        "while time.process_time() < 4.4: pass\n"
+    )
+    done = said_by("ulimit -St 1; $PYTHON spins.py", place)
+    (place / "spins.py").unlink()
+    assert (done.returncode, done.stdout) == (0, "130\n")
+    assert "interrupted by SIGXCPU" in done.stderr

@@ -294,13 +294,7 @@ class Store:
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted, without the files in folders that are no objects."""
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
-        key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
-        try:
-            with waiting(f"a list of {self.url}"):
-                keys = self._kv.list(key_range).result()
-        except Exception as error:
-            raise classify(error, f"listing {self.url}") from error
-        return sorted(name for key in keys if not files.is_own(name := key.decode(errors="backslashreplace")))
+        return self.keys_between(prefix, stop)
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
         """Whether there is no key at all. `likely` keys are read first, so that the answer of a large store is quick.
