@@ -221,7 +221,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/storage/kv.py", KV): [
         ("        if failed:\n            raise failed\n", ""),
         ("chr(ord(prefix[-1]) + 1)", "chr(ord(prefix[-1]) + 2)"),
-        ("map(bytes.decode, keys) if not files.is_own(name))", "map(bytes.decode, keys))"),
+        ("if not files.is_own(name := ", "if (name := "),
         ("                batch = []\n        yield from self._get_batch(batch)", "                batch = []"),
     ],
     ("pipeline/storage/targets/encode.py", TARGETS): [

@@ -17,9 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from emsr import start
 from pipeline.base.command import guarded
 from pipeline.base.errors import SourceError, UserError
 from pipeline.base.geometry import ZYX
+from pipeline.base.words import counted
 from pipeline.config import urls
 from pipeline.storage.conversion.ome_zarr_stack import layer_shapes, write_stack
 from pipeline.storage.conversion.section_files import Section, Stack, open_stack
@@ -60,7 +62,7 @@ def convert(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 2 after a message on stderr about a mistake of the user's."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.convert", description="TIFF or PNG sections into OME-Zarr 0.5."
+        prog=start.program("convert"), description="TIFF or PNG sections into OME-Zarr 0.5."
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="multi-page TIFF file, or folder with one TIFF or PNG file per section"
@@ -90,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     chunk, _ = layer_shapes(stack.shape, ZYX.of(args.chunk) if args.chunk and min(args.chunk) > 0 else None)
     held = chunk.z * stack.shape.y * stack.shape.x * (2 if stack.dtype == "uint16" else 1)
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-    size = f"{stack.shape.z} sections of {stack.shape.y} x {stack.shape.x} {stack.dtype}"
+    size = f"{counted(stack.shape.z, 'section')} of {stack.shape.y} x {stack.shape.x} {stack.dtype}"
     console.print(f"{size}, {chunk.z} ({held / 2**20:.0f} MiB) in memory at a time", markup=False)
     rule = "natural order: 2 before 10" if Path(args.source).expanduser().is_dir() else "as in the file"
     console.print(f"order: {_shortened(stack.names)} ({rule})", markup=False)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 
+from emsr import start
 from pipeline.base.command import guarded
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
@@ -14,13 +15,15 @@ from pipeline.config.volume import Config
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.doctor",
+        prog=start.program("doctor"),
         description="Check what this machine's devices compute, and how fast. Starts no cluster.",
     )
     parser.add_argument("volume", nargs="?", help="path of volume.yaml: its network is timed")
     parser.add_argument("--json", action="store_true", help="print the finding as JSON")
     args = parser.parse_args(argv)
-    return guarded(lambda: doctor(None if args.volume is None else configuration.load(args.volume), args.json))
+    return guarded(
+        lambda: doctor(None if args.volume is None else configuration.load(args.volume), args.json), prints=True
+    )
 
 
 def doctor(config: Config | None = None, as_json: bool = False) -> int:

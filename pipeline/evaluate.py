@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from emsr import start
 from pipeline.base.command import guarded
 from pipeline.base.errors import UserError
 from pipeline.config import table as table_yaml
@@ -28,7 +29,7 @@ TELL_S = 20.0
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.evaluate", description="Score super-resolved volumes against ground truth."
+        prog=start.program("evaluate"), description="Score super-resolved volumes against ground truth."
     )
     parser.add_argument("table", help="path of table.yaml")
     args = parser.parse_args(argv)

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 from distributed import Client
 
+from emsr import start
 from pipeline import __version__
 from pipeline.base.command import INTERRUPTED, guarded, stopping
 from pipeline.base.errors import EmsrError, SourceError
@@ -55,13 +56,13 @@ TELL_S = 1.0
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.run",
+        prog=start.program("run"),
         description="Super-resolve the volume that volume.yaml names. Run again to resume.",
     )
     parser.add_argument("volume", help="path of volume.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the price and touch nothing")
     args = parser.parse_args(argv)
-    return guarded(lambda: run(volume.load(args.volume), dry_run=args.dry_run))
+    return guarded(lambda: run(volume.load(args.volume), dry_run=args.dry_run), prints=args.dry_run)
 
 
 def run(config: Config, dry_run: bool = False) -> int:

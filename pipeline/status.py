@@ -7,8 +7,10 @@ import json
 import sys
 import time
 
+from emsr import start
 from pipeline.base.command import guarded
 from pipeline.base.errors import LedgerError
+from pipeline.base.words import counted
 from pipeline.config import urls
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
@@ -22,12 +24,12 @@ SHOWN = 20
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.status",
+        prog=start.program("status"),
         description="Show how far the target of volume.yaml is. Needs neither source nor cluster.",
     )
     parser.add_argument("volume", help="path of volume.yaml")
     args = parser.parse_args(argv)
-    return guarded(lambda: status(configuration.load(args.volume)))
+    return guarded(lambda: status(configuration.load(args.volume)), prints=True)
 
 
 def status(config: Config) -> int:
@@ -40,14 +42,14 @@ def status(config: Config) -> int:
     counts = ledger.counts()
     print(f"target       {config.target.url}")
     print(
-        f"plan         {found.digest[:16]}, {slabs:,} slabs"
-        + (f" and {tasks - slabs:,} pyramid blocks" if tasks > slabs else "")
+        f"plan         {found.digest[:16]}, {counted(slabs, 'slab')}"
+        + (f" and {counted(tasks - slabs, 'pyramid block')}" if tasks > slabs else "")
     )
     print(
         f"ledger       {tasks:,} planned = "
         + " + ".join(f"{counts[k]:,} {k}" for k in ("written", "skipped", "quarantined", "pending"))
     )
-    print(f"put          {ledger.bytes_written:,} bytes (objects written twice count twice)")
+    print(f"put          {counted(ledger.bytes_written, 'byte')} (objects written twice count twice)")
     for line in found.bad_sections:
         print(line)
     if requests := _requests(found.store.get("report.json")):
@@ -104,7 +106,7 @@ def _say_workers(workers: dict[str, dict[str, float]]) -> None:
     for name, did in sorted(workers.items(), key=lambda item: -item[1]["last"])[:SHOWN]:
         quarantined = f", {did['quarantined']:.0f} of them quarantined" if did["quarantined"] else ""
         print(
-            f"worker       {name}: {did['tasks']:,.0f} tasks{quarantined}, "
+            f"worker       {name}: {counted(round(did['tasks']), 'task')}{quarantined}, "
             f"{did['seconds'] / max(1.0, did['tasks']):.2f} s each, "
             f"the last {time.time() - did['last']:.0f} s ago"
         )

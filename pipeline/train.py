@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from emsr import start
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import UserError
 from pipeline.config import stage as stage_yaml
@@ -13,7 +14,7 @@ from pipeline.config.stage import StageConfig
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.train", description="Train one stage of the network, or go on where it stopped."
+        prog=start.program("train"), description="Train one stage of the network, or go on where it stopped."
     )
     parser.add_argument("stage", help="path of stage.yaml")
     args = parser.parse_args(argv)

@@ -9,8 +9,10 @@ import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 
+from emsr import start
 from pipeline.base.command import INTERRUPTED, guarded
 from pipeline.base.errors import EmsrError
+from pipeline.base.words import counted
 from pipeline.cluster.connect import connect, slabs_in_flight, tune
 from pipeline.config import volume as configuration
 from pipeline.config.volume import Config
@@ -40,7 +42,7 @@ SHOWN = 1000
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.verify",
+        prog=start.program("verify"),
         description="Read the target's objects again and compare them with what was written.",
     )
     parser.add_argument("volume", help="path of volume.yaml")
@@ -151,11 +153,11 @@ def _tell_extra(prepared: Prepared, ledger: Ledger, said: _Said) -> int:
 
 def _advise(findings: Findings, objects: dict[str, str], requeued: bool) -> None:
     if findings.damaged and requeued:
-        print(f"requeued     {findings.damaged:,} tasks; run python -m pipeline.run to write them again")
+        print(f"requeued     {counted(findings.damaged, 'task')}; run emsr run to write them again")
     elif findings.damaged:
-        print("Run again with --requeue, then python -m pipeline.run, to write them again")
+        print("Run again with --requeue, then emsr run, to write them again")
     if objects:
-        print("Run python -m pipeline.run to write plan.json and the metadata again")
+        print("Run emsr run to write plan.json and the metadata again")
 
 
 def _unfinished(ledger: Ledger, prepared: Prepared, requeued: int) -> list[str]:
@@ -168,7 +170,7 @@ def _unfinished(ledger: Ledger, prepared: Prepared, requeued: int) -> list[str]:
             for stage, name in zip(plan.passes(), names, strict=True)
             if ledger.count(PENDING, stage)
         ]
-        lines.append(f"unfinished   {', '.join(left)} are not written yet; run python -m pipeline.run to go on")
+        lines.append(f"unfinished   {', '.join(left)} are not written yet; run emsr run to go on")
     if quarantined := ledger.count(QUARANTINED):
         lines.append(f"unfinished   {quarantined:,} tasks are quarantined; status tells why")
     return lines

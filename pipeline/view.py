@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from emsr import start
 from pipeline.base.command import guarded
 from pipeline.base.errors import UserError
 from pipeline.config import urls
@@ -25,7 +26,7 @@ from pipeline.viewer.state import public_link
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, also after Ctrl-C; 2 for a mistake of the user's; 1 for other errors."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.view", description="Look at a volume and its super-resolved target in Neuroglancer."
+        prog=start.program("view"), description="Look at a volume and its super-resolved target in Neuroglancer."
     )
     parser.add_argument("volume", help="the volume.yaml of the run")
     parser.add_argument(

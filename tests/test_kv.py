@@ -317,3 +317,19 @@ def test_a_sweep_takes_what_nobody_writes_any_more(store: Store, tmp_path: Path)
     os.utime(folder / (files.PART + names["elsewhere, old"]), (0, 0))
     store.sweep()
     assert {ours.name, files.PART + names["elsewhere"]} == set(os.listdir(folder))
+
+
+def test_a_name_that_is_not_utf8_is_listed_as_it_can_be(tmp_path: Path) -> None:
+    """What else lies in a folder, such as an editor's backup, ends no run."""
+    (tmp_path / "plan.json").touch()
+    os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9", os.O_CREAT))
+    store = Store(tmp_path.as_uri())
+    assert store.keys() == ["caf\\xe9", "plan.json"]
+    assert store.keys("pl") == ["plan.json"]
+    assert not store.is_empty()
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sidecar").touch()
+    with pytest.raises(UserError, match="a file stands where a folder is wanted"):
+        Store((tmp_path / "sidecar").as_uri()).keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import select
 import sys
@@ -16,8 +17,9 @@ from emsr import start
 class Output:
     """A text stream that drops what `stream` does not take: a full disk, a pipe without a reader, no stream at all.
 
-    `dropped` counts lines. With `wait_s`, a line is also dropped where a pipe or terminal has taken nothing for so many
-    seconds: a pager that is not scrolled, or Ctrl-S.
+    `dropped` counts lines, and `full` is why a disk took one not, "" where there was none.
+    With `wait_s`, a line is also dropped where a pipe or terminal has taken nothing for so many seconds: a pager that
+    is not scrolled, or Ctrl-S.
     """
 
     def __init__(self, stream: TextIO | None, wait_s: float | None = None) -> None:
@@ -25,6 +27,7 @@ class Output:
         self._wait_s = wait_s
         self._unflushed = 0
         self.dropped = 0
+        self.full = ""
         reconfigure = getattr(self._stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")  # names of files may hold what the locale cannot write
@@ -37,8 +40,8 @@ class Output:
             self._stream.write(text)
             if getattr(self._stream, "line_buffering", False):
                 self._unflushed = 0
-        except (OSError, ValueError, RuntimeError):  # closed, or a signal came within another write
-            self._drop()
+        except (OSError, ValueError, RuntimeError) as error:  # closed, or a signal came within another write
+            self._drop(error)
         return len(text)
 
     def flush(self) -> None:
@@ -46,8 +49,8 @@ class Output:
             if self._stream is not None and self._takes():
                 self._stream.flush()
                 self._unflushed = 0
-        except (OSError, ValueError, RuntimeError):
-            self._drop()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._drop(error)
 
     def isatty(self) -> bool:
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
@@ -67,9 +70,11 @@ class Output:
         except (OSError, ValueError):
             return True  # no file of the system: a stream in memory
 
-    def _drop(self) -> None:
+    def _drop(self, error: Exception) -> None:
         self.dropped += self._unflushed
         self._unflushed = 0
+        if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
+            self.full = os.strerror(error.errno)
 
 
 @contextmanager

@@ -8,13 +8,15 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509.oid import NameOID
 from distributed import Security
 
@@ -80,11 +82,72 @@ def in_files(folder: Path) -> Iterator[SecurityConfig]:
         yield SecurityConfig(ca_file=str(certificate), cert_file=str(certificate), key_file=str(key))
 
 
-def refuse_unreadable(files: SecurityConfig) -> None:
-    """Raises ClusterError where one of the files of volume.yaml cannot be read."""
-    for key, path in files.model_dump().items():
-        if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            raise ClusterError(f"cluster.security.{key} {path} cannot be read", "a PEM file", "See docs/clusters.md")
+def refuse_unusable(files: SecurityConfig) -> None:
+    """Raises ClusterError where the files of volume.yaml cannot be read, or hold no certificate with its key."""
+    _refuse_unusable({f"cluster.security.{name}": path for name, path in files.model_dump().items()})
+
+
+def refuse_unusable_of_site(address: str) -> None:
+    """The same for the files that Dask's own configuration names, and where it names none for a tls:// address."""
+    if not address.startswith(("tls://", "wss://")):
+        return
+    site = Security()
+    files = {
+        "distributed.comm.tls.ca-file": site.tls_ca_file,
+        "distributed.comm.tls.client.cert": site.tls_client_cert,
+        "distributed.comm.tls.client.key": site.tls_client_key or site.tls_client_cert,
+    }
+    for name, path in files.items():
+        if not path:
+            raise ClusterError(
+                f"cluster.address {address} needs certificates, and there is no cluster.security "
+                f"and no {name} in Dask's configuration",
+                "the files that the scheduler trusts",
+                "Give cluster.security with ca_file, cert_file and key_file",
+            )
+    if not any("\n" in path for path in files.values()):  # else it is PEM, not a path
+        _refuse_unusable({f"{name} of Dask's configuration,": path for name, path in files.items()})
+
+
+def _refuse_unusable(files: Mapping[str, str]) -> None:
+    """`files` are names and paths of the authorities' certificates, of the own certificate, and of its key."""
+    found = {}
+    for name, path in files.items():
+        try:
+            found[name] = Path(path).read_bytes()
+        except OSError as error:
+            raise ClusterError(
+                f"{name} {path} cannot be read ({error.strerror})", "a PEM file", "See docs/clusters.md"
+            ) from None
+    authorities, own, secret = files
+    certificate = [_certificates(f"{name} {files[name]}", found[name]) for name in (authorities, own)][1][0]
+    key = _private_key(f"{secret} {files[secret]}", found[secret])
+    if certificate.public_key() != key.public_key():
+        raise ClusterError(
+            f"{secret} {files[secret]} is not the key of {own} {files[own]}", "the two that were made together"
+        )
+    if (end := certificate.not_valid_after_utc) < datetime.datetime.now(datetime.UTC):
+        raise ClusterError(
+            f"{own} {files[own]} expired on {end:%Y-%m-%d}", "a certificate that is valid", "Have it renewed"
+        )
+
+
+def _certificates(what: str, pem: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise ClusterError(f"{what} holds no certificate", "a PEM file with one", "See docs/clusters.md") from None
+
+
+def _private_key(what: str, pem: bytes) -> PrivateKeyTypes:
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except TypeError:  # it is encrypted. OpenSSL would ask the terminal for the words, in every process
+        raise ClusterError(
+            f"{what} has a passphrase", "a key without one", "`openssl pkey -in KEY -out NEW` takes it off"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ClusterError(f"{what} holds no private key", "a PEM file with one", "See docs/clusters.md") from None
 
 
 def of_files(files: SecurityConfig) -> Security:

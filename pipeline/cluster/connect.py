@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -24,12 +25,13 @@ from distributed import Client, LocalCluster, Scheduler, Worker, WorkerPlugin
 from pipeline.base.command import exhausted
 from pipeline.base.errors import ClusterError, EmsrError
 from pipeline.base.waits import closing, waiting
+from pipeline.base.words import counted
 from pipeline.cluster import batch, certificates, kubernetes, steady_clock
 from pipeline.cluster.patient_client import PatientClient
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import BATCH_KINDS, ClusterConfig
 from pipeline.config.volume import Config
-from pipeline.process.children import starting_processes
+from pipeline.process.children import LOOPBACK, refuse_without_loopback, starting_processes
 
 CONNECT_S = 30
 
@@ -111,7 +113,7 @@ def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Ite
     steady_clock.install()
     refuse_values_for_mappings()
     if config.security is not None:
-        certificates.refuse_unreadable(config.security)
+        certificates.refuse_unusable(config.security)
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(_SETTINGS))
         try:
@@ -211,17 +213,20 @@ def _shorten_logs(dask_scheduler: Scheduler) -> None:
 def _address_client(config: ClusterConfig) -> Iterator[Client]:
     assert config.address is not None
     _warn_of_strangers(config.address)
-    # Without files in volume.yaml Dask's own configuration has them.
     security = None if config.security is None else certificates.of_files(config.security)
+    if security is None:  # then Dask's own configuration has the files
+        certificates.refuse_unusable_of_site(config.address)
     try:
         with waiting(f"the Dask scheduler at {config.address}"):
             client = PatientClient(config.address, timeout=CONNECT_S, set_as_default=False, security=security)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError, ValueError, TypeError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
             f"no Dask scheduler answers at {config.address} ({why})",
             "a running scheduler",
-            "Start one with `dask scheduler`, or use kind: local",
+            "Start one with certificates that fit these, or write tcp:// for one without TLS"
+            if config.address.startswith("tls://")
+            else "Start one with `dask scheduler`, write tls:// for one with TLS, or use kind: local",
         ) from None
     try:
         yield client
@@ -234,7 +239,7 @@ def _warn_of_strangers(address: str) -> None:
     scheme, _, place = address.rpartition("://")
     if (scheme or dask.config.get("distributed.comm.default-scheme")) in ("tls", "wss"):
         return
-    host = place.rpartition(":")[0]
+    host = place.rpartition(":")[0].strip("[]")  # an IPv6 address stands in brackets
     with suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
             return
@@ -255,18 +260,19 @@ def _local_client(config: ClusterConfig, in_flight: int) -> Iterator[Client]:
             "a GPU for each",
             "Lower cluster.workers or gpus_per_worker",
         )
+    refuse_without_loopback()
     # A folder that no other user can enter, or could have made before: Dask's own has one name for all users of /tmp.
     scratch = tempfile.TemporaryDirectory(
         prefix="emsr-", dir=dask.config.get("temporary-directory", None), ignore_cleanup_errors=True
     )
     with scratch as folder, dask.config.set({"temporary-directory": folder}), ExitStack() as stack:
         stack.enter_context(starting_processes(workers))
-        with waiting(f"{workers} workers to start on this machine"):
+        with waiting(f"{counted(workers, 'worker')} to start on this machine"):
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=in_flight,
                 processes=True,
-                host="127.0.0.1",
+                host=LOOPBACK,
                 protocol="tls://",
                 security=certificates.in_memory(),
                 dashboard_address="127.0.0.1:0",
@@ -285,6 +291,7 @@ def _quiet() -> None:
     for name in ["distributed", "tornado", "asyncio", *logging.root.manager.loggerDict]:
         if name.split(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # where Dask does not start
 
 
 class _OneDevice(WorkerPlugin):  # type: ignore[misc]

@@ -29,6 +29,9 @@ class PatientClient(Client):  # type: ignore[misc]
         with waiting("the Dask scheduler, to be left"):
             return super().close(*args, **kwargs)
 
+    def __del__(self) -> None:
+        """Nothing: who has a client closes it. One that never began waits a minute for its own end, which fails."""
+
 
 def call(question: Callable[..., T], *arguments: object) -> T:
     """What the scheduler answers. Raises ClusterError where it is gone."""

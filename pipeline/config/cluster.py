@@ -167,7 +167,7 @@ class ClusterConfig(_Model):
     def _address(self) -> ClusterConfig:
         if self.kind == "address":
             if not self.address or not re.fullmatch(
-                r"(tcp|tls|ws|wss|ucx|ucxx)://[^\s/:]+:\d{1,5}|[\w.\-]+:\d{1,5}", self.address
+                r"(tcp|tls|ws|wss|ucx|ucxx)://([^\s/:\[\]]+|\[[^\s/\[\]]+\]):\d{1,5}|[\w.\-]+:\d{1,5}", self.address
             ):
                 raise ValueError(
                     "cluster.address such as tcp://scheduler:8786 or tls://scheduler:8786 (kind is address)"

@@ -31,6 +31,9 @@ def normalise(url: str, base: Path) -> str:
     cloud-volume has it, becomes s3+https://host/bucket. Raises UserError for an unknown scheme, an empty path, a
     missing bucket or host, a query, a user's name or password, or control characters. No message quotes those.
     """
+    for what, text in (("url", url), ("the folder", str(base))):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python holds a byte that is no UTF-8
+            raise UserError(f"{what} {text!r} has a name that is not UTF-8", "UTF-8, as in Zarr's keys", "Rename it")
     if not url.isprintable():
         raise UserError(f"url {redacted(url)!r} holds control characters", "printable ones", "Remove them")
     kind, rest = split_format(url)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.errors import ClusterError, DataError
+from pipeline.base.words import counted
 from pipeline.cluster.connect import slabs_in_flight
 from pipeline.inference.defaults import for_workers
 from pipeline.inference.footprint import footprint
@@ -140,7 +141,9 @@ def _print_memory(prepared: Prepared, cost: SlabCost, device: MeasuredDevice | N
     memory = memory_bytes(plan, in_flight, cost.base_bytes, cost.stored_share[0], resident)
     cached = in_flight * held.slab_cache_bytes(plan)
     network = f"network's tile {_size(held.tile_bytes)}, encoded sections {_size(cached)}"
-    promised = f"memory   {_size(memory)} per worker ({in_flight} slabs in flight, process {_size(cost.base_bytes)}"
+    promised = (
+        f"memory   {_size(memory)} per worker ({counted(in_flight, 'slab')} in flight, process {_size(cost.base_bytes)}"
+    )
     if cost.gpu_weights is not None:
         print(f"{promised})")
         total = _size(cost.gpu_weights + held.tile_bytes + cached)
@@ -184,7 +187,9 @@ def _print_tried(prepared: Prepared, cost: SlabCost, fleet: Fleet) -> None:
 
 def _print_device(plan: Plan, network: NetworkSpec, cost: SlabCost, fleet: Fleet, device: MeasuredDevice) -> None:
     """A row of hours for each precision in which the network was measured on `device`."""
-    print(f"time     of {fleet.slabs:,.0f} slabs on {device.kind}, measured on {device.date} ({device.how})")
+    print(
+        f"time     of {counted(round(fleet.slabs), 'slab')} on {device.kind}, measured on {device.date} ({device.how})"
+    )
     Console(width=WIDTH).print(fleet.table(plan, network, device, cost))
     for precision, fit in device.fits(network).items():
         if fit.scaled != 1 or not fit.same_batch:

@@ -35,9 +35,7 @@ def check_begun(prepared: Prepared) -> None:
 
 def nothing_run(target_url: str) -> LedgerError:
     """The error of a command that needs a target which no run has begun."""
-    return LedgerError(
-        f"nothing was run for {target_url} yet", "a target with its ledger", "Run python -m pipeline.run first"
-    )
+    return LedgerError(f"nothing was run for {target_url} yet", "a target with its ledger", "Run emsr run first")
 
 
 def check_vacant(target_url: str, store: Store) -> None:
@@ -97,7 +95,7 @@ def lost_plan(store: Store) -> LedgerError:
         f"{store.url}/{stored_plan.KEY} and the target's provenance are missing or damaged, "
         "and with them which sections are bad",
         "either of them",
-        "Restore one, or run python -m pipeline.run, which looks at the sections again",
+        "Restore one, or run emsr run, which looks at the sections again",
     )
 
 

@@ -46,7 +46,7 @@ def read(store: Store) -> StoredPlan | None:
         raise LedgerError(
             f"{store.url}/{KEY} is damaged",
             "the plan of an earlier run",
-            "Run python -m pipeline.run with the volume.yaml of the first run, which writes it again, or restore it",
+            "Run emsr run with the volume.yaml of the first run, which writes it again, or restore it",
         ) from None
     return found
 

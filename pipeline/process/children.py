@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from distributed.deploy.spec import close_clusters
 
 from pipeline.base.errors import ClusterError
 
+LOOPBACK = "127.0.0.1"
 FILES, FILES_PER_WORKER = 64, 16
 """A process has so many files open, and so many more for each worker that it starts."""
 
@@ -50,6 +52,22 @@ def starting_processes(workers: int = 1) -> Iterator[None]:
         raise
     finally:
         main.update({"__spec__": None} | hidden)
+
+
+def refuse_without_loopback() -> None:
+    """Raises ClusterError where this process does not reach a port of its own.
+
+    Dask tries to for a minute, and then tells what it could not do, not what is amiss.
+    """
+    try:
+        with socket.create_server((LOOPBACK, 0)) as there, socket.create_connection(there.getsockname()):
+            pass
+    except OSError as error:
+        raise ClusterError(
+            f"this machine does not reach itself at {LOOPBACK} ({error.strerror}), where workers talk to this process",
+            "a loopback interface that is up and has that address",
+            "See `ip address show lo`; `ip link set lo up` starts it",
+        ) from None
 
 
 def _may_open(files: int) -> None:

@@ -231,13 +231,7 @@ class Store:
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with `prefix`, sorted, without the files in folders that are no objects."""
         stop = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
-        key_range = ts.KvStore.KeyRange(prefix, stop) if prefix else ts.KvStore.KeyRange()
-        try:
-            with waiting(f"a list of {self.url}"):
-                keys = self._kv.list(key_range).result()
-        except Exception as error:
-            raise classify_list(error, f"listing {self.url}") from error
-        return sorted(name for name in map(bytes.decode, keys) if not files.is_own(name))
+        return self.keys_between(prefix, stop)
 
     def is_empty(self, likely: Iterable[str] = ()) -> bool:
         """Whether there is no key at all. `likely` keys are read first, so that the answer of a large store is quick.
@@ -251,7 +245,8 @@ class Store:
         listing = self._kv.list()
         try:
             with waiting(f"a list of {self.url}"):
-                return all(files.is_own(key.decode()) for key in listing.result(timeout=LIST_SECONDS))
+                keys = listing.result(timeout=LIST_SECONDS)
+            return all(files.is_own(key.decode(errors="backslashreplace")) for key in keys)
         except TimeoutError:
             listing.cancel()
             return False

@@ -108,6 +108,8 @@ def classify(error: BaseException, what: str) -> EmsrError:
         )
     if _NO_RANGE.search(reason):
         return UserError(f"{what}: the server does not answer Range requests", *RANGES)
+    if code == "NOT_FOUND" and reason.startswith("Cannot list non-directory"):
+        return folder_refuses(errno.ENOTDIR, what)
     if code == "NOT_FOUND":
         return MissingChunkError(f"{what}: {text}")
     if isinstance(error, PermissionError):

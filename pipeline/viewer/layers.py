@@ -66,7 +66,7 @@ def layers(config: Config) -> list[Layer]:
         raise TargetError(
             f"{target} holds no volume yet",
             "",
-            "Make it with `python -m pipeline.run` and the same volume.yaml, then view it",
+            "Make it with `emsr run` and the same volume.yaml, then view it",
         )
     _check_shape(target, sr, region.shape.lateral(scale))
     found.append(Layer("SR", browser_url(target), sr, (z, y / scale, x / scale), corner))
