@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
@@ -44,14 +45,14 @@ from pipeline.sections import bad_sections
 from pipeline.sections.survey import Survey, delete_measurements, detect
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
-from pipeline.storage.target_lock import TargetLock
+from pipeline.storage.target_lock import MAX_TOLD, TargetLock
 from pipeline.storage.volume import Source
 from pipeline.worker.check import device_facts, refuse_other_precision
 from pipeline.worker.lease import check_worker, process_lease
 
 SHOWN_HOSTS = 3
 TELL_S = 1.0
-"""How often the lock is told what workers did, which takes a while where there are many."""
+"""How often the lock is told what workers did."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,18 +199,8 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")
         crew.aside.tell = lambda who, why: progress.say("set_aside", worker=who, why=why)
 
-        told = 0.0
-
-        def show(totals: RunTotals) -> None:
-            nonlocal told
-            progress.update(totals)
-            totals.dropped_lines = progress.dropped
-            if time.monotonic() - told > TELL_S:
-                told = time.monotonic()
-                _tell(lock, totals)
-
         try:
-            execute(client, run, process_lease, show, crew)
+            execute(client, run, process_lease, callback(progress, lock), crew)
         finally:
             _tell(lock, run.totals)
         lost = look_for(run)
@@ -222,10 +213,28 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
     return _verdict(prepared, run, lost)
 
 
+def callback(progress: RunProgress, lock: TargetLock) -> Callable[[RunTotals], None]:
+    """What is called after every answer: it shows how far the run is, and now and then tells the lock."""
+    told = float("-inf")
+
+    def show(totals: RunTotals) -> None:
+        nonlocal told
+        progress.update(totals)
+        totals.dropped_lines = progress.dropped
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            _tell(lock, totals)
+
+    return show
+
+
 def _tell(lock: TargetLock, totals: RunTotals) -> None:
-    """Give the lock what `status` shows of the run."""
-    lock.workers = {name: asdict(did) for name, did in totals.workers.items()}
-    lock.aside = totals.aside
+    """Give the lock what `status` shows of the run: the workers heard of last, and those that were set aside last."""
+    last = list(itertools.islice(reversed(totals.workers.items()), MAX_TOLD))
+    aside = list(itertools.islice(reversed(totals.aside.items()), MAX_TOLD))
+    lock.workers = {name: asdict(did) for name, did in reversed(last)}
+    lock.aside = dict(reversed(aside))
+    lock.in_all = {"workers": len(totals.workers), "set_aside": len(totals.aside)}
 
 
 def _verdict(prepared: Prepared, run: RunState, lost: Sequence[str]) -> int:

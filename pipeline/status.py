@@ -17,7 +17,7 @@ from pipeline.config.volume import Config
 from pipeline.plan.receipt import QUARANTINED
 from pipeline.prepare import recorded
 from pipeline.storage.kv import Store
-from pipeline.storage.target_lock import holder, last_aside, last_workers
+from pipeline.storage.target_lock import holder, last_aside, last_workers, left_out
 
 SHOWN = 20
 
@@ -60,9 +60,12 @@ def status(config: Config) -> int:
             f"timings      {times.total / times.tasks:.2f} s a task on the last {times.tasks:,}, "
             f"the slowest {times.slowest:.2f} s (task {times.slowest_task})"
         )
-    _say_workers(last_workers(found.store))
+    more = left_out(found.store)
+    _say_workers(last_workers(found.store), more.get("workers", 0))
     for name, aside in last_aside(found.store).items():
         print(f"set aside    {name}: {aside}")
+    if more.get("set_aside"):
+        print(f"set aside    and {more['set_aside']:,} more; report.json names them when the run has ended")
     for key in ledger.damaged:
         print(f"damaged      {key}: its records are lost; what they alone told of runs again")
     for _, index in zip(range(SHOWN), ledger.indices(QUARANTINED), strict=False):
@@ -101,8 +104,8 @@ def _requests(report: bytes | None) -> str:
     )
 
 
-def _say_workers(workers: dict[str, dict[str, float]]) -> None:
-    """The workers of this run or the last one, those heard of last first."""
+def _say_workers(workers: dict[str, dict[str, float]], more: int) -> None:
+    """The workers of this run or the last one, those heard of last first, and how many `more` there are."""
     for name, did in sorted(workers.items(), key=lambda item: -item[1]["last"])[:SHOWN]:
         quarantined = f", {did['quarantined']:.0f} of them quarantined" if did["quarantined"] else ""
         print(
@@ -110,8 +113,8 @@ def _say_workers(workers: dict[str, dict[str, float]]) -> None:
             f"{did['seconds'] / max(1.0, did['tasks']):.2f} s each, "
             f"the last {time.time() - did['last']:.0f} s ago"
         )
-    if len(workers) > SHOWN:
-        print(f"worker       and {len(workers) - SHOWN:,} more")
+    if (others := len(workers) - SHOWN + more) > 0:
+        print(f"worker       and {others:,} more")
 
 
 if __name__ == "__main__":

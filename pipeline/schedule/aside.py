@@ -33,7 +33,8 @@ class Aside:
     def restarting(self) -> bool:
         """Whether a process has ended lately, and the next one of its worker has not answered yet."""
         late = time.monotonic() - RESTART_S
-        self._restarting = {nanny: since for nanny, since in self._restarting.items() if since > late}
+        while self._restarting and self._restarting[nanny := next(iter(self._restarting))] <= late:
+            del self._restarting[nanny]
         return bool(self._restarting)
 
     def holds(self, nanny: str) -> bool:
@@ -56,6 +57,7 @@ class Aside:
     def ended(self, address: str, nanny: str) -> None:
         """Its process ended. A worker without a nanny does not start again."""
         if nanny != address:
+            self._restarting.pop(nanny, None)  # the one that ended last stands last
             self._restarting[nanny] = time.monotonic()
 
     def died(self, address: str, nanny: str, beside_leases: bool) -> None:

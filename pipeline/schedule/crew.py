@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from distributed import Client
@@ -18,7 +18,9 @@ from pipeline.schedule.exam import Exam
 from pipeline.schedule.leases import Capacity
 from pipeline.schedule.paused import Paused
 from pipeline.schedule.results import Ended
+from pipeline.schedule.seldom import Seldom
 from pipeline.schedule.silent import Silent
+from pipeline.schedule.usable import Usable
 from pipeline.schedule.worker_waits import WorkerWaits
 from pipeline.worker.job import Process, Runtime
 
@@ -69,22 +71,27 @@ class Crew:
         self.aside = Aside(tell)
         self._checks = Checks(client, exam) if exam is not None else None
         self._there: dict[str, _Worker] = {}
+        self._usable = Usable()
+        self._unasked: deque[_Worker] = deque()
+        self._asked: dict[str, _Worker] = {}
         self._gone: dict[str, tuple[str, Process]] = {}
         self._vouched: set[tuple[str, str]] = set()
         self._waiting: dict[Process, Runtime] = {}
         self._settled = exam is None
-        self._looked = self._checked = float("-inf")
+        self._checked = float("-inf")
+        self._looks, self._meetings = Seldom(LOOK_S), Seldom(0.0)
         self._paused, self._silent = Paused(client), Silent(client)
         self.absence = Absence(client, self._paused, self.aside)
         self._waits = WorkerWaits(client, exam.job.run) if exam is not None else None
         self.newly_aside: list[str] = []
+        self.left = 0
+        """How many workers have left so far."""
         self.may_freeze: set[str] = set()
         """Hosts of workers that have answered so."""
 
     def capacity(self) -> Capacity:
         """The fit workers that are there and not paused, and their threads."""
-        fit = [worker.threads for worker in self._usable()]
-        return Capacity(len(fit), sum(fit))
+        return Capacity(len(self._usable), self._usable.threads)
 
     @property
     def present(self) -> int:
@@ -113,11 +120,14 @@ class Crew:
         if self.exam is None:
             if worker is not None:
                 worker.name = process.name
+                self._may_be_used(worker)
             return worker is None or not worker.aside
         if worker is None or worker.aside:
             return False
         if worker.fit:  # another process at the same address
             worker.fit, worker.name = False, ""
+            self._may_be_used(worker)
+            self._unasked.appendleft(worker)
         return None
 
     def some(self, avoid: Iterable[str] = ()) -> list[str] | None:
@@ -126,18 +136,23 @@ class Crew:
         None of `avoid` (HOST:PID) is among them, as long as there is another one. While a worker starts again whose
         process has ended, no lease may go there before it has answered, so that it is known what kills it.
         """
-        fit, avoided = self._usable(), set(avoid) - {""}
-        chosen = [worker.address for worker in fit if worker.name not in avoided] or [worker.address for worker in fit]
-        if len(chosen) == len(self._there) and not self.aside.restarting:
+        avoided = set(avoid) - {""}
+        every = len(self._usable) == len(self._there) and self._usable.named(avoided) in (0, len(self._usable))
+        if every and not self.aside.restarting:
             return None
-        return random.sample(chosen, min(len(chosen), CANDIDATES))
+        return self._usable.some(CANDIDATES, avoided)
 
-    def fit_addresses(self) -> set[str]:
+    def fit_addresses(self) -> Collection[str]:
         """All that may get leases."""
-        return {worker.address for worker in self._usable()}
+        return self._usable.addresses
 
-    def _usable(self) -> list[_Worker]:
-        return [w for w in self._there.values() if w.fit and w.address not in self._paused.addresses]
+    def _may_be_used(self, worker: _Worker) -> None:
+        """See whether it may get leases now, after something about it has changed."""
+        there = self._there.get(worker.address) is worker
+        if there and worker.fit and worker.address not in self._paused.addresses:
+            self._usable.put(worker.address, worker.threads, worker.name)
+        elif there or worker.address not in self._there:
+            self._usable.discard(worker.address)
 
     def says(self) -> list[str]:
         """What there is to say of workers since this was last asked: which are paused, what they wait for."""
@@ -145,48 +160,61 @@ class Crew:
         return self.absence.says() + self._paused.says() + self._silent.says() + waits
 
     def look(self, at_large: Callable[[], bool] = lambda: False) -> None:
-        """See who has come, left and answered. The scheduler is asked once a second.
+        """See who has come, left and answered. The scheduler is asked once a second, less often where that takes long.
 
         `at_large` says whether leases are out that Dask may give to any worker, one that has just come among them.
         Raises ClusterError where the scheduler is gone, and as `absence` where there is no worker to be used.
         """
         now = time.monotonic()
-        if now - self._looked >= LOOK_S:
-            self._looked = now
+        if self._looks.due(now):
             self._ask_scheduler(now, at_large)
+            self._looks.took(now, time.monotonic())
         if now - self._checked >= CHECK_S:
             self._checked = now
             self._check(now)
-            self.absence.refuse([worker.address for worker in self._there.values() if not worker.aside], now)
+            self.absence.refuse(self._possible(), now)
+
+    def _possible(self) -> Collection[str]:
+        """Those that are there and were not set aside; where some may get leases, these alone."""
+        return self._usable.addresses or [worker.address for worker in self._there.values() if not worker.aside]
 
     def _ask_scheduler(self, now: float, at_large: Callable[[], bool]) -> None:
         threads: dict[str, int] = call(self._client.nthreads) or {}
         for address in self._there.keys() - threads.keys():
             self._left(address, now)
-        if new := threads.keys() - self._there.keys():
-            known = call(self._client.scheduler_info, -1)["workers"]
-            beside_leases = at_large()
-            for address in new & known.keys():  # else it is gone by now, and nobody knows whose process it was
-                nanny = known[address].get("nanny") or address
-                worker = _Worker(address, threads[address], nanny, now, beside_leases)
-                worker.aside = self.aside.holds(nanny)
-                worker.fit = self.exam is None and not worker.aside
-                self._there[address] = worker
-                if self.exam is None:
-                    self.aside.answered(nanny)
+        if (new := threads.keys() - self._there.keys()) and self._meetings.due(now):
+            self._meet({address: threads[address] for address in new}, now, at_large())
+            self._meetings.took(now, time.monotonic())
         self._silent.look(now)
         self.look_for_paused()
 
+    def _meet(self, threads: dict[str, int], now: float, beside_leases: bool) -> None:
+        """Take up workers that have come, with their threads."""
+        known = call(self._client.scheduler_info, -1)["workers"]
+        for address in threads.keys() & known.keys():  # else it is gone by now, and nobody knows whose process it was
+            nanny = known[address].get("nanny") or address
+            worker = _Worker(address, threads[address], nanny, now, beside_leases)
+            worker.aside = self.aside.holds(nanny)
+            worker.fit = self.exam is None and not worker.aside
+            self._there[address] = worker
+            self._may_be_used(worker)
+            self._unasked.appendleft(worker)
+            if self.exam is None:
+                self.aside.answered(nanny)
+
     def look_for_paused(self) -> None:
         """See whom Dask has paused: what they were given goes to others."""
+        before = self._paused.addresses
         self.newly_aside.extend(call(self._paused.look))
+        for address in before ^ self._paused.addresses:
+            if address in self._there:
+                self._may_be_used(self._there[address])
 
     def set_aside(self, process: Process, error: EmsrError) -> None:
         """This worker gets no further lease; `error` is why."""
         worker = self._there.get(process.address)
         if worker is not None and not worker.aside:
-            worker.fit, worker.aside = False, True
-            self.newly_aside.append(worker.address)
+            self._leave_out(worker)
         self.aside.add(str(process), worker.nanny if worker else None, error)
 
     def set_aside_name(self, name: str, why: str) -> None:
@@ -208,16 +236,20 @@ class Crew:
 
     def set_aside_nanny(self, nanny: str, why: str) -> None:
         """The same for the worker that starts again whenever its process dies; the last one that is fit stays."""
-        if all(worker.nanny == nanny for worker in self._usable()):
+        if all(self._there[address].nanny == nanny for address in self._usable.addresses):
             return
         for worker in self._there.values():
             if worker.nanny == nanny and not worker.aside:
-                worker.fit, worker.aside = False, True
-                self.newly_aside.append(worker.address)
+                self._leave_out(worker)
         died = [process for other, process in self._gone.values() if other == nanny]
         died.sort(key=lambda process: process.pid != 0)  # one may have died before it said what it is
         error = ClusterError(why, "a worker with memory and time enough for the network", "See its log")
         self.aside.add(str(died[-1]) if died else f"the worker of {nanny}", nanny, error)
+
+    def _leave_out(self, worker: _Worker) -> None:
+        worker.fit, worker.aside = False, True
+        self._may_be_used(worker)
+        self.newly_aside.append(worker.address)
 
     def settle(self) -> None:
         """Those that have answered by now decide what the run computes with; those that come later follow."""
@@ -237,12 +269,15 @@ class Crew:
     def close(self) -> None:
         """Ask nothing more."""
         if self._checks is not None:
-            self._checks.close(worker.check for worker in self._there.values() if worker.check is not None)
+            self._checks.close(worker.check for worker in self._asked.values() if worker.check is not None)
         if self._waits is not None:
             self._waits.close()
 
     def _left(self, address: str, now: float) -> None:
         worker = self._there.pop(address)
+        self.left += 1
+        self._usable.discard(address)
+        self._asked.pop(address, None)
         if worker.nanny != address:
             self._gone.pop(address, None)  # the last one of its nanny stands last
             self._gone[address] = worker.nanny, worker.process
@@ -257,22 +292,26 @@ class Crew:
     def _check(self, now: float) -> None:
         if self._checks is None:
             return
-        for worker in self._there.values():
+        for worker in list(self._asked.values()):
             if worker.check is not None and worker.check.future.done():
+                del self._asked[worker.address]
                 self._judge(worker, self._checks.answer(worker.check), self._checks.exam, now)
-        free = MAX_CHECKS - sum(worker.check is not None for worker in self._there.values())
-        for worker in self._there.values():
-            if free > 0 and not (worker.fit or worker.aside or worker.name or worker.check) and now >= worker.again:
+        while len(self._asked) < MAX_CHECKS and self._unasked and now >= self._unasked[0].again:
+            worker = self._unasked.popleft()
+            here = self._there.get(worker.address) is worker
+            if here and not (worker.fit or worker.aside or worker.name or worker.check):
                 worker.check = self._checks.ask(worker.address)
-                free -= 1
+                self._asked[worker.address] = worker
 
     def _judge(self, worker: _Worker, ended: Ended | None, exam: Exam, now: float) -> None:
         worker.check = None
         if ended is None:
+            self._unasked.appendleft(worker)
             return
         outcome = ended.outcome
         if isinstance(outcome, TransientError) and now - worker.seen < NO_WORKER_S:
             worker.again = now + AGAIN_S
+            self._unasked.append(worker)
             return
         if isinstance(outcome, EmsrError):
             self.set_aside(ended.process, outcome)
@@ -291,5 +330,6 @@ class Crew:
         worker = self._there.get(process.address)
         if worker is not None and not worker.aside:
             worker.fit, worker.name = True, process.name
+            self._may_be_used(worker)
             self.aside.answered(worker.nanny)
             self._vouched.add((process.address, process.name))

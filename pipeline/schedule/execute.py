@@ -14,6 +14,7 @@ from pipeline.schedule.crew import Crew
 from pipeline.schedule.faults import Faults
 from pipeline.schedule.in_flight import InFlight
 from pipeline.schedule.leases import Lease, Leases
+from pipeline.schedule.ramp import Ramp
 from pipeline.schedule.results import Work
 from pipeline.schedule.run_state import RunState
 from pipeline.schedule.totals import RunTotals
@@ -48,7 +49,7 @@ def hand_out(
 
     Where `tasks` are not the run's ledger, tasks that fail alike on all workers are counted and end nothing.
     """
-    began, faults = time.monotonic(), Faults()
+    faults, ramp = Faults(), Ramp(began := time.monotonic())
 
     def show(totals: RunTotals) -> None:
         totals.waits = in_flight.crew.says()
@@ -56,7 +57,7 @@ def hand_out(
 
     try:
         for stage in stages:
-            _run_stage(run, tasks, Leases(run.job.plan, tasks, stage, began), in_flight, faults, show)
+            _run_stage(run, tasks, Leases(run.job.plan, tasks, stage, began, ramp), in_flight, faults, show)
     finally:
         try:
             in_flight.close()
@@ -95,6 +96,7 @@ def _run_stage(
         for lease, result in in_flight.collect(timeout=0.5):
             if result is not None:
                 run.totals.add_result(result)
+                leases.seen(lease, time.monotonic(), len(result.receipts), result.requests.refused)
             if lease.closed:
                 continue  # another copy was faster
             if result is None:
@@ -114,7 +116,7 @@ def _run_stage(
             tasks.record(_outdated(run.job.plan, tasks, receipts))  # with the others or before, never after them
         tasks.record(receipts)
         tasks.tick()
-        run.totals.aside = dict(crew.aside.reasons)
+        run.totals.aside = crew.aside.reasons
         progress(run.totals)
         if tasks is run.ledger:
             faults.refuse_row(in_flight.capacity().workers)

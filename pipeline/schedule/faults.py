@@ -23,18 +23,24 @@ class Faults:
     def __init__(self) -> None:
         self._tried_elsewhere: Counter[str] = Counter()
         self._proven: Counter[str] = Counter()
+        self._doubtful: dict[str, None] = {}
         self._last: dict[str, str] = {}
         self._kind = ""
         self._row: Counter[str] = Counter()
+        self._length = self._twice = 0
+        """How many failures the row has, and on how many workers more than one of the row failed."""
 
     def answered(self, receipts: Sequence[Receipt], counted: Sequence[Receipt]) -> None:
         """A lease has ended; those receipts that do not count are tried on another worker."""
         for receipt in receipts:
             if receipt.state == WRITTEN:
-                self._proven.pop(receipt.worker, None)
-                self._row.clear()
+                if self._proven.pop(receipt.worker, None):
+                    self._weigh(receipt.worker)
+                self._end_row()
             elif receipt.state == QUARANTINED:
-                self._tried_elsewhere[receipt.worker] += receipt not in counted
+                if receipt not in counted:
+                    self._tried_elsewhere[receipt.worker] += 1
+                    self._weigh(receipt.worker)
                 self._failed(receipt)
 
     def _failed(self, receipt: Receipt) -> None:
@@ -42,27 +48,43 @@ class Faults:
         if receipt.fault in _OF_DATA:
             return  # what is stored is at fault, here and there
         if receipt.fault != self._kind:
-            self._row.clear()
+            self._end_row()
         self._kind = receipt.fault
         self._row[receipt.worker] += 1
+        self._length += 1
+        self._twice += self._row[receipt.worker] == 2
+
+    def _end_row(self) -> None:
+        self._row.clear()
+        self._length = self._twice = 0
 
     def tried_again(self, failed_on: str, receipt: Receipt) -> bool:
         """A task that failed on `failed_on` has ended on another worker; whether that proves `failed_on` to be bad."""
-        self._tried_elsewhere[failed_on] -= 1
+        self.undecided(failed_on)
         if receipt.state == WRITTEN:
             self._proven[failed_on] += 1
         else:
             self._proven.pop(failed_on, None)
+        self._weigh(failed_on)
         return self._proven[failed_on] >= MAX_PROVEN
 
     def undecided(self, failed_on: str) -> None:
         """Of a task that failed there it will not be known: it has ended on no other worker."""
         self._tried_elsewhere[failed_on] -= 1
+        if not self._tried_elsewhere[failed_on]:
+            del self._tried_elsewhere[failed_on]
+        self._weigh(failed_on)
 
     def doubtful(self) -> list[str]:
         """Workers that get nothing until it is known whose fault their failures are."""
-        names = self._tried_elsewhere.keys() | self._proven.keys()
-        return [n for n in names if self._tried_elsewhere[n] + self._proven[n] >= MAX_PROVEN]
+        return list(self._doubtful)
+
+    def _weigh(self, name: str) -> None:
+        """Its failures have changed: see whether it is doubtful."""
+        if self._tried_elsewhere[name] + self._proven[name] >= MAX_PROVEN:
+            self._doubtful[name] = None
+        else:
+            self._doubtful.pop(name, None)
 
     def why(self, worker: str) -> str:
         """What a worker that proved bad is set aside for."""
@@ -70,11 +92,10 @@ class Faults:
 
     def refuse_row(self, workers: int) -> None:
         """Raises ClusterError where MAX_IN_A_ROW tasks failed of one kind and none was written meanwhile."""
-        witnesses = sum(failed > 1 for failed in self._row.values())
-        if self._row.total() >= MAX_IN_A_ROW and witnesses >= min(max(1, workers), MAX_WITNESSES):
+        if self._length >= MAX_IN_A_ROW and self._twice >= min(max(1, workers), MAX_WITNESSES):
             name = next(reversed(self._row))
             raise ClusterError(
-                f"{self._row.total()} tasks in a row failed alike on {len(self._row)} workers, and none was written "
+                f"{self._length} tasks in a row failed alike on {len(self._row)} workers, and none was written "
                 f"meanwhile; one of them on {name}: {self._last[name]}",
                 "a source and a target that workers can reach",
                 "Mend the cause and run the same command again: what is written is kept",

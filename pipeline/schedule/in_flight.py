@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import queue
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable
 
 from distributed import Client, Future, KilledWorker
 
@@ -18,9 +19,12 @@ from pipeline.plan.requests import RequestRates
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.leases import Capacity, Lease
 from pipeline.schedule.results import TOPIC, Ended, Results, Work, pack, run_packed
+from pipeline.schedule.seldom import Seldom
 from pipeline.schedule.worker_deaths import MAX_DEATHS, Departures, WorkerDeaths
 from pipeline.worker.job import Job, LeaseResult, Process
 
+LOADS_S = 1.0
+"""How often the scheduler is asked which worker has what, at the end of a run."""
 CANDIDATES = 8
 """The copy of a late lease may go to this many workers: the idlest, and none that has a copy already."""
 MAX_LOST = 3
@@ -49,6 +53,7 @@ class InFlight:
         self.crew = crew or Crew(client)
         self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._out: dict[str, tuple[Lease, Future, list[str] | None]] = {}
+        self._keys: defaultdict[Lease, set[str]] = defaultdict(set)
         self._held: list[tuple[Lease, Ended]] = []
         self._waiting: list[Lease] = []
         self._lost: Counter[Lease] = Counter()
@@ -61,6 +66,9 @@ class InFlight:
         self._prefix = f"lease-{job.digest[:8]}-{uuid.uuid4().hex[:8]}"
         self._results, self._departures = Results(client, self._prefix), Departures(client)
         self._displaced: set[str] = set()
+        self._left_before = 0
+        self._hand_ons, self._loads = Seldom(0.0), Seldom(LOADS_S)
+        self._idlest: dict[str, Collection[str]] = {}
         self._moved_at = time.monotonic()
 
     def quiet_s(self) -> float:
@@ -93,6 +101,7 @@ class InFlight:
         packed = pack(TOPIC, self._work, job, lease.span.start, lease.span.stop, lease.max_s)
         future = self._client.submit(run_packed, packed, key=key, pure=False, **where)
         self._out[key] = lease, future, (others or named) if named is not None else None
+        self._keys[lease].add(key)
         future.add_done_callback(self._done.put)
 
     def collect(self, timeout: float) -> list[tuple[Lease, LeaseResult | None]]:
@@ -175,6 +184,11 @@ class InFlight:
         So do those of a process that has ended while its nanny starts the next one: Dask may give them to that one
         before anybody has asked it.
         """
+        began = time.monotonic()
+        changed = self.crew.left > self._left_before or self.crew.newly_aside or self._displaced
+        if not (changed and self._hand_ons.due(began)):
+            return []
+        self._left_before = self.crew.left
         gone = {key for key, (_, _, named) in self._out.items() if named and not self.crew.is_there(named)}
         gone |= self._displaced_at_large()
         self._lost.update(self._out[key][0] for key in gone)
@@ -185,8 +199,9 @@ class InFlight:
         self._cancel(lost)
         given_up = [lease for lease in leases if self._lost[lease] > MAX_LOST]
         for lease in leases:
-            if lease not in given_up:
+            if self._lost[lease] <= MAX_LOST:
                 self.start(lease)
+        self._hand_ons.took(began, time.monotonic())
         return given_up
 
     def _displaced_at_large(self) -> set[str]:
@@ -197,7 +212,7 @@ class InFlight:
             return set()
         return keys - self._with(self.crew.fit_addresses())
 
-    def _with(self, addresses: set[str]) -> set[str]:
+    def _with(self, addresses: Collection[str]) -> set[str]:
         """The leases that these workers have now."""
         if not addresses:
             return set()
@@ -208,7 +223,7 @@ class InFlight:
         """Drop the copies that are still out. One that waits is cancelled; one that runs goes on, and its result is
         ignored.
         """
-        self._cancel([key for key, (out, _, _) in self._out.items() if out is lease] if lease.starts > 1 else [])
+        self._cancel(list(self._keys.get(lease, ())))
 
     def close(self) -> None:
         """Cancel everything."""
@@ -221,27 +236,40 @@ class InFlight:
         return any(named is None for _, _, named in self._out.values())
 
     def _remove(self, key: str) -> Lease:
-        lease, future, _ = self._out.pop(key)
+        lease, future = self._taken(key)
         future.release()
         return lease
 
-    def _cancel(self, keys: list[str]) -> None:
-        futures = [self._out.pop(key)[1] for key in keys]
+    def _cancel(self, keys: Iterable[str]) -> None:
+        futures = [self._taken(key)[1] for key in keys]
         if futures:
             self._client.cancel(futures, force=True)
 
+    def _taken(self, key: str) -> tuple[Lease, Future]:
+        """Lease and future of this key, which is out no more."""
+        lease, future, _ = self._out.pop(key)
+        self._keys[lease].discard(key)
+        if not self._keys[lease]:
+            del self._keys[lease]
+        return lease, future
+
     def _workers_without(self, lease: Lease) -> list[str]:
-        """The addresses of the idlest fit workers that have no copy of this lease."""
-        copies = {key: future for key, (out, future, _) in self._out.items() if out is lease}
-        who_has = call(self._client.who_has, list(copies.values()))
-        holders = {address for addresses in who_has.values() for address in addresses}
-        fit = self.crew.fit_addresses()
-        loads = [
-            (len(keys), address)
-            for address, keys in call(self._client.processing).items()
-            if copies.keys().isdisjoint(keys) and address not in holders and address in fit
-        ]
-        return [address for _, address in sorted(loads)[:CANDIDATES]]
+        """The addresses of idle fit workers that have no copy of this lease.
+
+        Who has what, and who is idlest, is as it was up to LOADS_S ago. Those that are named now are named next after
+        all others, so that many late leases do not wait for the same workers.
+        """
+        now = time.monotonic()
+        if self._loads.due(now):
+            there = call(self._client.processing)
+            self._idlest = {address: there[address] for address in sorted(there, key=lambda one: len(there[one]))}
+            self._loads.took(now, time.monotonic())
+        fit, copies = self.crew.fit_addresses(), self._keys[lease]
+        free = (address for address, keys in self._idlest.items() if address in fit and copies.isdisjoint(keys))
+        named = list(itertools.islice(free, CANDIDATES))
+        for address in named:
+            self._idlest[address] = self._idlest.pop(address)
+        return named
 
     def _ended(self, timeout: float) -> list[Future]:
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pipeline.plan.plan import Plan
 from pipeline.plan.receipt import PENDING, QUARANTINED, WRITTEN, Receipt
 from pipeline.plan.task_states import TaskStates
+from pipeline.schedule.ramp import Ramp
 
 LEASE_S = 5.0
 """A lease takes about so many seconds: few enough to drain soon, many enough that the scheduler idles ..."""
@@ -23,10 +24,6 @@ LEASES_PER_S = 100.0
 MIN_LEASE_S = 0.5
 """Near the end leases shrink, so that all workers end together, but not below this."""
 MAX_LEASE_TASKS = 64
-RAMP_FIRST, RAMP_PER_S = 64, 32.0
-"""Leases in flight when a run begins, and how many more every second. Opening the job and the first writes come as a
-ramp, since object stores refuse (429, 503) what rises faster than they add servers.
-"""
 LATE_FACTOR = 3.0
 """A lease is late when it takes so many times what slow tasks (the ninth of ten) would have made of it ..."""
 MIN_LATE_S = 5.0
@@ -80,10 +77,13 @@ class Lease:
 
 
 class Leases:
-    """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run began."""
+    """The pending tasks of one stage, found lazily, and the leases that are out. `began` is when the run began; `ramp`
+    is that of all its stages.
+    """
 
-    def __init__(self, plan: Plan, tasks: TaskStates, stage: range, began: float) -> None:
-        self._plan, self.stage, self._began = plan, stage, began
+    def __init__(self, plan: Plan, tasks: TaskStates, stage: range, began: float, ramp: Ramp | None = None) -> None:
+        self._plan, self.stage = plan, stage
+        self._ramp = ramp or Ramp(began)
         self._indices: Iterator[int] = tasks.indices(PENDING, stage)
         self._next: int | None = next(self._indices, None)
         self._left = tasks.count(PENDING, stage)
@@ -95,6 +95,7 @@ class Leases:
         self._largest = 0
         self._mean_s = 0.0
         self._recent_s: deque[float] = deque(maxlen=512)
+        self._late: deque[Lease] = deque()
         self._searched_at = began
 
     @property
@@ -106,7 +107,7 @@ class Leases:
         """The lease to start now, or None. One whose `starts` is more than 1 is out already: a copy goes to another
         worker, unless `again` is False, where two workers may make different bytes of a task.
         """
-        if self._copies >= min(capacity.slots, RAMP_FIRST + RAMP_PER_S * (now - self._began)):
+        if self._copies >= self._ramp.limit(now, capacity.slots):
             return None
         max_s = lease_seconds(capacity.threads)
         if self._elsewhere:
@@ -121,6 +122,10 @@ class Leases:
             index = self._suspects.popleft()
             return self._hand_out(Lease(range(index, index + 1), max_s, 0, now, alone=True))
         return self._late_lease(now, capacity) if again else None
+
+    def seen(self, lease: Lease, now: float, tasks: int, refused: int) -> None:
+        """A copy has ended at `now`, whether it counts or not; its worker's stores have refused so many requests."""
+        self._ramp.ended(now, self._copies, now - lease.started, tasks, refused)
 
     def ended(self, lease: Lease, receipts: Sequence[Receipt], others: bool = False) -> Sequence[Receipt]:
         """A copy has ended with these receipts, those of its first tasks; returns those that count.
@@ -202,24 +207,20 @@ class Leases:
         """A lease that is late, now that nothing else is left. A task writes whole shards of the same bytes: two may do
         it.
         """
-        if capacity.workers < 2 or not self._recent_s or now - self._searched_at < 1.0:
-            return None
-        slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
-        for lease in self._out:
-            expected_s = min((lease.tasks_ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s
-            if (
-                now - lease.started > max(MIN_LATE_S, LATE_FACTOR * expected_s)
-                and lease.starts < MAX_STARTS
-                and not lease.alone
-                and lease.copies < capacity.workers
-            ):
+        while self._late:
+            lease = self._late.popleft()
+            if not lease.closed and lease.copies < capacity.workers:
                 lease.started = now
                 lease.starts += 1
                 lease.copies += 1
                 self._copies += 1
                 return lease
+        if capacity.workers < 2 or not self._recent_s or now - self._searched_at < 1.0:
+            return None
         self._searched_at = now
-        return None
+        slow_s = sorted(self._recent_s)[len(self._recent_s) * 9 // 10]
+        self._late.extend(lease for lease in self._out if _is_late(lease, now, slow_s, capacity))
+        return self._late_lease(now, capacity) if self._late else None
 
     def _hand_out(self, lease: Lease) -> Lease:
         self._out[lease] = None
@@ -242,3 +243,14 @@ class Leases:
             mean = sum(r.seconds for r in receipts) / len(receipts)
             self._mean_s = max(1e-6, mean if self._mean_s <= 0 else 0.7 * self._mean_s + 0.3 * mean)
             self._recent_s.extend(r.seconds for r in receipts if r.state == WRITTEN)
+
+
+def _is_late(lease: Lease, now: float, slow_s: float, capacity: Capacity) -> bool:
+    """Whether another copy may make up for it: slow tasks take `slow_s`."""
+    expected_s = min((lease.tasks_ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s
+    return (
+        now - lease.started > max(MIN_LATE_S, LATE_FACTOR * expected_s)
+        and lease.starts < MAX_STARTS
+        and not lease.alone
+        and lease.copies < capacity.workers
+    )

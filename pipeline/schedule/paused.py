@@ -7,6 +7,7 @@ import time
 from distributed import Client
 
 from pipeline.base.errors import ClusterError
+from pipeline.schedule.seldom import Seldom
 
 LOOK_S = 5.0
 """How often the scheduler is asked: its answer grows with the number of workers."""
@@ -26,20 +27,23 @@ class Paused:
         self._said: list[str] = []
         self._since: dict[str, float] = {}
         self._why: dict[str, str] = {}
-        self._looked_at = float("-inf")
+        self._looks = Seldom(LOOK_S)
         self.addresses: frozenset[str] = frozenset()
 
     def look(self) -> frozenset[str]:
-        """Ask the scheduler, at most every LOOK_S. Returns the workers whose pause has just reached MIN_PAUSE_S.
+        """Ask the scheduler, every LOOK_S at most: who runs, and all that it knows only where somebody does not.
+
+        Returns the workers whose pause has just reached MIN_PAUSE_S.
 
         Raises OSError where the scheduler is gone.
         """
         now = time.monotonic()
-        if now - self._looked_at < LOOK_S:
+        if not self._looks.due(now):
             return frozenset()
-        self._looked_at = now
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        paused = {address: worker for address, worker in workers.items() if worker["status"] == "paused"}
+        idle = self._client.nthreads().keys() - self._client.sync(self._client.scheduler.ncores_running).keys()
+        known = self._client.scheduler_info(n_workers=-1)["workers"] if idle else {}
+        paused = {address: known[address] for address in idle & known.keys() if known[address]["status"] == "paused"}
+        self._looks.took(now, time.monotonic())
         self._since = {address: self._since.get(address, now) for address in paused}
         self._why = {
             address: f"it holds {_gib(worker['metrics'].get('memory', 0))} of {_gib(worker['memory_limit'])} GiB"

@@ -8,7 +8,7 @@ from pipeline.base.waits import SAY_S
 from pipeline.cluster.patient_client import call
 
 LOOK_S = 5.0
-"""How often the scheduler is asked; it tells of all workers."""
+"""How often the scheduler is asked, or eight times within the patience: it tells all that it knows of all workers."""
 SHOWN = 3
 
 
@@ -18,14 +18,13 @@ class Silent:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._heard: dict[str, tuple[float, float]] = {}
-        self._looked, self._say_s = float("-inf"), SAY_S
+        self._next, self._say_s = float("-inf"), SAY_S
         self._said: list[str] = []
 
     def look(self, now: float) -> None:
         """See who has sent a heartbeat since the last look; no clock but this process's own is read."""
-        if now - self._looked < LOOK_S:
+        if now < self._next:
             return
-        self._looked = now
         known = call(self._client.scheduler_info, -1)["workers"]
         before = self._heard
         self._heard = {
@@ -35,6 +34,7 @@ class Silent:
             for address, info in known.items()
         }
         patience_s = max(SAY_S, len(known) / 50)  # of many workers Dask hears less often
+        self._next = now + max(LOOK_S, patience_s / 8)
         silent = {address: now - at for address, (_, at) in self._heard.items() if now - at > patience_s}
         if not silent:
             self._say_s = patience_s

@@ -25,18 +25,19 @@ class WorkerTotals:
 class RunTotals:
     """What one run did.
 
-    `started_again` counts late leases that a second worker was given, `dropped_lines` lines of progress that could not
-    be written. `requests` are those that failed for the moment.
+    `results` counts the leases that have come back, `started_again` late leases that a second worker was given,
+    `dropped_lines` lines of progress that could not be written. `requests` are those that failed for the moment.
     `peak_bytes` and `base_bytes` are the largest of any worker's process, `network` is the last one's (see
     LeaseResult). `seconds` are those of all tasks by part. `voxels` are SR voxels of mip 0, `bytes` what was stored.
-    `workers` are named HOST:PID; `aside` says why workers were set aside. `last_written` is each worker's last receipt
-    of a task that it wrote. `notes` are lines of how the network is computed, each with the first worker that said it.
-    `waits` says what is waited for and was not said before.
+    `workers` are named HOST:PID, the one heard of last stands last; `aside` says why workers were set aside.
+    `last_written` is each worker's last receipt of a task that it wrote. `notes` are lines of how the network is
+    computed, each with the first worker that said it. `waits` says what is waited for and was not said before.
     """
 
     written: int = 0
     skipped: int = 0
     quarantined: int = 0
+    results: int = 0
     started_again: int = 0
     dropped_lines: int = 0
     requests: RequestCounts = field(default_factory=RequestCounts)
@@ -66,7 +67,7 @@ class RunTotals:
         self.voxels += receipt.voxels
         self.bytes += receipt.bytes
         if receipt.worker:
-            totals = self.workers.setdefault(receipt.worker, WorkerTotals())
+            totals = self.workers[receipt.worker] = self.workers.pop(receipt.worker, WorkerTotals())
             totals.tasks += 1
             totals.quarantined += receipt.state == QUARANTINED
             totals.seconds += receipt.seconds
@@ -76,6 +77,7 @@ class RunTotals:
 
     def add_result(self, result: LeaseResult) -> None:
         """Count what a result says of its worker's process, also where its receipts do not count."""
+        self.results += 1
         self.peak_bytes, self.base_bytes = (
             max(self.peak_bytes, result.peak_bytes),
             max(self.base_bytes, result.base_bytes),

@@ -36,6 +36,8 @@ SAY_S = 15.0
 PATIENCE_S = 300.0
 """A run waits for so long while its renewals fail."""
 TRIES = 3
+MAX_TOLD = 100
+"""Of so many workers the lock tells. It is written every RENEW_S seconds, and may lie in an object store."""
 
 
 def _say(text: str) -> None:
@@ -50,7 +52,10 @@ class TargetLock:
         self.lost = threading.Event()
         self.workers: dict[str, dict[str, float]] = {}
         self.aside: dict[str, str] = {}
-        """What each worker has done, by name. Every renewal writes it, for `status`."""
+        """What workers have done and why some were set aside, by name: the last MAX_TOLD of each at most. Every renewal
+        writes it, for `status`."""
+        self.in_all: dict[str, int] = {}
+        """How many `workers` there are, and `set_aside`."""
         self._store, self._say = store, say
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -193,6 +198,7 @@ class TargetLock:
             "released": released,
             "workers": self.workers,
             "set_aside": self.aside,
+            "in_all": self.in_all,
         }
         return json.dumps(lock).encode()
 
@@ -243,6 +249,15 @@ def last_aside(store: Store) -> dict[str, str]:
         aside = json.loads(store.get(KEY) or b"{}").get("set_aside", {})
         return {str(name): str(why) for name, why in aside.items()}
     except (ValueError, RecursionError, AttributeError):
+        return {}
+
+
+def left_out(store: Store) -> dict[str, int]:
+    """Of how many more `workers` and `set_aside` the lock does not tell."""
+    try:
+        lock = json.loads(store.get(KEY) or b"{}")
+        return {what: int(count) - len(lock[what]) for what, count in lock.get("in_all", {}).items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return {}
 
 
