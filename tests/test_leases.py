@@ -18,12 +18,11 @@ from pipeline.schedule.leases import (
     MAX_LEASE_TASKS,
     MAX_STARTS,
     MIN_LATE_S,
-    RAMP_FIRST,
-    RAMP_PER_S,
     Capacity,
     Lease,
     Leases,
 )
+from pipeline.schedule.ramp import BACK, FIRST, FULL_S, LOOK_S, MIN_PER_S, SLOWER, Ramp
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 
@@ -112,9 +111,9 @@ def test_a_run_begins_as_a_ramp(ledger_of: object) -> None:
             count += 1
         return count
 
-    assert handed_out(0.0) == RAMP_FIRST
-    assert handed_out(10.0) == 10 * RAMP_PER_S
-    assert handed_out(1e4) == capacity.slots - RAMP_FIRST - 10 * RAMP_PER_S
+    assert handed_out(0.0) == FIRST
+    assert handed_out(10.0) == 10 * MIN_PER_S
+    assert handed_out(1e4) == capacity.slots - FIRST - 10 * MIN_PER_S
     assert handed_out(2e4) == 0
 
 
@@ -297,10 +296,98 @@ def test_the_ramp_begins_with_the_run(ledger_of: object) -> None:
     plan = plan_of(1000, 1)
     capacity = Capacity(1024, 2048)
     leases = Leases(plan, ledger_of(plan), range(plan.slabs), began=5000.0)  # type: ignore[operator]
-    for _ in range(RAMP_FIRST):
+    for _ in range(FIRST):
         take(leases, 5000.0, capacity)
     assert leases.next(5000.0, capacity) is None
-    assert leases.next(5000.0 + 1.5 / RAMP_PER_S, capacity) is not None
+    assert leases.next(5000.0 + 1.5 / MIN_PER_S, capacity) is not None
+
+
+@pytest.mark.parametrize("slots", [3 * 1024, 30_000, 300_000])
+def test_the_ramp_ends_in_two_minutes_whatever_the_crew(slots: int) -> None:
+    ramp = Ramp(0.0)
+    assert ramp.limit(0.0, slots) == FIRST
+    halfway = ramp.limit(FULL_S / 2, slots)
+    assert halfway == pytest.approx(FIRST + max(slots / FULL_S, MIN_PER_S) * FULL_S / 2)
+    assert ramp.limit(FULL_S, slots) == slots
+
+
+def test_few_workers_are_all_busy_at_once() -> None:
+    """There is no ramp for a crew that no store notices, and no step back either."""
+    ramp = Ramp(0.0)
+    assert ramp.limit(0.0, FIRST) == FIRST
+    ramp.ended(LOOK_S, FIRST, 1.0, 1, 1000)
+    assert ramp.limit(LOOK_S, FIRST) == FIRST
+
+
+def test_the_ramp_steps_back_where_the_store_refuses_and_then_rises_slowly() -> None:
+    """12,000 slots rise by 100 a second. Refusals are weighed every ten seconds; more than one for a task is too many.
+
+    The next step waits for leases that began after the first one (20 s here): those before it may still be refused.
+    """
+    slots, ramp = 12_000, Ramp(0.0)
+    before = ramp.limit(30.0, slots)
+    assert before == FIRST + 3000
+    ramp.ended(30.0, 3000, 20.0, 10, 11)
+    assert ramp.limit(30.0, slots) == BACK * 3000
+    ramp.ended(45.0, 3000, 20.0, 10, 1000)
+    ramp.ended(49.0, 3000, 20.0, 10, 1000)
+    assert ramp.limit(50.0, slots) == pytest.approx(BACK * 3000 + SLOWER * 100 * 20)
+    ramp.ended(60.0, 2000, 20.0, 10, 11)
+    assert ramp.limit(60.0, slots) == BACK * 2000
+
+
+def test_the_ramp_rises_on_where_the_store_refuses_little() -> None:
+    slots, ramp = 12_000, Ramp(0.0)
+    for second in range(10, 130, 10):
+        ramp.ended(float(second), 3000, 1.0, 100, 100)
+        assert ramp.limit(float(second), slots) == min(slots, FIRST + 100 * second)
+
+
+def test_a_ramp_goes_on_through_all_stages(ledger_of: object) -> None:
+    """The pyramid's blocks need no ramp of their own, and what a store refused of slabs counts for them."""
+    plan, capacity = plan_of(1000, 1), Capacity(1024, 2048)
+    ramp = Ramp(0.0)
+    ramp.limit(FULL_S, capacity.slots)
+    leases = Leases(plan, ledger_of(plan), range(plan.slabs), 0.0, ramp)  # type: ignore[operator]
+    for _ in range(FIRST + 1):
+        take(leases, FULL_S, capacity)
+
+
+def test_refusals_of_a_lease_s_worker_slow_the_ramp_down(ledger_of: object) -> None:
+    """Also those of a copy that came too late to count."""
+    capacity = Capacity(1024, 2048)
+    leases = begun(ledger_of, 1000, 1)
+    out = [take(leases, 0.0, capacity) for _ in range(FIRST)]
+    leases.seen(out[0], 20.0, tasks=1, refused=5)
+    assert leases.next(20.0, capacity) is None
+    for lease in out[:10]:
+        leases.ended(lease, done(lease.span, 20.0))
+    assert len([lease for _ in range(100) if (lease := leases.next(20.0, capacity))]) == 10
+
+
+def test_many_late_leases_are_found_in_one_look(ledger_of: object) -> None:
+    """At the end of a large run thousands are late at once: each is not looked for among all others."""
+    capacity = Capacity(500, 500)
+    leases = begun(ledger_of, 400, 1)
+    measured(leases, 1.0, capacity)
+    out = []
+    while (lease := leases.next(1e3, capacity)) is not None:
+        out.append(lease)
+    looks = 0
+
+    class Counted(dict[Lease, None]):
+        def __iter__(self) -> Iterator[Lease]:
+            nonlocal looks
+            looks += 1
+            return super().__iter__()
+
+    leases._out = Counted(leases._out)
+    late = []
+    while (lease := leases.next(2e3, capacity)) is not None:
+        late.append(lease)
+    assert late == out
+    assert len(late) == 399
+    assert looks == 1
 
 
 def test_a_copy_whose_worker_died_is_made_up_for_by_the_other(ledger_of: object) -> None:

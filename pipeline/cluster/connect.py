@@ -31,9 +31,15 @@ from pipeline.cluster.patient_client import PatientClient
 from pipeline.cluster.site_settings import refuse_values_for_mappings, start_failed
 from pipeline.config.cluster import BATCH_KINDS, ClusterConfig
 from pipeline.config.volume import Config
+from pipeline.process import descriptors
 from pipeline.process.children import LOOPBACK, refuse_without_loopback, starting_processes
 
 CONNECT_S = 30
+DESCRIPTORS = {"local": 11, "slurm": 3}
+"""Files and connections that a scheduler in this process takes for each worker: one for work, one for heartbeats, now
+and then one for a question; on this machine also its nanny's pipes and connections. Counted."""
+DESCRIPTORS_BESIDE = 256
+"""Those of this process itself: libraries, volumes, log."""
 
 LOGS = {
     # The scheduler's memory must not grow with the number of leases (distributed #3898, #2371): it would keep the last
@@ -111,6 +117,10 @@ def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Ite
     """
     _quiet()
     steady_clock.install()
+    if config.kind in DESCRIPTORS and not (config.kind == "local" and to_read):
+        descriptors.refuse_too_few(worker_count(config), DESCRIPTORS[config.kind], DESCRIPTORS_BESIDE)
+    else:
+        descriptors.raise_limit()
     refuse_values_for_mappings()
     if config.security is not None:
         certificates.refuse_unusable(config.security)
@@ -184,6 +194,8 @@ def why_none(client: Client) -> str:
 
 def tune(client: Client) -> None:
     """Change scheduler and workers for long runs, for as long as they live: docs/clusters.md says what for."""
+    with suppress(Exception):  # a scheduler without emsr
+        client.run_on_scheduler(descriptors.raise_limit)
     shorten_logs(client)
     stop_profiling(client)
     steady_clock.install_everywhere(client)

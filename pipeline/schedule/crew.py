@@ -13,7 +13,7 @@ from pipeline.base.errors import ClusterError, EmsrError, TransientError
 from pipeline.cluster.patient_client import call
 from pipeline.schedule.absence import NO_WORKER_S, Absence
 from pipeline.schedule.aside import Aside
-from pipeline.schedule.checks import MAX_CHECKS, Check, Checks
+from pipeline.schedule.checks import Check, Checks
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.leases import Capacity
 from pipeline.schedule.paused import Paused
@@ -73,7 +73,6 @@ class Crew:
         self._there: dict[str, _Worker] = {}
         self._usable = Usable()
         self._unasked: deque[_Worker] = deque()
-        self._asked: dict[str, _Worker] = {}
         self._gone: dict[str, tuple[str, Process]] = {}
         self._vouched: set[tuple[str, str]] = set()
         self._waiting: dict[Process, Runtime] = {}
@@ -269,7 +268,7 @@ class Crew:
     def close(self) -> None:
         """Ask nothing more."""
         if self._checks is not None:
-            self._checks.close(worker.check for worker in self._asked.values() if worker.check is not None)
+            self._checks.close()
         if self._waits is not None:
             self._waits.close()
 
@@ -277,7 +276,6 @@ class Crew:
         worker = self._there.pop(address)
         self.left += 1
         self._usable.discard(address)
-        self._asked.pop(address, None)
         if worker.nanny != address:
             self._gone.pop(address, None)  # the last one of its nanny stands last
             self._gone[address] = worker.nanny, worker.process
@@ -285,23 +283,22 @@ class Crew:
             self.absence.lost(now)
         self._waiting = {who: found for who, found in self._waiting.items() if who.address != worker.address}
         self.aside.ended(worker.address, worker.nanny)
-        if worker.check is not None:
-            worker.check.future.cancel()
+        if worker.check is not None and self._checks is not None:
+            self._checks.forget(worker.check)
             self.aside.died(worker.address, worker.nanny, worker.beside_leases)
 
     def _check(self, now: float) -> None:
         if self._checks is None:
             return
-        for worker in list(self._asked.values()):
-            if worker.check is not None and worker.check.future.done():
-                del self._asked[worker.address]
-                self._judge(worker, self._checks.answer(worker.check), self._checks.exam, now)
-        while len(self._asked) < MAX_CHECKS and self._unasked and now >= self._unasked[0].again:
+        for check, ended in self._checks.take(now):
+            found = self._there.get(check.address)
+            if found is not None and found.check is check:
+                self._judge(found, ended, self._checks.exam, now)
+        while self._checks.free > 0 and self._unasked and now >= self._unasked[0].again:
             worker = self._unasked.popleft()
             here = self._there.get(worker.address) is worker
             if here and not (worker.fit or worker.aside or worker.name or worker.check):
                 worker.check = self._checks.ask(worker.address)
-                self._asked[worker.address] = worker
 
     def _judge(self, worker: _Worker, ended: Ended | None, exam: Exam, now: float) -> None:
         worker.check = None

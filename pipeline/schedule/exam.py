@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -78,15 +78,19 @@ class Exam:
         """What a worker is sent whose reply the client does not find: it deletes it."""
         return pack(CHECKS, same_place.remove_at, self._store.url, reply)
 
-    def refuse_unseen(self, reply: str) -> None:
-        """Raises ClusterError where the client does not find what a worker has left, and deletes it where it does."""
-        if not same_place.is_seen(self._store, reply, self._job.run):
-            raise ClusterError(
-                f"what it writes to {self._store.url} is not there for the client",
-                "a target that client and workers see in one place",
-                "Mount the target's disk there, or take a target.url that all of them see",
-            )
-        same_place.remove(self._store, [reply])
+    def seen(self, replies: Collection[str]) -> set[str]:
+        """Those of the replies that workers have left which the client finds; it deletes them."""
+        found = same_place.found(self._store, replies, self._job.run)
+        same_place.remove(self._store, found)
+        return found
+
+    def unseen(self) -> ClusterError:
+        """The error of a worker whose reply the client does not find."""
+        return ClusterError(
+            f"what it writes to {self._store.url} is not there for the client",
+            "a target that client and workers see in one place",
+            "Mount the target's disk there, or take a target.url that all of them see",
+        )
 
     def settle(self, found: Mapping[Process, Runtime]) -> dict[Process, str]:
         """Decide what this run computes with, out of what workers have (at least one); returns who has something else.

@@ -62,7 +62,7 @@ class Ramp:
             return
         if self._refused > MAX_REFUSED * self._tasks:
             self._limit = max(float(FIRST), BACK * min(self._limit, out))
-            self._pace = SLOWER
+            self._pace, self._risen_at = SLOWER, now
             self._weighed_at = now + self._lease_s
         else:
             self._weighed_at = now

@@ -212,16 +212,26 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Delete the object; no error where there is none."""
-        what = f"deleting {self.url}/{key}"
-        if self._folder is not None:
-            with waiting(what), files.faults(what):
-                (self._folder / key).unlink(missing_ok=True)
-            return
-        try:
-            with waiting(f"deleting {self.url}/{key}"):
-                self._kv.write(key, None).result()
-        except Exception as error:
-            raise classify_write(error, what) from error
+        self.delete_all([key])
+
+    def delete_all(self, keys: Iterable[str]) -> None:
+        """Delete several objects at the same time. All are awaited; the first failure is raised."""
+        failed: EmsrError | None = None
+        begun = [(key, self._kv.write(key, None) if self._folder is None else None) for key in keys]
+        for key, future in begun:
+            what = f"deleting {self.url}/{key}"
+            try:
+                with waiting(what), files.faults(what):
+                    if future is not None:
+                        future.result()
+                    elif self._folder is not None:
+                        (self._folder / key).unlink(missing_ok=True)
+            except NoAnswerError:
+                raise
+            except Exception as error:
+                failed = failed or classify_write(error, what)
+        if failed:
+            raise failed
 
     def sweep(self) -> None:
         """Remove what killed processes have left half written. Only folders have such things."""

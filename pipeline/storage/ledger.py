@@ -15,6 +15,7 @@ five minutes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -39,6 +40,8 @@ _OLD_MAGIC = b"EMSRLED1"
 _NAME = re.compile(r"(segment|snapshot)-(\d+)-.+")
 FLUSH_S = 5.0
 FLUSH_RECORDS = 4096
+MAX_REASONS = 256
+"""So many reasons of quarantined tasks are put at the same time, with one segment: the run waits for them."""
 PATIENCE_S = 300.0
 """A run goes on for so long while nothing can be published. Records wait; a crash would lose them all."""
 SNAPSHOT_EVERY = 64
@@ -179,7 +182,7 @@ class Ledger(TaskRecord):
         ):
             return
         try:
-            self.flush()
+            self._publish()
         except TransientError:
             self._failing_since = self._failing_since or now
             if now - self._failing_since > PATIENCE_S:
@@ -197,40 +200,52 @@ class Ledger(TaskRecord):
 
     def flush(self) -> None:
         """Publish what is queued; returns when it is durable. What cannot be published stays queued."""
+        self._publish()
+        while self._queued:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Publish the first of what is queued, as a segment, or all of it; the reasons are durable before it."""
         self._tried = time.monotonic()
         if self._queued:
             self._hold()
-            self._publish()
-        self._flushed, self._failing_since = time.monotonic(), 0.0
+            self._put_segment(self._first_of_queue())
+        if not self._queued:
+            self._flushed = time.monotonic()
+        self._failing_since = 0.0
 
-    def _publish(self) -> None:
-        for receipt in self._queued:
-            if receipt.state == QUARANTINED:
-                body = {
-                    "index": receipt.index,
-                    "error": receipt.error,
-                    "worker": receipt.worker,
-                    "run": self.run_id,
-                    "time": time.time(),
-                }
-                key = f"{self._prefix}quarantine/{receipt.index}.json"
-                self._store.put(key, json.dumps(body, indent=1).encode())
-        records = np.array([(r.index, r.state, r.checksum, r.bytes, r.seconds) for r in self._queued], RECORD)
+    def _first_of_queue(self) -> list[Receipt]:
+        """What goes out with the next segment: no more than MAX_REASONS quarantined ones."""
+        quarantined = (n for n, receipt in enumerate(self._queued) if receipt.state == QUARANTINED)
+        return self._queued[: next(itertools.islice(quarantined, MAX_REASONS, None), len(self._queued))]
+
+    def _put_segment(self, receipts: list[Receipt]) -> None:
+        given_up = [receipt for receipt in receipts if receipt.state == QUARANTINED]
+        if given_up:
+            self._store.put_all({self._reason_key(receipt.index): self._reason(receipt) for receipt in given_up})
+        records = np.array([(r.index, r.state, r.checksum, r.bytes, r.seconds) for r in receipts], RECORD)
         self._seq += 1
         self._put(f"segment-{self._seq:010d}-{self.run_id}", records.tobytes())
         self.bytes_written += int(records["bytes"].sum())
-        self._queued.clear()
+        del self._queued[: len(receipts)]
         self._since_snapshot += 1
-        if self._since_snapshot >= SNAPSHOT_EVERY:
+        if self._since_snapshot >= SNAPSHOT_EVERY and not self._queued:  # a snapshot tells what segments tell
             self._put(f"snapshot-{self._seq:010d}-{self.run_id}", self._pack_snapshot())
             self._since_snapshot = 0
+
+    def _reason_key(self, index: int) -> str:
+        return f"{self._prefix}quarantine/{index}.json"
+
+    def _reason(self, receipt: Receipt) -> bytes:
+        kept = {"index": receipt.index, "error": receipt.error, "worker": receipt.worker}
+        return json.dumps(kept | {"run": self.run_id, "time": time.time()}, indent=1).encode()
 
     def _put(self, name: str, body: bytes) -> None:
         self._store.put(self._prefix + name, _MAGIC + struct.pack("<I", _crc(name, body)) + body)
 
     def why(self, index: int) -> Quarantine:
         """What was kept when this task was quarantined."""
-        value = self._store.get(f"{self._prefix}quarantine/{index}.json")
+        value = self._store.get(self._reason_key(index))
         try:
             kept = json.loads(value or b"{}")
             return Quarantine(str(kept.get("error", "")), str(kept.get("worker", "")), float(kept.get("time", 0.0)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,18 +40,24 @@ def absent_folders(url: str) -> list[Path]:
 
 
 def is_seen(store: Store, key: str, text: str) -> bool:
-    """Whether `key` holds `text`. An absent one is looked for during LOOK_S seconds."""
+    """Whether `key` holds `text`. It is looked for during LOOK_S seconds."""
     end = time.monotonic() + LOOK_S
-    while (found := store.get_with_generation(key)[0]) is None and time.monotonic() < end:  # as the server has it now
+    while not (seen := found(store, [key], text)) and time.monotonic() < end:
         time.sleep(0.2)
-    return found == text.encode()
+    return bool(seen)
+
+
+def found(store: Store, keys: Collection[str], text: str) -> set[str]:
+    """Those of `keys` that hold `text`, as the server has them now. Object stores are asked for all at a time."""
+    local = local_path(store.url) is not None  # a plain look at a folder may be answered from what was known before
+    values = ((key, store.get_with_generation(key)[0]) for key in keys) if local else store.get_all(keys)
+    return {key for key, value in values if value == text.encode()}
 
 
 def remove(store: Store, keys: Iterable[str], folders: Iterable[Path] = ()) -> None:
     """Delete the tokens `keys`, then those of `folders` that are empty. Without the permission to delete they stay."""
-    for key in keys:
-        with suppress(UserError):
-            store.delete(key)
+    with suppress(UserError):
+        store.delete_all(keys)
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -10,7 +10,7 @@ from pipeline.config import access
 from pipeline.inference.network import Network
 from pipeline.plan.plan import Plan
 from pipeline.plan.requests import RequestRates
-from pipeline.process import allocator
+from pipeline.process import allocator, descriptors
 from pipeline.process.device import load_libraries
 from pipeline.process.resident_size import resident_bytes
 from pipeline.storage.sources.open import open_mask, open_source
@@ -63,6 +63,7 @@ def open_job(job: Job) -> OpenJob:
 
 def _opened(job: Job) -> OpenJob:
     refuse_other_precision(job.network)
+    descriptors.raise_limit()
     allocator.configure_malloc()
     access.use(job.target.url, job.access)
     source = open_source(job.source)
