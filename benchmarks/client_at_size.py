@@ -1,11 +1,13 @@
-"""Measures what one client takes of a core with ten thousand workers: CPU per answer, memory, bytes of its lock.
+"""Counts what one client takes of a core with ten thousand workers: CPU of its own code per answer, bytes of its lock.
 
-    python benchmarks/client_at_size.py [workers=10000] [seconds=60]
+    python benchmarks/client_at_size.py [workers=10000] [answers=3000]
 
-Scheduler, client, exam, leases, ledger, receipts, lock and progress are the real ones, wired as a run wires them, over
-TCP. The workers are stand-ins (benchmarks/parts/stand_in_workers.py): they speak Dask's protocol, run emsr's own code
-for what they are sent, with a task that writes nothing, and answer LEASES_PER_S leases a second in all, as ten thousand
-workers do. Measured is a window that begins when all threads have a lease.
+Crew, exam, leases, ledger, lock, progress and receipts are the real ones, wired as `emsr run` wires them; so is what a
+worker makes of a lease, but for the task. Dask's scheduler and its client are stood in for: questions are answered at
+once, with what a real scheduler would send of so many workers, packed as it packs it. The clock is one that goes on by
+a hundredth of a second with every answer, as ten thousand workers give a hundred a second, so that the result does not
+depend on what else the machine does. Measured is the CPU time of the main thread once every thread has a lease. What
+Dask takes itself: benchmarks/scheduler_at_size.py.
 """
 
 from __future__ import annotations
@@ -13,27 +15,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.protocol import dumps, loads
 from noop_slabs import planned
-from parts.dask_processes import environment, scheduler_address, usage
 
-from pipeline.cluster.connect import connect
 from pipeline.config import urls
-from pipeline.config.volume import ClusterConfig
 from pipeline.plan.receipt import WRITTEN, Receipt
 from pipeline.run import callback
 from pipeline.schedule import exam as exam_module
-from pipeline.schedule.check_workers import check_workers
+from pipeline.schedule import results
 from pipeline.schedule.crew import Crew
 from pipeline.schedule.exam import Exam
 from pipeline.schedule.execute import execute
@@ -66,109 +66,146 @@ def fit(job: Job, question: Question) -> Fitness:
     return Fitness(Runtime("torch", "cpu"), 2 << 30)
 
 
+class Clock:
+    """Seconds that go on when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scheduler:
+    """What emsr asks of Dask's client, answered for `count` workers that are all alike."""
+
+    def __init__(self, count: int, worker: dict[str, Any]) -> None:
+        addresses = [f"tcp://10.{n >> 16}.{n >> 8 & 255}.{n & 255}:9000" for n in range(count)]
+        self._threads = dumps(dict.fromkeys(addresses, THREADS))
+        self._known = dumps({"workers": {a: worker | {"nthreads": THREADS, "nanny": f"{a}1"} for a in addresses}})
+        self._topics: dict[str, Callable[[tuple[float, Any]], None]] = {}
+        self._addresses, self._turn = addresses, 0
+        self.due: deque[tuple[Any, bytes, str]] = deque()
+        self.scheduler, self.cluster = SimpleNamespace(ncores_running=self._threads), None
+        self.own_s = 0.0
+        """CPU seconds of what workers and scheduler do here."""
+
+    def nthreads(self) -> Any:
+        return loads(self._threads)
+
+    def sync(self, answer: Any) -> Any:
+        return loads(answer)
+
+    def scheduler_info(self, n_workers: int) -> Any:
+        return loads(self._known)
+
+    def subscribe_topic(self, topic: str, receive: Callable[[tuple[float, Any]], None]) -> None:
+        self._topics[topic] = receive
+
+    def unsubscribe_topic(self, topic: str) -> None:
+        self._topics.pop(topic, None)
+
+    def cancel(self, futures: list[Any], force: bool) -> None:
+        self.due.clear()
+
+    def submit(self, run: object, packed: bytes, key: str, workers: list[str] | None = None, **rest: object) -> Any:
+        self._turn = (self._turn + 1) % len(self._addresses)
+        address = workers[0] if workers else self._addresses[self._turn]
+        told: list[Callable[[Any], None]] = []
+        future = SimpleNamespace(key=key, status="pending", add_done_callback=told.append, told=told)
+        future.release = future.cancel = lambda: None
+        future.done = lambda: future.status != "pending"
+        if key.startswith("check-"):
+            self._end(future, packed, address)
+            future.add_done_callback = lambda call: call(future)
+        else:
+            self.due.append((future, packed, address))
+        return future
+
+    def answer_next(self) -> None:
+        """The worker whose turn it is ends its lease."""
+        began = time.thread_time()
+        self._end(*self.due.popleft())
+        self.own_s += time.thread_time() - began
+
+    def _end(self, future: Any, packed: bytes, address: str) -> None:
+        def tell(topic: str, message: Any) -> None:
+            self._topics[topic]((0.0, loads(dumps(message))))
+
+        results.get_worker = lambda: SimpleNamespace(  # type: ignore[assignment]
+            address=address, get_current_task=lambda: future.key, log_event=tell
+        )
+        results.run_packed(packed)
+        future.status = "finished"
+        for call in future.told:
+            call(future)
+
+
 class _Enough(Exception):
     pass
 
 
-def measure(client: Client, workers: int, seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        job = planned(SLABS)
-        target = dataclasses.replace(job.target, url=f"file://{folder}/sr")
-        job = dataclasses.replace(job, target=target, run="bench", stall_s=600)
-        store = Store(urls.sidecar(target.url))
-        lock = TargetLock(store, "bench")
-        exam = Exam(job, fit)
-        exam_module._sample = lambda job: None  # type: ignore[assignment]  # its source exists nowhere
-        crew = Crew(client, exam)
-        exam.begin()
-        first, began = usage(client), time.monotonic()
-        check_workers(client, crew)
-        while crew.capacity().workers < workers:
-            crew.look()
-            time.sleep(0.05)
-        out: dict[str, Any] = {"workers": workers, "exam_s": round(time.monotonic() - began)}
-        lock.acquire()
-        ledger = Ledger(store, job.digest, job.plan.tasks, "bench", lock.hold)
-        run = RunState(exam.job, ledger, lock)
-        marks: list[tuple[dict[str, tuple[float, float]], float, float, int]] = []
-        answers, began = 0, time.monotonic()
-        slots = crew.capacity().threads
+def measure(workers: int, answers: int, worker: dict[str, Any], folder: str) -> dict[str, Any]:
+    time.monotonic = clock = Clock()  # type: ignore[assignment]
+    scheduler = Scheduler(workers, worker)
+    client: Any = scheduler
+    job = planned(SLABS)
+    job = dataclasses.replace(job, target=dataclasses.replace(job.target, url=f"file://{folder}/sr"), run="bench")
+    store = Store(urls.sidecar(job.target.url))
+    lock, exam = TargetLock(store, "bench"), Exam(job, fit)
+    exam_module._sample = lambda job: None  # type: ignore[assignment]  # its source exists nowhere
+    crew = Crew(client, exam)
+    exam.begin()
+    began = time.thread_time()
+    while crew.capacity().workers < workers:
+        clock.now += 0.1
+        crew.look()
+        if crew.answered:
+            crew.settle()
+    out: dict[str, Any] = {"workers": workers, "exam_cpu_ms_per_worker": round(1e3 * (time.thread_time() - began) / workers, 2)}
+    lock.acquire()
+    ledger = Ledger(store, job.digest, job.plan.tasks, "bench", lock.hold)
+    run = RunState(exam.job, ledger, lock)
+    marks: list[tuple[float, float, int]] = []
+    began_run, slots = clock.now, crew.capacity().threads
+    with (Path(folder) / "progress").open("w") as stream, RunProgress(ledger.tasks, 0, stream) as progress:
+        show = callback(progress, lock)
 
-        with (Path(folder) / "progress").open("w") as stream, RunProgress(ledger.tasks, 0, stream) as progress:
-            show = callback(progress, lock)
+        def watch(totals: RunTotals) -> None:
+            show(totals)
+            if not marks and len(scheduler.due) >= slots:
+                out["s_until_every_thread_has_a_lease"] = round(clock.now - began_run)
+                marks.append((time.thread_time() - scheduler.own_s, clock.now, totals.results))
+            elif marks and totals.results - marks[0][2] >= answers:
+                marks.append((time.thread_time() - scheduler.own_s, clock.now, totals.results))
+                raise _Enough
+            clock.now += 1 / LEASES_PER_S
+            scheduler.answer_next()
 
-            def watch(totals: RunTotals) -> None:
-                nonlocal answers
-                show(totals)
-                answers = totals.written
-                now = time.monotonic()
-                if not marks and len(client.futures) >= slots:
-                    out["seconds_to_full"] = round(now - began)
-                    marks.append((usage(client), now, time.thread_time(), totals.results))
-                elif len(marks) == 1 and now - marks[0][1] > seconds:
-                    marks.append((usage(client), now, time.thread_time(), totals.results))
-                    raise _Enough
-
-            with suppress(_Enough):
-                execute(client, run, answer, watch, crew)
-        (used, at, main, before), (used_then, then, main_then, after) = marks
-        leases, wall = after - before, then - at
-        for who in ("scheduler", "client"):
-            cpu = used_then[who][0] - used[who][0]
-            out[f"{who}_ms_per_answer"] = round(1e3 * cpu / leases, 2)
-            out[f"{who}_share_of_a_core"] = round(cpu / wall, 3)
-            out[f"{who}_mb"] = [round(first[who][1]), round(used_then[who][1])]
-        out["main_thread_ms_per_answer"] = round(1e3 * (main_then - main) / leases, 2)
-        out |= {"answers_per_s": round(leases / wall, 1), "tasks_written": answers}
-        lock.release()
-        value = store.get(KEY) or b""
-        out |= {"lock_bytes": len(value), "workers_in_lock": len(json.loads(value)["workers"])}
-        crew.close()
-        exam.end()
+        with suppress(_Enough):
+            execute(client, run, answer, watch, crew)
+    (before, at, first), (after, then, last) = marks
+    out["ms_per_answer"] = round(1e3 * (after - before) / (last - first), 3)
+    out["share_of_a_core"] = round((after - before) / (then - at), 3)
+    lock.release()
+    value = store.get(KEY) or b""
+    out |= {"lock_bytes": len(value), "workers_in_lock": len(json.loads(value)["workers"])}
+    out["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     return out
 
 
-@contextmanager
-def stand_ins(count: int) -> Iterator[Client]:
-    """The pipeline's own client of a scheduler with so many workers, which are processes of their own."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    parts = Path(__file__).parent / "parts"
-    dask_scheduler = [sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    dask_scheduler += ["--preload", str(parts / "quick_registration.py")]
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "scheduler.json"
-        quiet: dict[str, Any] = {"stderr": subprocess.DEVNULL, "env": environment()}
-        processes = [
-            subprocess.Popen([*dask_scheduler, "--scheduler-file", str(place)], stdout=subprocess.DEVNULL, **quiet)
-        ]
-        try:
-            address = scheduler_address(place)
-            command = [
-                sys.executable,
-                str(parts / "stand_in_workers.py"),
-                address,
-                str(count),
-                str(LEASES_PER_S),
-                str(THREADS),
-            ]
-            began = time.monotonic()
-            holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **quiet)
-            processes.append(holder)
-            assert holder.stdout.readline() == "ready\n"
-            scheduler = psutil.Process(processes[0].pid)
-            print({"registered_s": round(time.monotonic() - began), "scheduler_descriptors": scheduler.num_fds()})
-            with connect(ClusterConfig(kind="address", address=address), THREADS) as client:
-                yield client
-        finally:
-            for process in reversed(processes):
-                process.kill()
-                process.wait()
+def known_worker() -> dict[str, Any]:
+    """What a real scheduler tells of a real worker."""
+    with LocalCluster(1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+        (worker,) = client.scheduler_info(-1)["workers"].values()
+    return dict(worker)
 
 
 if __name__ == "__main__":
-    import client_at_size  # workers import it by this name, not as __main__
+    import client_at_size  # its functions are pickled by this name
 
-    workers, seconds = (int(a) for a in sys.argv[1:] + ["10000", "60"][len(sys.argv) - 1 :])
-    with stand_ins(workers) as client:
-        print(client_at_size.measure(client, workers, seconds))
+    workers, answers = (int(a) for a in sys.argv[1:] + ["10000", "3000"][len(sys.argv) - 1 :])
+    worker = known_worker()
+    for count in sorted({100, workers}):
+        with tempfile.TemporaryDirectory() as folder:
+            print(client_at_size.measure(count, answers, worker, folder), flush=True)
