@@ -162,7 +162,10 @@ def measure(workers: int, answers: int, worker: dict[str, Any], folder: str) -> 
         crew.look()
         if crew.answered:
             crew.settle()
-    out: dict[str, Any] = {"workers": workers, "exam_cpu_ms_per_worker": round(1e3 * (time.thread_time() - began) / workers, 2)}
+    out: dict[str, Any] = {
+        "workers": workers,
+        "exam_cpu_ms_per_worker": round(1e3 * (time.thread_time() - began) / workers, 2),
+    }
     lock.acquire()
     ledger = Ledger(store, job.digest, job.plan.tasks, "bench", lock.hold)
     run = RunState(exam.job, ledger, lock)

@@ -1,12 +1,13 @@
 """Simulates a run on ten thousand workers: the scheduler's own code with an event queue in place of Dask.
 
-    python benchmarks/simulate.py [gpu|cpu|spot|refused|budget]
+    python benchmarks/simulate.py [gpu|cpu|spot|refused|budget|steep]
 
 The job is FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang.
-The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` decides as in a real run, and the ledger
-is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to another, up to
-the allowed failures), workers and the store. Printed are days, requests and lost work. tests/test_simulate.py checks
-the model against a real run.
+The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` and `ramp` decide as in a real run, and
+the ledger is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to
+another, up to the allowed failures), workers and the store; the exam of workers and what the client computes are left
+out (benchmarks/client_at_size.py). Printed are days, requests and lost work. tests/test_simulate.py checks the model
+against a real run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels
 from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
 from pipeline.schedule.leases import Capacity, Lease, Leases
+from pipeline.schedule.ramp import Ramp
 from pipeline.storage.kv import Store
 from pipeline.storage.ledger import Ledger
 
@@ -93,6 +95,8 @@ class Result:
     reads: float = 0.0
     writes: float = 0.0
     refused: float = 0.0
+    half_busy_s: float = math.inf
+    """When half of all threads first were busy."""
 
 
 @dataclass(eq=False)
@@ -115,6 +119,7 @@ class _Copy:
     worker: _Worker | None = None
     began: float = 0.0
     receipts: list[Receipt] = field(default_factory=list)
+    refused: float = 0.0
 
 
 class Simulation:
@@ -131,6 +136,7 @@ class Simulation:
         self._alive = self._busy = 0
         self._scheduler_free = 0.0
         self._leases: Leases
+        self._ramp = Ramp(0.0)
         self.result = Result()
 
     def run(self) -> Result:
@@ -141,7 +147,7 @@ class Simulation:
             worker = _Worker(scenario.slow_factor if slow else 1.0)
             self._at(scenario.arrival_s * n / scenario.workers, lambda worker=worker: self._come(worker))  # type: ignore[misc]
         for stage in self._plan.passes():
-            self._leases = Leases(self._plan, self._ledger, stage, began=0.0)
+            self._leases = Leases(self._plan, self._ledger, stage, 0.0, self._ramp)
             self._hand_out()
             while self._leases.out:
                 due = self._events[0][0] if self._events else math.inf
@@ -195,7 +201,9 @@ class Simulation:
         copy.worker, copy.began, copy.receipts = worker, self._now, []
         worker.running.add(copy)
         self._busy += 1
-        slowdown = self._slowdown()
+        if 2 * self._busy >= scenario.workers * scenario.threads:
+            self.result.half_busy_s = min(self.result.half_busy_s, self._now)
+        slowdown, refused = self._store()
         seconds = 0.0
         for index in copy.lease.span:
             if copy.receipts and seconds >= copy.lease.max_s:
@@ -210,21 +218,24 @@ class Simulation:
         written = sum(r.state == WRITTEN for r in copy.receipts)
         self.result.reads += written * scenario.reads
         self.result.writes += written * scenario.writes
+        copy.refused = written * refused
+        self.result.refused += copy.refused
         seconds += scenario.lease_s if worker.opened else scenario.open_s
         worker.opened = True
         if self._random.random() < seconds / scenario.hang_s:
             return  # the lease ends only when its worker dies
         self._at(self._now + seconds, lambda life=worker.life: self._end(copy, worker, life))  # type: ignore[misc]
 
-    def _slowdown(self) -> float:
-        """The factor by which the store slows a task down now. Refused writes are sent again, and counted."""
+    def _store(self) -> tuple[float, float]:
+        """The factor by which the store slows a task down now, and how many writes of a slab it refuses, which are sent
+        again.
+        """
         scenario = self._scenario
         wanted = self._busy * scenario.writes / scenario.task_s
         paced = min(wanted, scenario.budget_writes)
         taken = scenario.store_per_s * 2 ** min(50.0, self._now / scenario.doubling_s)
-        if paced > taken:
-            self.result.refused += (paced / taken - 1) * scenario.writes
-        return max(1.0, wanted / min(paced, taken)) if wanted else 1.0
+        refused = (paced / taken - 1) * scenario.writes if paced > taken else 0.0
+        return (max(1.0, wanted / min(paced, taken)) if wanted else 1.0), refused
 
     def _end(self, copy: _Copy, worker: _Worker, life: int) -> None:
         if not worker.alive or worker.life != life:
@@ -233,6 +244,7 @@ class Simulation:
         self._busy -= 1
         self._idle.append((worker, life))
         spent = self._now - copy.began
+        self._leases.seen(copy.lease, self._now, len(copy.receipts), round(copy.refused))
         if copy.lease.closed:
             self.result.twice_s += spent
         else:
@@ -306,7 +318,17 @@ def scenarios(plan: Plan) -> dict[str, Scenario]:
     cpu = replace(fafb_scenario(plan, core_s), walltime_s=24 * HOUR, death_s=1000 * HOUR)
     spot = replace(gpu, death_s=4 * HOUR, back_s=900)
     many = replace(gpu, writes=256.0)  # unsharded: an object per chunk
-    return {"gpu": gpu, "cpu": cpu, "spot": spot, "refused": many, "budget": replace(many, budget_writes=1000.0)}
+    steep = replace(
+        gpu, arrival_s=0.0, writes=40.0
+    )  # all workers are there at once, and write more than the store takes
+    return {
+        "steep": steep,
+        "gpu": gpu,
+        "cpu": cpu,
+        "spot": spot,
+        "refused": many,
+        "budget": replace(many, budget_writes=1000.0),
+    }
 
 
 def show(scenario: Scenario, result: Result) -> None:
@@ -317,6 +339,7 @@ def show(scenario: Scenario, result: Result) -> None:
         f"a worker dies every {deaths}, walltime {walltime}",
         "days": f"{result.wall_s / 86400:.2f}",
         "tasks": f"{result.written:,} written, {result.skipped:,} skipped, {result.quarantined:,} quarantined",
+        "half busy": f"after {result.half_busy_s:.0f} s",
         "requests": f"{result.reads:,.0f} reads, {result.writes:,.0f} writes, {result.refused:,.0f} refused (429, 503)",
         "lost work": f"{result.lost_s / worked:.2%} to {result.deaths:,} deaths",
         "done twice": f"{result.twice_s / worked:.2%}, {result.started_again:,} leases started again",

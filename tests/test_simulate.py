@@ -87,6 +87,24 @@ def test_a_store_that_refuses_slows_the_run_and_a_budget_avoids_the_refusals() -
         assert 1.7 * 1000 < result.wall_s < 2.3 * 1000
 
 
+def test_all_threads_of_many_workers_are_busy_soon() -> None:
+    """4,000 threads: their 6,000 slots are open after two minutes, half of the threads are busy within one."""
+    result = simulate(plan_of(2000, 10), changed(workers=2000, threads=2, task_s=60))
+    assert 20 < result.half_busy_s < 60
+
+
+def test_the_ramp_ends_where_the_store_refuses() -> None:
+    """1,000 workers would write 300 objects a second, and the store takes 100 for hours: the leases that are out fall
+    until it refuses about one for each task, and no worker that is left idle costs time, for the store is the limit.
+    """
+    busy = {"workers": 1000, "threads": 1, "task_s": 20, "writes": 6, "store_per_s": 100, "doubling_s": 1e9}
+    plan = plan_of(2000, 10)
+    result = simulate(plan, changed(**busy))
+    least_s = plan.tasks * 6 / 100
+    assert result.refused < 2 * plan.tasks
+    assert least_s < result.wall_s < 1.35 * least_s
+
+
 def test_the_model_predicts_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers, scheduler and ledger are real. What a task takes, and how long a thread waits for its next lease, are
     measured in the same run, so both grow on a loaded machine. From them the model says how long the run takes, within

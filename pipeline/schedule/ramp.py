@@ -5,7 +5,7 @@ add servers. Like a connection of TCP the ramp rises until something is refused,
 
     leases out
        slots |                    ____________
-             |              ,  .-'                  refused: three quarters of what is out, then a tenth of the rise
+             |              ,  .-'                  refused: half of what is out, then a tenth of the rise
              |           .-' '-
              |        .-'
        FIRST |_____.-'
@@ -24,7 +24,7 @@ LOOK_S = 10.0
 """Refusals are weighed over so long, ..."""
 MAX_REFUSED = 1.0
 """... and are too many where there were more than this for each task."""
-BACK = 0.75
+BACK = 0.5
 """What is left of the leases out when there were too many."""
 SLOWER = 0.1
 """The rise after that, as a share of the one before."""

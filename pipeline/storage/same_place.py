@@ -48,10 +48,10 @@ def is_seen(store: Store, key: str, text: str) -> bool:
 
 
 def found(store: Store, keys: Collection[str], text: str) -> set[str]:
-    """Those of `keys` that hold `text`, as the server has them now. Object stores are asked for all at a time."""
-    local = local_path(store.url) is not None  # a plain look at a folder may be answered from what was known before
-    values = ((key, store.get_with_generation(key)[0]) for key in keys) if local else store.get_all(keys)
-    return {key for key, value in values if value == text.encode()}
+    """Those of `keys` that hold `text`, as the server has them now. They are read at the same time."""
+    if keys and local_path(store.url) is not None:  # else a folder may be answered from what was known before
+        store.get_with_generation(next(iter(keys)))
+    return {key for key, value in store.get_all(keys) if value == text.encode()}
 
 
 def remove(store: Store, keys: Iterable[str], folders: Iterable[Path] = ()) -> None:
