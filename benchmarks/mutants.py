@@ -32,6 +32,7 @@ SOURCES = "tests/test_source_metadata.py tests/test_sources.py -k 'Voxel or afte
 N5 = "tests/test_n5.py"
 JPEG_XL = "tests/test_jpeg_xl.py"
 INTERRUPTS = "tests/test_run.py -k ctrl_c"
+SIZE = "tests/test_at_size.py"
 COPIES = "tests/test_stragglers.py -k 'no_other_worker or has_gone'"
 WORKER = "tests/test_worker.py tests/test_bad_sections.py -k 'worker or empty_output'"
 INFERENCE = "tests/test_inference.py"
@@ -128,8 +129,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("ZYX(min(CHUNK.z, extent.z), CHUNK.y, CHUNK.x)", "CHUNK"),
     ],
     ("pipeline/schedule/leases.py", LEASES): [
-        ("if self._copies >= min(", "if self._copies > min("),
-        ("RAMP_PER_S * (now - self._began)", "RAMP_PER_S * now"),
+        ("if self._copies >= self._ramp.limit(", "if self._copies > self._ramp.limit("),
         ("if self._suspects and not self._out:", "if self._suspects:"),
         ("if lease.copies and (not receipts or any(", "if lease.copies and (any("),
         ("            self._left += len(rest)\n", ""),
@@ -141,7 +141,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("now - self._searched_at < 1.0", "now - self._searched_at < 0.0"),
         ("len(self._recent_s) * 9 // 10", "len(self._recent_s) * 5 // 10"),
         ("and lease.starts < MAX_STARTS", "and lease.starts <= MAX_STARTS"),
-        ("                and not lease.alone\n", ""),
+        ("        and not lease.alone\n", ""),
         ("                lease.started = now\n", ""),
         (
             "min((lease.tasks_ahead + len(lease.span)) * slow_s, 2 * lease.max_s) + slow_s",
@@ -151,8 +151,22 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("        self._copies -= lease.copies\n", ""),
         ("0.7 * self._mean_s + 0.3 * mean", "0.3 * self._mean_s + 0.7 * mean"),
         ("            self._suspects.append(start)\n            return ()", "            pass"),
-        ("\n                and lease.copies < capacity.workers", ""),
+        ("\n        and lease.copies < capacity.workers", ""),
         (" for r in receipts if r.state == WRITTEN", " for r in receipts"),
+    ],
+    ("pipeline/schedule/ramp.py", LEASES): [
+        ("max(0.0, now - self._risen_at)", "now"),
+        ("self._pace, self._risen_at = SLOWER, now", "self._pace = SLOWER"),
+        ("BACK * min(self._limit, out)", "BACK * self._limit"),
+        ("        if now < self._weighed_at:\n            return\n", ""),
+        ("self._refused > MAX_REFUSED * self._tasks", "self._refused >= MAX_REFUSED * self._tasks"),
+    ],
+    ("pipeline/schedule/in_flight.py", SIZE): [
+        ("if not (changed and self._hand_ons.due(began)):", "if not self._hand_ons.due(began):"),
+    ],
+    ("pipeline/storage/ledger.py", SIZE): [
+        ("SNAPSHOT_EVERY and not self._queued:", "SNAPSHOT_EVERY:"),
+        ("itertools.islice(quarantined, MAX_REASONS, None)", "itertools.islice(quarantined, 10000, None)"),
     ],
     ("pipeline/plan/task_states.py", LEDGER): [
         (
@@ -206,8 +220,8 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self._state = (low + 2 * high).astype(np.uint8)", "self._state = (2 * low + high).astype(np.uint8)"),
         ('if done["seconds"][worst] > self.slowest:', 'if done["seconds"][worst] < self.slowest:'),
         (
-            'int(records["bytes"].sum())\n        self._queued.clear()',
-            'int(records["bytes"].max())\n        self._queued.clear()',
+            'int(records["bytes"].sum())\n        del self._queued',
+            'int(records["bytes"].max())\n        del self._queued',
         ),
     ],
     ("pipeline/storage/store_errors.py", KV): [
@@ -219,7 +233,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("code = _CODE.match(text)", "code = _CODE.search(text)"),
     ],
     ("pipeline/storage/kv.py", KV): [
-        ("        if failed:\n            raise failed\n", ""),
+        ("        if failed:\n            raise failed\n\n    def put_if", "\n    def put_if"),
         ("chr(ord(prefix[-1]) + 1)", "chr(ord(prefix[-1]) + 2)"),
         ("if not files.is_own(name := ", "if (name := "),
         ("                batch = []\n        yield from self._get_batch(batch)", "                batch = []"),

@@ -332,8 +332,10 @@ def test_the_ramp_steps_back_where_the_store_refuses_and_then_rises_slowly() -> 
     ramp.ended(45.0, 3000, 20.0, 10, 1000)
     ramp.ended(49.0, 3000, 20.0, 10, 1000)
     assert ramp.limit(50.0, slots) == pytest.approx(BACK * 3000 + SLOWER * 100 * 20)
-    ramp.ended(60.0, 2000, 20.0, 10, 11)
-    assert ramp.limit(60.0, slots) == BACK * 2000
+    ramp.ended(60.0, 2000, 20.0, 10, 10)
+    assert ramp.limit(60.0, slots) == pytest.approx(BACK * 3000 + SLOWER * 100 * 30)
+    ramp.ended(70.0, 1600, 20.0, 10, 11)
+    assert ramp.limit(70.0, slots) == BACK * 1600
 
 
 def test_the_ramp_rises_on_where_the_store_refuses_little() -> None:
