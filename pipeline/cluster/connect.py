@@ -35,7 +35,7 @@ from pipeline.process import descriptors
 from pipeline.process.children import LOOPBACK, refuse_without_loopback, starting_processes
 
 CONNECT_S = 30
-DESCRIPTORS = {"local": 11, "slurm": 3}
+DESCRIPTORS, LOCAL_DESCRIPTORS = 3, 11
 """Files and connections that a scheduler in this process takes for each worker: one for work, one for heartbeats, now
 and then one for a question; on this machine also its nanny's pipes and connections. Counted."""
 DESCRIPTORS_BESIDE = 256
@@ -117,10 +117,10 @@ def connect(config: ClusterConfig, in_flight: int, to_read: bool = False) -> Ite
     """
     _quiet()
     steady_clock.install()
-    if config.kind in DESCRIPTORS and not (config.kind == "local" and to_read):
-        descriptors.refuse_too_few(worker_count(config), DESCRIPTORS[config.kind], DESCRIPTORS_BESIDE)
-    else:
-        descriptors.raise_limit()
+    descriptors.raise_limit()
+    if config.kind in BATCH_KINDS or (config.kind == "local" and not to_read):
+        each = LOCAL_DESCRIPTORS if config.kind == "local" else DESCRIPTORS
+        descriptors.refuse_too_few(worker_count(config), each, DESCRIPTORS_BESIDE)
     refuse_values_for_mappings()
     if config.security is not None:
         certificates.refuse_unusable(config.security)
