@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, S
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
-from pipeline.config.volume import Url
+from pipeline.config.volume import Url, Window
 
 CHANGEABLE = {"steps", "rate", "periods", "precision"} | {
     f"losses.{name}" for name in ("codebook", "adversarial", "reference", "perceptual")
@@ -44,12 +44,14 @@ class VolumeConfig(_Model):
     """An HR volume to train or validate on. `lr` is the LR volume of the same tissue where one was measured.
 
     `sections` is the half-open range of z that is used; `bad_sections` are left out. Both count from the first section.
+    `intensity_window` and `invert` are as in volume.yaml, and for `lr` too.
     """
 
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     array: StrictStr | None = None
-    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    intensity_window: Window | None = None
+    invert: StrictBool = False
     sections: tuple[StrictInt, StrictInt] | None = None
     bad_sections: tuple[StrictInt, ...] = ()
     lr: Url | None = None
@@ -183,7 +185,8 @@ class StageConfig(_Model):
         def add(value: Any, place: str) -> None:
             if isinstance(value, dict):
                 for key, child in value.items():
-                    add(child, f"{place}.{key}" if place else key)
+                    if key != "invert" or child:  # checkpoints of before it was a key lack it
+                        add(child, f"{place}.{key}" if place else key)
             elif isinstance(value, list) and value and isinstance(value[0], dict):
                 for i, child in enumerate(value):
                     add(child, f"{place}[{i}]")

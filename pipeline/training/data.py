@@ -62,7 +62,13 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
     `sections` and `crop` are what one sample takes, in HR voxels. Volumes of up to `budget` bytes are held in memory.
     """
     source = open_source(
-        SourceConfig(url=config.url, mip=config.mip, array=config.array, intensity_window=config.intensity_window)
+        SourceConfig(
+            url=config.url,
+            mip=config.mip,
+            array=config.array,
+            intensity_window=config.intensity_window,
+            invert=config.invert,
+        )
     )
     whole = source.info.bounds.shape
     first, stop = config.sections or (0, whole.z)
@@ -106,7 +112,7 @@ def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
     `scale`.
     """
     assert config.lr is not None
-    source = open_source(SourceConfig(url=config.lr, intensity_window=config.intensity_window))
+    source = open_source(SourceConfig(url=config.lr, intensity_window=config.intensity_window, invert=config.invert))
     found, wanted = source.info.bounds.shape, ZYX(hr.z, hr.y // scale, hr.x // scale)
     if found != wanted:
         raise UserError(

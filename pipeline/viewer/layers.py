@@ -56,7 +56,17 @@ def layers(config: Config) -> list[Layer]:
     if lr is None:
         raise SourceError(f"{source.url} has no metadata that Neuroglancer reads", "OME-Zarr, Zarr, N5 or precomputed")
     first = _corner(info.corner_nm, info.bounds.start, info.voxel_size_nm)
-    found = [Layer("LR", browser_url(source.url), lr, info.voxel_size_nm, first, contrast=source.intensity_window)]
+    found = [
+        Layer(
+            "LR",
+            browser_url(source.url),
+            lr,
+            info.voxel_size_nm,
+            first,
+            contrast=source.intensity_window,
+            inverted=source.invert,
+        )
+    ]
     region = source.box.box if source.box else info.bounds
     corner = _corner(info.corner_nm, region.start, info.voxel_size_nm)
     z, y, x = info.voxel_size_nm
