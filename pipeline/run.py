@@ -191,6 +191,8 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
         chosen = {"cell": lattice.cell, "halo": lattice.halo, "precision": network.precision, "batch": network.batch}
         progress.say("network", name=network.name, **chosen)
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
+        if prepared.later:
+            progress.say("stated_later", **prepared.later)
         if mask is not None:
             progress.say("mask", **asdict(mask))
         progress.say("cluster", workers=crew.capacity().workers, scheduler=client.scheduler.address)
