@@ -1,4 +1,4 @@
-"""A fill that was stated after its target was begun.
+"""Fills of absent chunks: when one may be wanted, and one that was stated after its target was begun.
 
 Where absent chunks are an error, a slab that meets one is quarantined and never written. So what is written has met
 none, and has the same bytes whatever fill is stated afterwards. Therefore the plan and its digest stay those of the
@@ -16,6 +16,15 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "source.missing_chunks": ("source",),
     "source.mask.missing_chunks": ("source", "mask"),
 }
+
+
+def advice(key: str, unstored: int | None) -> str:
+    """What absent chunks may mean, and what to do. `unstored` is what the volume's own fill value would be read as."""
+    value, fill = ("", "N") if unstored is None else (f", here {unstored}", str(unstored))
+    return (
+        "Slabs that meet one are quarantined. zarr-python 3, WEBKNOSSOS, bioformats2raw and others do not store chunks "
+        f"of nothing but the fill value{value}: if that is so, state {key}: {{fill: {fill}}}, now or later"
+    )
 
 
 def stated_later(begun: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:

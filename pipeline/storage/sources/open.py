@@ -97,6 +97,7 @@ def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _M
     centres = [[c + v / 2 for c, v in zip(i.corner_nm, i.voxel_size_nm, strict=True)] for i in (info, like)]
     if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
         info = dataclasses.replace(info, corner_nm=like.corner_nm)
+    info = dataclasses.replace(info, unstored=_unstored(level, _non_zero))
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
     refuse_server(level, fill, keys["missing_chunks"])
     return VolumeSource(info, level, level.opener(level), _non_zero, fill, key=keys["missing_chunks"])
