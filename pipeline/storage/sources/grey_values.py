@@ -41,7 +41,7 @@ def mapping(level: Level, window: Window | None, invert: bool) -> ToUint8:
         table = np.bitwise_not(table) if invert else table
         return lambda voxels: table[voxels]
     low, high = window
-    return lambda voxels: _computed(voxels, low, high, invert)
+    return lambda voxels: linear_values(voxels, low, high, invert)
 
 
 def linear_table(dtype: str, window: Window) -> NDArray[np.uint8]:
@@ -58,7 +58,7 @@ def linear_table(dtype: str, window: Window) -> NDArray[np.uint8]:
     return ((above * 510 + (high - low)) // (2 * (high - low))).astype(np.uint8)
 
 
-def _computed(voxels: Voxels, low: float, high: float, invert: bool) -> Uint8Array:
+def linear_values(voxels: Voxels, low: float, high: float, invert: bool) -> Uint8Array:
     """The same for other types, a section at a time: floor((v - low) * 255 / (high - low) + 0.5), v clamped to
     low..high. Each step is one operation of IEEE 754 in float64, which every machine rounds alike.
     """
