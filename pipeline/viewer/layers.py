@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.base.errors import SourceError, TargetError, UserError
@@ -18,6 +18,8 @@ from pipeline.storage.sources.open import open_source
 from pipeline.viewer.data_source import Native, Triple, read_native
 from pipeline.viewer.state import Layer, Mark, viewer_state
 
+_NOT_SHOWN = ("float16", "float64")
+"""Types that Neuroglancer lacks, of those that sources have."""
 MAX_MARKS = 1000
 """Quarantined tasks that are shown."""
 
@@ -55,6 +57,8 @@ def layers(config: Config) -> list[Layer]:
     lr = _native(source.url, source.mip, source.array, info.zyx)
     if lr is None:
         raise SourceError(f"{source.url} has no metadata that Neuroglancer reads", "OME-Zarr, Zarr, N5 or precomputed")
+    if info.dtype in _NOT_SHOWN:
+        lr = replace(lr, unreadable=lr.unreadable or f"voxels of {info.dtype}")
     first = _corner(info.corner_nm, info.bounds.start, info.voxel_size_nm)
     found = [
         Layer(
