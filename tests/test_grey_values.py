@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 import source_volumes as written
 import zarr
+from conftest import run_here, texture, tree, volume_yaml, write_lr
 from hypothesis import given
 from hypothesis import strategies as st
 from source_checks import opened, refusal
 from source_volumes import SHAPE, VOXEL_NM, truth
 
+from pipeline import view
 from pipeline.base.errors import DamagedChunkError
 from pipeline.base.geometry import Box
+from pipeline.config.stage import StageConfig, VolumeConfig
 from pipeline.config.volume import FillConfig, SourceConfig
 from pipeline.prepare import specification
 from pipeline.storage.sources.grey_values import linear_values
 from pipeline.storage.sources.open import open_source
+from pipeline.training.data import open_volume
 
 LARGEST = 3.0e38
 
@@ -214,6 +218,44 @@ def test_whole_floats_in_a_window_are_the_same_plan() -> None:
     assert as_floats == as_ints
     assert json.dumps(as_floats.intensity_window) == json.dumps(as_ints.intensity_window) == "[1200, 41000]"
     assert specification.digest({"w": as_floats.intensity_window}) == specification.digest({"w": [1200, 41000]})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16", "float64"])
+def test_a_run_of_such_a_volume(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It writes what a run of the grey values would write, the plan says how they came about, and the viewer shows
+    them so; what Neuroglancer lacks is told.
+    """
+    grey = texture((4, 32, 32))
+    write_lr(tmp_path / "plain.zarr", grey)
+    write_lr(tmp_path / "other.zarr", (1000 - 2 * grey.astype(np.int32)).astype(dtype))
+    window = {"source__intensity_window": [490, 1000], "source__invert": True}
+    run_here(volume_yaml(tmp_path / "v.yaml", "plain.zarr", "plain/sr"))
+    path = volume_yaml(tmp_path / "w.yaml", "other.zarr", "other/sr", **window)
+    run_here(path)
+    one, other = (tree(tmp_path / name / "sr") for name in ("plain", "other"))
+    assert {key for key in one | other if one.get(key) != other.get(key)} == {"zarr.json"}
+    recorded = json.loads((tmp_path / "other/sr/zarr.json").read_text())["attributes"]["emsr"]["source"]
+    assert (recorded["intensity_window"], recorded["invert"]) == ([490, 1000], True)
+    assert "invert" not in (tmp_path / "plain/sr.emsr/plan.json").read_text(), "plans of before it was a key have none"
+    assert view.main([str(path), "--state"]) == 0
+    shown = capsys.readouterr()
+    lr = json.loads(shown.out)["layers"][0]
+    assert lr["shaderControls"] == {"contrast": {"range": [490, 1000]}}
+    assert "emitGrayscale(1.0 - contrast())" in lr["shader"]
+    assert ("does not read voxels of float64" in shown.err) is (dtype == "float64")
+
+
+def test_training_reads_it_too(tmp_path: Path) -> None:
+    """HR and given LR through window and invert; a checkpoint of before `invert` was a key has the same settings."""
+    grey = texture((3, 64, 64))
+    write_lr(tmp_path / "hr.zarr", 1 - grey.astype(np.float32) / 255)
+    config = VolumeConfig(url=str(tmp_path / "hr.zarr"), intensity_window=(0, 1), invert=True)
+    found = open_volume(config, 8, 1, 32).volume.hr(slice(0, 3), slice(0, 64), slice(0, 64))
+    np.testing.assert_array_equal(found, grey)
+    for entry, named in ((config, {"data.train[0].invert"}), (config.model_copy(update={"invert": False}), set())):
+        data = {"train": [entry], "licence": "CC0", "crop": 32}
+        stage = {"stage": "flow", "output": tmp_path, "data": data, "network": {"scale": 8}, "steps": 1}
+        assert {key for key in StageConfig.model_validate(stage).settings({}) if key.endswith("invert")} == named
 
 
 def test_half_a_box_is_the_half_of_the_box(tmp_path: Path) -> None:

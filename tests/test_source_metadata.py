@@ -212,6 +212,17 @@ class TestRefused:
         assert "no volume is at" in refusal(tmp_path / "empty")
         (tmp_path / "stack.tif").write_bytes(b"II*\0")
         assert "pipeline.convert" in refusal(tmp_path / "stack.tif")
+        (tmp_path / "em.zarr.zip").write_bytes(b"PK")
+        assert "Unpack it" in refusal(tmp_path / "em.zarr.zip")
+
+    @pytest.mark.parametrize("make", [written.zarr2, written.zarr3, written.n5, written.precomputed])
+    def test_a_metadata_file_is_not_its_folder(self, make: Callable[..., Written], tmp_path: Path) -> None:
+        """What is advised works."""
+        volume = make(tmp_path / "v")
+        advised = Path(refusal(volume.path / volume.metadata[0]).rpartition("lies in, ")[2].rstrip("."))
+        assert opened(advised, voxel_size_nm=VOXEL_NM).info.bounds.shape == ZYX.of(SHAPE)
+
+    def test_a_scheme(self) -> None:
         with pytest.raises(SourceError, match="starts with ftp"):
             open_source(SourceConfig(url="ftp://host/volume"))
 

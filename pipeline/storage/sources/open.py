@@ -41,6 +41,7 @@ _WANTED = {
     "zarr2": "a .zarray, or a .zattrs with multiscales",
     "n5": "an attributes.json, or folders s0, s1, ...",
 }
+_METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata", "attributes.json", "info")
 _SAME = 1e-3
 _KEY = re.compile(r"(?<![\w/.])source\.(\w+)")
 """A key of volume.yaml in a message, not in a path."""
@@ -157,10 +158,21 @@ def _check_path(path: Path, url: str) -> None:
     with waiting(url):
         is_file, exists = path.is_file(), path.exists()
     if is_file:
-        advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
-        raise SourceError(f"source.url {url} is a file", wanted, advice)
+        raise SourceError(f"source.url {url} is a file", wanted, _instead_of(path))
     if not exists:
         raise SourceError(f"nothing is at source.url {url}", wanted, "Check the path")
+
+
+def _instead_of(file: Path) -> str:
+    """What to do where a file was named."""
+    if file.name in _METADATA_FILES:
+        return f"Give the folder that it lies in, {file.parent}"
+    if file.suffix.lower() == ".zip":
+        return "Unpack it, and give the folder that comes out"
+    return (
+        "TIFF and PNG sections are brought in by python -m pipeline.convert; copy an array of another file, such as "
+        "HDF5 or MRC, into a Zarr with zarr-python"
+    )
 
 
 def _unstored(level: Level, to_uint8: grey_values.ToUint8) -> int | None:

@@ -68,7 +68,8 @@ class VolumeSource:
                 if isinstance(error, DeniedError):
                     saw = f"{error.saw}. The chunk may be absent: this store answers so for what is not there"
                 raise MissingChunkError(
-                    f"{saw}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}"
+                    f"{saw}. If holes are meant, state their grey value by {self._key}: "
+                    f"{{fill: {self._info.unstored or 0}}}"
                 ) from error
         else:
             return np.ascontiguousarray(self._grey(box, voxels))
