@@ -21,7 +21,7 @@ from source_checks import opened, refusal
 from source_volumes import SHAPE, VOXEL_NM, truth
 
 from pipeline import view
-from pipeline.base.errors import DamagedChunkError
+from pipeline.base.errors import DamagedChunkError, UserError
 from pipeline.base.geometry import Box
 from pipeline.config.stage import StageConfig, VolumeConfig
 from pipeline.config.volume import FillConfig, SourceConfig
@@ -252,10 +252,17 @@ def test_training_reads_it_too(tmp_path: Path) -> None:
     config = VolumeConfig(url=str(tmp_path / "hr.zarr"), intensity_window=(0, 1), invert=True)
     found = open_volume(config, 8, 1, 32).volume.hr(slice(0, 3), slice(0, 64), slice(0, 64))
     np.testing.assert_array_equal(found, grey)
-    for entry, named in ((config, {"data.train[0].invert"}), (config.model_copy(update={"invert": False}), set())):
+    (tmp_path / "hr.zarr/0/c/0/1/1").unlink()
+    with pytest.raises(UserError, match="state missing_chunks beside its url"):
+        open_volume(config, 8, 1, 32)
+    filled = config.model_copy(update={"missing_chunks": FillConfig(fill=9)})
+    found = open_volume(filled, 8, 1, 32).volume.hr(slice(0, 3), slice(0, 64), slice(0, 64))
+    assert (found[:, 16:32, 16:32] == 9).all()
+    for entry, named in ((config, ["invert"]), (config.model_copy(update={"invert": False}), [])):
         data = {"train": [entry], "licence": "CC0", "crop": 32}
         stage = {"stage": "flow", "output": tmp_path, "data": data, "network": {"scale": 8}, "steps": 1}
-        assert {key for key in StageConfig.model_validate(stage).settings({}) if key.endswith("invert")} == named
+        settings = StageConfig.model_validate(stage).settings({})
+        assert [key.rpartition(".")[2] for key in settings if key.endswith(("invert", "missing_chunks"))] == named
 
 
 def test_half_a_box_is_the_half_of_the_box(tmp_path: Path) -> None:
