@@ -43,7 +43,7 @@ class TestStatedLater:
         path = volume_yaml(tmp_path / "v.yaml", "lr.zarr", "sr")
         said = main_job(path, "run", check=False)
         assert said.returncode == 1
-        assert "1 of 40 chunks, are absent" in said.stderr
+        assert "1 of 40 chunks are absent" in said.stderr
         assert "state source.missing_chunks: {fill: 0}, now or later" in said.stderr
         before = tree(tmp_path / "sr" / "0" / "c")
         volume_yaml(path, "lr.zarr", "sr", source__missing_chunks={"fill": 9})
@@ -165,7 +165,7 @@ class TestLook:
 
     def test_none_is_absent(self, tmp_path: Path) -> None:
         write_lr(tmp_path / "lr.zarr", texture(SHAPE))
-        assert str(look(prepared(tmp_path))) == "0 of 40 chunks, are absent"
+        assert str(look(prepared(tmp_path))) == "0 of 40 chunks are absent"
 
     def test_of_many_a_sample(self, tmp_path: Path) -> None:
         """A volume of which a tenth is stored, in one corner, as tissue in a large box is."""

@@ -38,8 +38,8 @@ class Holes:
     advice: str
 
     def __str__(self) -> str:
-        tried = "" if self.looked == self.chunks else f" that were looked at, of {self.chunks:,}"
-        return f"{self.absent:,} of {self.looked:,} chunks{tried}, are absent" + f". {self.advice}" * bool(self.absent)
+        tried = "" if self.looked == self.chunks else f" that were looked at, of {self.chunks:,},"
+        return f"{self.absent:,} of {self.looked:,} chunks{tried} are absent" + f". {self.advice}" * bool(self.absent)
 
 
 def look(prepared: Prepared) -> Holes | None:
