@@ -58,7 +58,7 @@ def layers(config: Config) -> list[Layer]:
     if lr is None:
         raise SourceError(f"{source.url} has no metadata that Neuroglancer reads", "OME-Zarr, Zarr, N5 or precomputed")
     if info.dtype in _NOT_SHOWN:
-        lr = replace(lr, unreadable=lr.unreadable or f"voxels of {info.dtype}")
+        lr = replace(lr, unreadable=f"voxels of {info.dtype}")
     first = _corner(info.corner_nm, info.bounds.start, info.voxel_size_nm)
     found = [
         Layer(
