@@ -25,6 +25,7 @@ from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.receipt import QUARANTINED, WRITTEN
 from pipeline.prepare import chosen
 from pipeline.prepare.dry_run import print_price
+from pipeline.prepare.holes import Holes, look
 from pipeline.prepare.mask_reach import Reach, nothing_touched, reach
 from pipeline.prepare.measured import facts, measured_device
 from pipeline.prepare.place import check_place, claim, damaged_objects, sweep
@@ -95,6 +96,7 @@ def run(config: Config, dry_run: bool = False) -> int:
                 raise _nothing_written(prepared, job.plan.slabs)
             return 0
     mask = reach(prepared)
+    _say_holes(None if resumed else look(prepared), mask)
     if config.cluster.kind == "local":  # its workers have this machine's device
         refuse_other_precision(job.network)
     with connect(config.cluster, slabs_in_flight(config)) as client:
@@ -104,6 +106,13 @@ def run(config: Config, dry_run: bool = False) -> int:
         for line in chosen.in_vain(prepared.job):
             print(f"emsr: {line}", file=sys.stderr)
         return _run_on(client, prepared, ledger, lock, mask)
+
+
+def _say_holes(found: Holes | None, mask: Reach | None) -> None:
+    if found is not None and found.absent:
+        print(f"emsr: source: {found}", file=sys.stderr)
+    if mask is not None and mask.holes:
+        print(f"emsr: source.mask: {mask.of_holes}", file=sys.stderr)
 
 
 def _run_on(client: Client, prepared: Prepared, ledger: Ledger, lock: TargetLock, mask: Reach | None) -> int:
@@ -192,8 +201,10 @@ def _execute(prepared: Prepared, run: RunState, client: Client, crew: Crew, mask
         chosen = {"cell": lattice.cell, "halo": lattice.halo, "precision": network.precision, "batch": network.batch}
         progress.say("network", name=network.name, **chosen)
         progress.say("plan", slabs=plan.slabs, pyramid_blocks=plan.tasks - plan.slabs, done=done, retried=again)
+        if prepared.later:
+            progress.say("stated_later", **prepared.later)
         if mask is not None:
-            progress.say("mask", **asdict(mask))
+            progress.say("mask", touched=mask.touched, looked=mask.looked, slabs=mask.slabs, holes=mask.holes)
         progress.say("cluster", workers=crew.capacity().workers, scheduler=client.scheduler.address)
         if other := exam.other_sources:
             progress.say("other_emsr", wrote_so_far=other, is_now=f"{__version__} ({exam.job.sources[:12]})")

@@ -125,9 +125,12 @@ def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: A
 
 
 def tree(path: Path) -> dict[str, str]:
-    """The result maps every file below `path` to the hash of its bytes."""
+    """The result maps every file below `path` to the hash of its bytes, without the name that a target at `path` has
+    in its metadata.
+    """
+    named = f'"name": "{path.name}"'.encode()
     return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest()
+        str(f.relative_to(path)): hashlib.sha256(f.read_bytes().replace(named, b"")).hexdigest()
         for f in sorted(path.rglob("*"))
         if f.is_file()
     }

@@ -248,6 +248,15 @@ def test_truth_of_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(float(row["psnr"]) > 30 for row in scores(tmp_path))
 
 
+def test_truth_of_an_inverted_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SR shows what the inverted source was: truth and LR, in any type, are inverted before they are compared."""
+    truth = texture((2, 40, 48))
+    placed(tmp_path / "gt.zarr", (127 - truth.astype(np.int16)).astype(np.int8))
+    placed(tmp_path / "sr.zarr", noisy(truth))
+    evaluated(tmp_path, capsys, intensity_window=[-128, 127], invert=True)
+    assert all(float(row["psnr"]) > 30 for row in scores(tmp_path))
+
+
 def run(folder: Path, **changes: Any) -> tuple[Path, Ledger]:
     """SR by a run with 2 x 2 slabs of 64 x 64, the lower two of which are empty, and its truth. Nothing else is
     recorded as done but what the ledger says."""

@@ -86,6 +86,8 @@ def _essence(stored: bytes) -> bytes:
 
 def _without(value: Any) -> Any:
     if isinstance(value, dict):
+        if value.get("name") == "sr":  # of the pyramid: every target was called emsr when this was recorded
+            value = value | {"name": "emsr"}
         return {key: _without(child) for key, child in value.items() if key not in PASSING}
     return [_without(child) for child in value] if isinstance(value, list) else value
 

@@ -124,9 +124,12 @@ class TestIntensity:
         got = opened(path, voxel_size_nm=VOXEL_NM, intensity_window=(0, 510)).read(Box.of((0, 0, 0), (1, 1, 8)))
         assert got.ravel().tolist() == [0, 1, 1, 2, 255, 255, 255, 255]
 
-    def test_window_wanted_and_unwanted(self, tmp_path: Path) -> None:
+    def test_wanted_for_uint16_and_allowed_for_uint8(self, tmp_path: Path) -> None:
         assert "source.intensity_window" in refusal(written.zarr3(tmp_path / "a", voxels=truth(dtype="uint16")))
-        assert "Take intensity_window away" in refusal(written.zarr3(tmp_path / "b"), intensity_window=(0, 255))
+        plain, windowed = (
+            opened(written.zarr3(tmp_path / n), intensity_window=w) for n, w in (("b", None), ("c", (0, 255)))
+        )
+        np.testing.assert_array_equal(plain.read(plain.info.bounds), windowed.read(windowed.info.bounds))
 
 
 class TestRefused:
@@ -135,10 +138,11 @@ class TestRefused:
         [
             ("u4", "segmentations"),
             ("u8", "segmentations"),
-            ("i1", "signed"),
-            ("i2", "signed"),
-            ("f4", "float32"),
-            ("f8", "float64"),
+            ("i8", "segmentations"),
+            ("i1", "source.intensity_window"),
+            ("i2", "source.intensity_window"),
+            ("f4", "source.intensity_window"),
+            ("f8", "source.intensity_window"),
             ("?", "bool"),
             ("c8", "complex64"),
         ],
@@ -208,6 +212,17 @@ class TestRefused:
         assert "no volume is at" in refusal(tmp_path / "empty")
         (tmp_path / "stack.tif").write_bytes(b"II*\0")
         assert "pipeline.convert" in refusal(tmp_path / "stack.tif")
+        (tmp_path / "em.zarr.zip").write_bytes(b"PK")
+        assert "Unpack it" in refusal(tmp_path / "em.zarr.zip")
+
+    @pytest.mark.parametrize("make", [written.zarr2, written.zarr3, written.n5, written.precomputed])
+    def test_a_metadata_file_is_not_its_folder(self, make: Callable[..., Written], tmp_path: Path) -> None:
+        """What is advised works."""
+        volume = make(tmp_path / "v")
+        advised = Path(refusal(volume.path / volume.metadata[0]).rpartition("lies in, ")[2].rstrip("."))
+        assert opened(advised, voxel_size_nm=VOXEL_NM).info.bounds.shape == ZYX.of(SHAPE)
+
+    def test_a_scheme(self) -> None:
         with pytest.raises(SourceError, match="starts with ftp"):
             open_source(SourceConfig(url="ftp://host/volume"))
 

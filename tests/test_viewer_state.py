@@ -230,6 +230,8 @@ _ZARRAY = {"shape": [16, 16, 32], "chunks": [8, 8, 8], "order": "C", "fill_value
         ({"zarr.json": {"shape": [8, 16, 32], "codecs": ["bytes"]}}, "the codec bytes"),
         ({"zarr.json": {"shape": [8, 16, 32], "data_type": {"name": "uint8"}}}, "a data_type that is no text"),
         ({"zarr.json": {"shape": [8, 16, 32], "codecs": [{"name": "bytes"}], "fill_value": 0}}, None),
+        ({"zarr.json": {"shape": [8, 16, 32], "data_type": "float32", "fill_value": 0.5}}, None),
+        ({"zarr.json": {"shape": [8, 16, 32], "data_type": "float32", "fill_value": "NaN"}}, None),
         ({"attributes.json": {"dimensions": [9, 9, 9], "compression": {"type": "xz"}}}, "compression xz"),
         (
             {"attributes.json": {"dimensions": [9, 9, 9], "pixelResolution": [4, 4, 40]}},

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, S
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
-from pipeline.config.volume import Url
+from pipeline.config.volume import FillConfig, Url, Window
 
 CHANGEABLE = {"steps", "rate", "periods", "precision"} | {
     f"losses.{name}" for name in ("codebook", "adversarial", "reference", "perceptual")
@@ -23,6 +23,9 @@ _APART: Any = {
     "data": {"licence"},
 }
 """Keys that decide no weight."""
+
+_LATER_DEFAULTS = (("invert", False), ("missing_chunks", "error"))
+"""Keys that checkpoints of earlier commits lack, which are told apart from theirs only where they are not these."""
 
 EARLIER_WORDS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 """What `precision` was called before, which stays allowed and stands in older checkpoints."""
@@ -44,12 +47,15 @@ class VolumeConfig(_Model):
     """An HR volume to train or validate on. `lr` is the LR volume of the same tissue where one was measured.
 
     `sections` is the half-open range of z that is used; `bad_sections` are left out. Both count from the first section.
+    `intensity_window`, `invert` and `missing_chunks` are as in volume.yaml, and for `lr` too.
     """
 
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     array: StrictStr | None = None
-    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    intensity_window: Window | None = None
+    invert: StrictBool = False
+    missing_chunks: Literal["error"] | FillConfig = "error"
     sections: tuple[StrictInt, StrictInt] | None = None
     bad_sections: tuple[StrictInt, ...] = ()
     lr: Url | None = None
@@ -183,7 +189,8 @@ class StageConfig(_Model):
         def add(value: Any, place: str) -> None:
             if isinstance(value, dict):
                 for key, child in value.items():
-                    add(child, f"{place}.{key}" if place else key)
+                    if (key, child) not in _LATER_DEFAULTS:
+                        add(child, f"{place}.{key}" if place else key)
             elif isinstance(value, list) and value and isinstance(value[0], dict):
                 for i, child in enumerate(value):
                     add(child, f"{place}[{i}]")

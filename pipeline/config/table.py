@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_v
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
-from pipeline.config.volume import FillConfig, Url
+from pipeline.config.volume import FillConfig, Url, Window
 
 Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
 
@@ -24,14 +24,16 @@ class VolumeConfig(_Model):
     `sections` is the half-open range of z that is scored, counted from the first section; by default all of them. With
     `crop` the truth and SR may have only a part in common, which is scored. Which part that is, their positions say, or
     with `align: first_voxels` nothing but the voxels' numbers. Voxels where `mask` is 0 are left out. `missing_chunks`
-    is the grey value of chunks that are absent.
+    is the grey value of chunks that are absent. `intensity_window` is for volumes that are not uint8; `invert` makes
+    255 - v of truth and LR, as the run did with its source.
     """
 
     name: StrictStr
     sr: Url
     gt: Url
     lr: Url | None = None
-    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    intensity_window: Window | None = None
+    invert: StrictBool = False
     sections: tuple[StrictInt, StrictInt] | None = None
     crop: StrictBool = False
     align: Literal["positions", "first_voxels"] = "positions"

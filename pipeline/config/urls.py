@@ -95,3 +95,9 @@ def sidecar(target_url: str) -> str:
     It is the target's URL without format prefix, and `.emsr`.
     """
     return split_format(target_url)[1] + ".emsr"
+
+
+def volume_name(url: str) -> str:
+    """The last part of a volume's URL as people read it: without percent signs, `.zarr` and `.ome.zarr`."""
+    last = unquote(url.rstrip("/").rpartition("/")[2])
+    return last.removesuffix(".zarr").removesuffix(".ome") or last

@@ -51,15 +51,31 @@ def _list_of_numbers(value: object) -> object:
     return tuple(float(v) for v in value)
 
 
+def _window(value: object) -> object:
+    """Whole numbers come back as int, so that 1200 and 1200.0 are one plan."""
+    if not (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(type(v) in (int, float) and abs(v) <= MAX_WINDOW for v in value)
+        and value[0] < value[1]
+    ):
+        raise ValueError("intensity_window [low, high], two numbers of the source's data type with low < high")
+    return tuple(int(v) if v == int(v) else v for v in value)
+
+
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("a path or URL that is not empty")
     return value
 
 
+MAX_WINDOW = 3.4028234663852886e38
+"""The largest float32."""
 ZYXField = Annotated[ZYX, BeforeValidator(_zyx)]
 ShapeField = Annotated[ZYX, BeforeValidator(_zyx), AfterValidator(_positive)]
 VoxelSize = Annotated[tuple[float, float, float], BeforeValidator(_list_of_numbers), AfterValidator(_sizes)]
+Window = Annotated[tuple[int | float, int | float], BeforeValidator(_window)]
+"""Stored values that become 0 and 255. Which of them a source's data type allows is known once it is open."""
 Url = Annotated[StrictStr, AfterValidator(_not_blank)]
 
 
@@ -113,26 +129,24 @@ class MaskConfig(_Model):
 
 
 class SourceConfig(_Model):
-    """The volume that is read. `mip` or `array` chooses its level, `intensity_window` maps uint16 to uint8."""
+    """The volume that is read. `mip` or `array` chooses its level.
+
+    `intensity_window` maps stored values to 0..255, linearly; `invert` then makes 255 - v of each. Fills are grey
+    values after both.
+    """
 
     url: Url
     mip: Annotated[StrictInt, Field(ge=0)] = 0
     array: StrictStr | None = None
     box: BoxConfig | None = None
     voxel_size_nm: VoxelSize | None = None
-    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    intensity_window: Window | None = None
+    invert: StrictBool = False
     missing_chunks: Literal["error"] | FillConfig = "error"
     bad_sections: BadSectionsConfig = BadSectionsConfig()
     mask: MaskConfig | None = None
     skip_empty: StrictBool = False
     access: AccessConfig = AccessConfig()
-
-    @model_validator(mode="after")
-    def _window(self) -> SourceConfig:
-        w = self.intensity_window
-        if w is not None and not 0 <= w[0] < w[1] <= 65535:
-            raise ValueError("intensity_window [low, high] with 0 <= low < high <= 65535")
-        return self
 
 
 class TargetConfig(_Model):

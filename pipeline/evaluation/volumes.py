@@ -104,17 +104,18 @@ def open_volume(config: VolumeConfig, index: int = 0) -> ScoredVolume:
     here = f"volumes.{index}"
 
     def opened(key: str, url: str) -> Source:
-        return open_scored(url, config.intensity_window, fill, _keys(here, key))
+        invert = config.invert and key != "sr"
+        return open_scored(url, config.intensity_window, invert, fill, _keys(here, key))
 
     if config.sr == config.gt:
         raise UserError(f"{config.name}: sr and gt are one volume, {config.sr}", "two", "Name its own truth")
     sr, truth = opened("sr", config.sr), opened("gt", config.gt)
     windowed = [source.info.dtype for source in (sr, truth)]
     lr = None if config.lr is None else opened("lr", config.lr)
-    if config.intensity_window and "uint16" not in [*windowed, *([lr.info.dtype] if lr else [])]:
+    if config.intensity_window and {*windowed, *([lr.info.dtype] if lr else [])} == {"uint8"}:
         raise UserError(
             f"{here}.intensity_window is given, and all its volumes are uint8",
-            "a window for uint16 only",
+            "a window for other types only",
             "Take intensity_window away",
         )
     found = place(config, sr.info, truth.info)

@@ -29,7 +29,8 @@ class TargetSpec:
 
     `levels[k]` is mip k, each laterally half of the one before. `fidelity` is the LR-sized volume beside them, or None.
     `voxel_size_nm` is that of mip 0, `corner_nm` the lower corner of its voxel (0, 0, 0), both (z, y, x); `scale` is SR
-    over LR. `provenance` is plain JSON: version, network, weights, lattice, source.
+    over LR. `provenance` is plain JSON: version, network, weights, lattice, source. `name` is what OME-Zarr calls the
+    volume; the default is what earlier commits called every one.
     """
 
     url: str
@@ -41,3 +42,4 @@ class TargetSpec:
     levels: tuple[LevelSpec, ...]
     fidelity: LevelSpec | None
     provenance: dict[str, Any] = field(default_factory=dict, hash=False)
+    name: str = "emsr"

@@ -27,6 +27,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels, memory_bytes
 from pipeline.plan.rates import MeasuredDevice
 from pipeline.plan.target_spec import FIDELITY
+from pipeline.prepare.holes import look
 from pipeline.prepare.hours import Fleet, duration
 from pipeline.prepare.mask_reach import reach
 from pipeline.prepare.measured import check_precision, facts
@@ -73,7 +74,7 @@ def print_price(
     except DataError as error:
         print(f"The middle of the volume cannot be read, so there is no calibration: {error}")
     read = input_voxels(plan, source.chunk_shape)
-    dtype = ", uint16" if source.dtype == "uint16" else ""
+    dtype = f", {source.dtype}" if source.dtype != "uint8" else ""
     print(f"source   {source.format}, {source.bounds.shape} LR voxels{dtype}, read by {source.reader}")
     print(
         f"slabs    {plan.slabs:,} of {plan.slab_shape} LR voxels"
@@ -83,6 +84,8 @@ def print_price(
         f"read     {_size(read.requested)} for {_size(read.owned)} "
         f"(halo x{read.requested / read.owned:.2f}, whole chunks x{read.decoded / read.owned:.2f})"
     )
+    if (holes := look(prepared)) is not None:
+        print(f"holes    {holes}")
     share = 1.0
     if (mask := reach(prepared)) is not None:
         print(f"mask     {mask}")

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.base import waits
-from pipeline.base.errors import DataError, SourceError, TransientError
+from pipeline.base.errors import DataError, MissingChunkError, SourceError, TransientError
 from pipeline.base.geometry import Box
-from pipeline.plan.plan import Plan
+from pipeline.prepare import fills
 from pipeline.prepare.prepared import Prepared
 from pipeline.storage.sources.open import open_mask
-from pipeline.storage.volume import Source, VolumeInfo
+from pipeline.storage.volume import VolumeInfo
 from pipeline.worker.mask import mask_box, touches
 
 SAMPLE = 64
@@ -25,15 +25,28 @@ GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Reach:
-    """Of `looked` slabs, out of `slabs`, the mask touches `touched`."""
+    """Of `looked` slabs, out of `slabs`, the mask touches `touched`. Counted among these are `holes` over which a chunk
+    of the mask is absent; `unstored` is what the mask's own fill value is read as.
+    """
 
     touched: int
     looked: int
     slabs: int
+    holes: int = 0
+    unstored: int | None = None
 
     def __str__(self) -> str:
         tried = "" if self.looked == self.slabs else f" that were looked at, of {self.slabs:,}"
-        return f"touches {self.touched:,} of {self.looked:,} slabs{tried}; the others are skipped"
+        said = f"touches {self.touched:,} of {self.looked:,} slabs{tried}; the others are skipped"
+        return said + f". {self.of_holes}" * bool(self.holes)
+
+    @property
+    def of_holes(self) -> str:
+        """What is said of absent chunks."""
+        return (
+            f"Over {self.holes:,} of them a chunk of the mask is absent. "
+            f"{fills.advice('source.mask.missing_chunks', self.unstored)}"
+        )
 
 
 def check_overlap(mask: VolumeInfo, source: VolumeInfo, region: Box) -> None:
@@ -63,7 +76,7 @@ def reach(prepared: Prepared) -> Reach | None:
     if config is None:
         return None
     mask = open_mask(config, prepared.source)
-    touched = looked = 0
+    touched = looked = holes = 0
     began, say_s = time.monotonic(), waits.SAY_S
     for index in _spread(plan.slabs):
         if looked >= (SAMPLE if touched else MAX_LOOKED):
@@ -72,10 +85,14 @@ def reach(prepared: Prepared) -> Reach | None:
             waits.say(f"the mask {mask.info.url}: {looked:,} slabs looked at, {touched:,} of them touched", waited_s)
             say_s *= 2
         looked += 1
-        touched += _touched(mask, prepared.source, plan, index)
+        try:
+            touched += touches(mask, prepared.source, plan.slab(index).lr)
+        except (DataError, TransientError) as error:
+            touched += 1
+            holes += isinstance(error, MissingChunkError)
     if not touched and looked == plan.slabs:
         raise nothing_touched(plan.slabs, mask.info.url)
-    return Reach(touched, looked, plan.slabs)
+    return Reach(touched, looked, plan.slabs, holes, mask.info.unstored if holes else None)
 
 
 def nothing_touched(slabs: int, url: str) -> SourceError:
@@ -92,10 +109,3 @@ def _spread(count: int) -> Iterator[int]:
         yield from range(count) if count <= SAMPLE else sorted(range(count), key=lambda i: i * GOLDEN % 1)
         return
     yield from dict.fromkeys(int(i * GOLDEN % 1 * count) for i in range(MAX_LOOKED))
-
-
-def _touched(mask: Source, source: VolumeInfo, plan: Plan, index: int) -> bool:
-    try:
-        return touches(mask, source, plan.slab(index).lr)
-    except (DataError, TransientError):
-        return True

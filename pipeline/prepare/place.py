@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import __version__
 from pipeline.base.errors import LedgerError, TargetError
-from pipeline.prepare import stored_plan
+from pipeline.config import urls
+from pipeline.prepare import fills, stored_plan
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import differences, digest
 from pipeline.storage import ledger
 from pipeline.storage.kv import Store
-from pipeline.storage.targets.open import is_empty, open_target, stored_provenance
+from pipeline.storage.targets.open import is_empty, open_target, stored_name, stored_provenance
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the run that began a target has recorded: its specification, fills that were stated later (prepare/fills),
+    and the volume's name.
+    """
+
+    spec: dict[str, Any]
+    later: dict[str, Any]
+    name: str
 
 
 def check_place(prepared: Prepared) -> bool:
@@ -63,25 +75,33 @@ def sweep(prepared: Prepared) -> None:
 def damaged_objects(prepared: Prepared) -> dict[str, str]:
     """What is wrong with plan.json and the target's metadata, by key: `claim` mends it.
 
-    Metadata name the version of emsr that wrote them, as plan.json does.
+    Metadata name the version of emsr that wrote them, and fills that a run went on with, as plan.json does.
     """
     store, target = prepared.store, prepared.job.target
     found = {}
     stored = stored_plan.read_whole(store)
     if stored is None:
         found[stored_plan.KEY] = "is missing" if store.get(stored_plan.KEY) is None else "is damaged"
-    stated = (stored_provenance(target.url, target.format) or {}).get("emsr", __version__)
-    version = stored.emsr if stored is not None and stored.emsr else stated
-    return found | open_target(replace(target, provenance=target.provenance | {"emsr": version})).damaged_metadata()
+    stated = stored_provenance(target.url, target.format) or {}
+    version = stored.emsr if stored is not None and stored.emsr else stated.get("emsr", __version__)
+    later = stored.later if stored is not None else stated.get(fills.KEY, {})
+    provenance = {key: value for key, value in target.provenance.items() if key != fills.KEY} | {"emsr": version}
+    provenance |= {fills.KEY: later} if later else {}
+    return found | open_target(replace(target, provenance=provenance)).damaged_metadata()
 
 
-def recorded_spec(store: Store, target_url: str, kind: str) -> dict[str, Any] | None:
-    """The specification of the target that stands there, by plan.json or, where that is lost, by its provenance."""
+def recorded_begin(store: Store, target_url: str, kind: str) -> Begun | None:
+    """What is recorded of the target that stands there, by plan.json or, where that is lost, by its provenance."""
     if (stored := stored_plan.read_whole(store)) is not None:
-        return stored.spec
+        return Begun(stored.spec, stored.later, stored.name)
     theirs = stored_provenance(target_url, kind) if has_begun(store) else None
-    spec = {key: value for key, value in (theirs or {}).items() if key not in ("emsr", "digest")}
-    return spec if theirs is not None and theirs.get("digest") == digest(spec) else None
+    if theirs is None:
+        return None
+    spec = {key: value for key, value in theirs.items() if key not in ("emsr", "digest", fills.KEY)}
+    if theirs.get("digest") != digest(spec):
+        return None
+    name = stored_name(target_url, kind) or urls.volume_name(target_url)
+    return Begun(spec, theirs.get(fills.KEY, {}), name)
 
 
 def has_begun(store: Store) -> bool:
@@ -107,18 +127,19 @@ def _is_begun(prepared: Prepared) -> bool:
     job, store = prepared.job, prepared.store
     stored = stored_plan.read_whole(store)
     if stored is not None:
-        if stored.digest != job.digest:
+        if stored.digest != job.digest or not _goes_on_with(prepared, stored.later):
+            theirs, ours = fills.as_it_is(stored.spec, stored.later), fills.as_it_is(prepared.spec, prepared.later)
             raise LedgerError(
-                f"the target was begun with another plan: {differences(stored.spec, prepared.spec)}",
+                f"the target was begun with another plan: {differences(theirs, ours)}",
                 "the same plan",
                 "Restore the earlier volume.yaml to resume it (keys of network that may be absent can be left out), or "
                 "choose another target.url",
             )
         return True
     ledgers = _ledgers(store)
-    if ledger.folder(job.digest) in ledgers:
-        return True
     provenance = stored_provenance(job.target.url, job.target.format) or {}
+    if ledger.folder(job.digest) in ledgers and _goes_on_with(prepared, provenance.get(fills.KEY, {})):
+        return True
     damaged = store.get(stored_plan.KEY) is not None
     if not ledgers and damaged and provenance.get("digest") == job.target.provenance["digest"]:
         return True
@@ -129,8 +150,14 @@ def _is_begun(prepared: Prepared) -> bool:
         f"({', '.join(ledgers) or 'no ledger'}) is not of this plan, {job.digest[:16]}",
         "the plan of the target that stands there",
         "Restore plan.json or the volume.yaml of the first run, which names the plan; what that one does not state of "
-        "network.precision, batch, cell and halo is in the line `network` of its run",
+        "network.precision, batch, cell and halo is in the line `network` of its run; a fill that was stated later can "
+        "be stated again afterwards",
     )
+
+
+def _goes_on_with(prepared: Prepared, later: dict[str, Any]) -> bool:
+    """Whether volume.yaml states the fills that an earlier run went on with."""
+    return prepared.later == prepared.later | later
 
 
 def _ledgers(store: Store) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 from pipeline import __version__
 from pipeline.base.errors import SourceError, TargetError, TransientError
@@ -18,9 +17,9 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.price import output_voxels
 from pipeline.plan.requests import RequestRates
 from pipeline.plan.target_spec import TargetSpec
-from pipeline.prepare import layout
+from pipeline.prepare import fills, layout
 from pipeline.prepare.mask_reach import check_overlap
-from pipeline.prepare.place import check_vacant, has_begun, lost_plan, nothing_run, recorded_spec
+from pipeline.prepare.place import Begun, check_vacant, has_begun, lost_plan, nothing_run, recorded_begin
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import Choices, digest, recorded_network, specification
 from pipeline.process.device import Facts
@@ -43,7 +42,7 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
     """
     target_url = _target_url(config)
     store = Store(urls.sidecar(target_url))
-    recorded = recorded_spec(store, target_url, config.target.format)
+    recorded = recorded_begin(store, target_url, config.target.format)
     config = config.model_copy(update={"network": _stated(config.network, recorded)})
     network = describe(config.network)
     try:
@@ -83,12 +82,14 @@ def prepare(config: Config, detect: Detect | None = None) -> Prepared:
         bad = dict(sorted((_detected(config, store, recorded, wanted, source, detect) | bad).items()))
         bad_sections.check_allowed(config.source.bad_sections, bad, info)
         plan = dataclasses.replace(plan, bad_sections=tuple(bad))
-    return _prepared(Choices(config, info, mask, network, plan, encoding, bad, wanted), target_url, store)
+    return _prepared(Choices(config, info, mask, network, plan, encoding, bad, wanted), target_url, store, recorded)
 
 
-def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
+def _prepared(choices: Choices, target_url: str, store: Store, recorded: Begun | None) -> Prepared:
     config, info, plan = choices.config, choices.source, choices.plan
     spec = specification(choices)
+    later = fills.stated_later(recorded.spec if recorded else None, spec)
+    spec = fills.as_begun(spec, later)
     voxel_nm = (info.voxel_size_nm[0], info.voxel_size_nm[1] / plan.scale, info.voxel_size_nm[2] / plan.scale)
     z, y, x = (c + s * v for c, s, v in zip(info.corner_nm, plan.region.start, info.voxel_size_nm, strict=True))
     target = TargetSpec(
@@ -100,7 +101,8 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         (z, y, x),
         plan.levels,
         plan.fidelity,
-        {"emsr": __version__, "digest": digest(spec)} | spec,
+        {"emsr": __version__, "digest": digest(spec)} | spec | ({fills.KEY: later} if later else {}),
+        recorded.name if recorded else urls.volume_name(target_url),
     )
     spec = spec | {"slab_shape": list(plan.slab_shape)}
     requests = config.work.requests_per_second
@@ -117,23 +119,26 @@ def _prepared(choices: Choices, target_url: str, store: Store) -> Prepared:
         mask=choices.mask,
         access=config.target.access,
     )
-    return Prepared(choices, job, spec, store)
+    return Prepared(choices, job, spec, store, later)
 
 
 def settled(prepared: Prepared, workers: Collection[Facts]) -> Prepared:
-    """The same with the precision and batch that suit these workers, where nothing else says them."""
+    """The same with the precision and batch that suit these workers, for a target that no run has begun."""
     choices = prepared.choices
     network = for_workers(choices.network, choices.config.network, choices.source.bounds, workers)
-    again = _prepared(dataclasses.replace(choices, network=network), prepared.job.target.url, prepared.store)
+    changed = dataclasses.replace(choices, network=network)
+    again = _prepared(changed, prepared.job.target.url, prepared.store, None)
     return dataclasses.replace(again, job=dataclasses.replace(again.job, run=prepared.job.run))
 
 
-def _stated(network: NetworkConfig, recorded: dict[str, Any] | None) -> NetworkConfig:
+def _stated(network: NetworkConfig, recorded: Begun | None) -> NetworkConfig:
     """volume.yaml's network, with what an earlier run of it has recorded where it says nothing."""
-    if recorded is None or recorded["network"]["name"] != network.name:  # the target of another one is refused later
+    if (
+        recorded is None or recorded.spec["network"]["name"] != network.name
+    ):  # the target of another one is refused later
         return network
     return network.model_copy(
-        update={key: value for key, value in recorded_network(recorded).items() if getattr(network, key) is None}
+        update={key: value for key, value in recorded_network(recorded.spec).items() if getattr(network, key) is None}
     )
 
 
@@ -185,14 +190,14 @@ def _region(config: Config, info: VolumeInfo) -> Box:
 def _detected(
     config: Config,
     store: Store,
-    recorded: dict[str, Any] | None,
+    recorded: Begun | None,
     wanted: Survey,
     source: Source,
     detect: Detect | None,
 ) -> dict[int, str]:
     """The bad sections that are not listed: those of the plan beside the target, else those detected now."""
     if recorded is not None:
-        theirs = bad_sections.detected(recorded["source"]["bad_sections"])
+        theirs = bad_sections.detected(recorded.spec["source"]["bad_sections"])
         return {z: why for z, why in theirs.items() if z in wanted.sections}
     begun, target_url = has_begun(store), _target_url(config)
     if detect is None:

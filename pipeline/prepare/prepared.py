@@ -15,7 +15,7 @@ from pipeline.worker.job import Job
 @dataclass(frozen=True)
 class Prepared:
     """`choices` are what `job` and `spec` were made from. `spec` is the specification that `job.digest` is the digest
-    of, as plain JSON.
+    of, as plain JSON; `later` are fills that were stated after the target was begun (prepare/fills).
 
     `store` is the sidecar: the folder beside the target that holds plan, ledger, lock and reports.
     """
@@ -24,6 +24,7 @@ class Prepared:
     job: Job
     spec: dict[str, Any]
     store: Store
+    later: dict[str, Any]
 
     @property
     def config(self) -> Config:

@@ -54,8 +54,8 @@ def specification(choices: Choices) -> dict[str, Any]:
     """Everything that changes the target's bytes, and nothing that does not: no worker counts, times, credentials.
 
     It is plain JSON. `prepare` adds the slab shape for plan.json. A new key of volume.yaml that changes bytes goes in
-    here, and only where it is not the default, as `survey` and `batch` do: else every target that was begun before is
-    refused.
+    here, and only where it is not the default, as `survey`, `invert` and `batch` do: else every target that was begun
+    before is refused.
     """
     network = {k: v for k, v in dataclasses.asdict(choices.network).items() if k not in ("lattice", "weights")}
     if network["batch"] == 1:
@@ -91,6 +91,7 @@ def _source(choices: Choices) -> dict[str, Any]:
         "region": {"start": list(plan.region.start), "stop": list(plan.region.stop)},
         "voxel_size_nm": list(info.voxel_size_nm),
         "intensity_window": source.intensity_window and list(source.intensity_window),
+        **({"invert": True} if source.invert else {}),
         "corner_nm": list(info.corner_nm),
         "missing_chunks": _holes(source.missing_chunks),
         "bad_sections": bad_sections.record(plan, choices.bad_sections, source.bad_sections.output),

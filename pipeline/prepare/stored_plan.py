@@ -12,23 +12,29 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
 from pipeline.plan.target_spec import LevelSpec
+from pipeline.prepare import fills
 from pipeline.prepare.prepared import Prepared
 from pipeline.prepare.specification import digest
 from pipeline.storage.kv import Store
 
 KEY = "plan.json"
+_EARLIER_NAME = "emsr"
+"""The name of every volume whose plan.json is from before it was kept."""
 
 
 @dataclass(frozen=True)
 class StoredPlan:
     """`plan` is good for which task is which box, not for what it reads. `emsr` is the version that wrote the target's
-    metadata last, "" where plan.json is from before that was kept.
+    metadata last, "" where plan.json is from before that was kept. `name` is the volume's in the target, `later` the
+    fills that were stated after it was begun.
     """
 
     digest: str
     spec: dict[str, Any]
     plan: Plan
     emsr: str
+    name: str
+    later: dict[str, Any]
 
 
 def read(store: Store) -> StoredPlan | None:
@@ -38,9 +44,13 @@ def read(store: Store) -> StoredPlan | None:
         return None
     try:
         body = json.loads(value)
-        found = StoredPlan(str(body["digest"]), dict(body["spec"]), planned(body["spec"]), str(body.get("emsr", "")))
+        spec, later = dict(body["spec"]), dict(body.get(fills.KEY, {}))
+        named = str(body.get("emsr", "")), str(body.get("name", _EARLIER_NAME))
+        found = StoredPlan(str(body["digest"]), spec, planned(spec), *named, later)
         counts = (body["slabs"], body["tasks"])
         if found.digest != digest(found.spec) or counts != (found.plan.slabs, found.plan.tasks):
+            raise ValueError
+        if later and body["digest_now"] != digest(fills.as_it_is(spec, later)):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LedgerError(
@@ -61,12 +71,15 @@ def read_whole(store: Store) -> StoredPlan | None:
 
 def write(prepared: Prepared) -> None:
     """Write the plan, unless it is there as this version of emsr writes it."""
-    stored = read_whole(prepared.store)
-    if stored is not None and stored.digest == prepared.job.digest and stored.emsr in ("", __version__):
+    stored, job, later = read_whole(prepared.store), prepared.job, prepared.later
+    same = stored is not None and (stored.digest, stored.later) == (job.digest, later)
+    if stored is not None and same and stored.emsr in ("", __version__):
         return
-    plan = prepared.job.plan
-    body = {"emsr": __version__, "digest": prepared.job.digest, "slabs": plan.slabs, "tasks": plan.tasks}
-    prepared.store.put(KEY, json.dumps(body | {"spec": prepared.spec}, indent=1).encode())
+    body = {"emsr": __version__, "digest": job.digest, "slabs": job.plan.slabs, "tasks": job.plan.tasks}
+    body |= {"name": job.target.name, "spec": prepared.spec}
+    if later:
+        body |= {fills.KEY: later, "digest_now": digest(fills.as_it_is(prepared.spec, later))}
+    prepared.store.put(KEY, json.dumps(body, indent=1).encode())
 
 
 def planned(spec: dict[str, Any]) -> Plan:

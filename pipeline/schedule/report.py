@@ -44,6 +44,7 @@ def write(prepared: Prepared, run: RunState, crew: Sequence[Mapping[str, str]], 
         "emsr": __version__,
         "digest": prepared.job.digest,
         "spec": prepared.spec,
+        "stated_later": prepared.later,
         "work": work.model_dump(mode="json", exclude={"budget"})
         | {"slab_shape": list(plan.slab_shape), "in_flight": in_flight},
         "cluster": {"kind": prepared.config.cluster.kind, "workers": prepared.config.cluster.workers},

@@ -67,6 +67,7 @@ class Survey:
             s.array,
             s.intensity_window,
             s.model_dump(mode="json")["missing_chunks"],
+            *(["invert"] if s.invert else []),
         ]
         return hashlib.sha256(json.dumps([*parts, self.sections.start, self.sections.stop]).encode()).hexdigest()[:16]
 

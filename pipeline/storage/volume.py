@@ -23,8 +23,9 @@ class VolumeInfo:
     elsewhere). `corner_nm` is the physical position of the lower corner of voxel (0, 0, 0) of that grid. OME-NGFF puts
     a voxel's *centre* at its translation, so there corner = translation - voxel_size / 2; the other formats put the
     corner at 0. `sized` and `placed` tell whether the metadata states voxel size and position: where not, they are
-    somebody's assumption. `notes` is what its metadata say that the user is to be told, a line each,
-    and `zyx` the indices of the stored array's axes z, y, x.
+    somebody's assumption. `notes` is what its metadata say that the user is to be told, a line each, and `zyx` the
+    indices of the stored array's axes z, y, x. `unstored` is the grey value of the volume's own fill value, which
+    stands for chunks that many writers leave out; None where it has none.
     """
 
     url: str
@@ -40,6 +41,7 @@ class VolumeInfo:
     placed: bool = True
     notes: tuple[str, ...] = ()
     zyx: tuple[int, int, int] = (0, 1, 2)
+    unstored: int | None = None
 
 
 class Source(Protocol):

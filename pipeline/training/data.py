@@ -62,7 +62,14 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
     `sections` and `crop` are what one sample takes, in HR voxels. Volumes of up to `budget` bytes are held in memory.
     """
     source = open_source(
-        SourceConfig(url=config.url, mip=config.mip, array=config.array, intensity_window=config.intensity_window)
+        SourceConfig(
+            url=config.url,
+            mip=config.mip,
+            array=config.array,
+            intensity_window=config.intensity_window,
+            invert=config.invert,
+            missing_chunks=config.missing_chunks,
+        )
     )
     whole = source.info.bounds.shape
     first, stop = config.sections or (0, whole.z)
@@ -106,7 +113,14 @@ def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
     `scale`.
     """
     assert config.lr is not None
-    source = open_source(SourceConfig(url=config.lr, intensity_window=config.intensity_window))
+    source = open_source(
+        SourceConfig(
+            url=config.lr,
+            intensity_window=config.intensity_window,
+            invert=config.invert,
+            missing_chunks=config.missing_chunks,
+        )
+    )
     found, wanted = source.info.bounds.shape, ZYX(hr.z, hr.y // scale, hr.x // scale)
     if found != wanted:
         raise UserError(
@@ -131,7 +145,9 @@ def _in_memory(read: Read, shape: tuple[int, int, int], url: str) -> Read:
         whole = read(*(slice(0, n) for n in shape))
     except DataError as error:
         raise UserError(
-            f"{url} cannot be read whole: {error}", "a volume without holes", "Mend it, or leave those sections out"
+            f"{url} cannot be read whole: {error}",
+            "a volume without holes",
+            "Mend it, leave those sections out, or state missing_chunks beside its url",
         ) from None
     return lambda z, y, x: whole[z, y, x]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.base.errors import SourceError, TargetError, UserError
@@ -18,6 +18,8 @@ from pipeline.storage.sources.open import open_source
 from pipeline.viewer.data_source import Native, Triple, read_native
 from pipeline.viewer.state import Layer, Mark, viewer_state
 
+_NOT_SHOWN = ("float16", "float64")
+"""Types that Neuroglancer lacks, of those that sources have."""
 MAX_MARKS = 1000
 """Quarantined tasks that are shown."""
 
@@ -55,8 +57,20 @@ def layers(config: Config) -> list[Layer]:
     lr = _native(source.url, source.mip, source.array, info.zyx)
     if lr is None:
         raise SourceError(f"{source.url} has no metadata that Neuroglancer reads", "OME-Zarr, Zarr, N5 or precomputed")
+    if info.dtype in _NOT_SHOWN:
+        lr = replace(lr, unreadable=f"voxels of {info.dtype}")
     first = _corner(info.corner_nm, info.bounds.start, info.voxel_size_nm)
-    found = [Layer("LR", browser_url(source.url), lr, info.voxel_size_nm, first, contrast=source.intensity_window)]
+    found = [
+        Layer(
+            "LR",
+            browser_url(source.url),
+            lr,
+            info.voxel_size_nm,
+            first,
+            contrast=source.intensity_window,
+            inverted=source.invert,
+        )
+    ]
     region = source.box.box if source.box else info.bounds
     corner = _corner(info.corner_nm, region.start, info.voxel_size_nm)
     z, y, x = info.voxel_size_nm

@@ -13,6 +13,7 @@ from pipeline.viewer.data_source import Native, Triple
 PUBLIC = "https://neuroglancer-demo.appspot.com/"
 
 _GREY = "#uicontrol invlerp contrast\nvoid main() {\n  emitGrayscale(contrast());\n}\n"
+_INVERTED = "#uicontrol invlerp contrast\nvoid main() {\n  emitGrayscale(1.0 - contrast());\n}\n"
 _HEAT = "#uicontrol invlerp contrast\nvoid main() {\n  emitRGB(colormapJet(contrast()));\n}\n"
 
 _PIXELS = 600.0
@@ -27,8 +28,9 @@ class Layer:
     """One image layer: its data source with the position that Neuroglancer would give it, and its true position.
 
     `url` is the folder that `native.path` starts from. `voxel_nm` is the true voxel size of native's level and
-    `corner_nm` the true lower corner of that level's first voxel, both (z, y, x). `contrast` is the range of grey
-    values shown from black to white, None for the type's whole range. `heat` shows values as colours, half transparent.
+    `corner_nm` the true lower corner of that level's first voxel, both (z, y, x). `contrast` is the range of stored
+    values shown from black to white (`inverted`: from white to black), None for the type's whole range. `heat` shows
+    values as colours, half transparent.
     """
 
     name: str
@@ -36,7 +38,8 @@ class Layer:
     native: Native
     voxel_nm: Triple
     corner_nm: Triple
-    contrast: tuple[int, int] | None = None
+    contrast: tuple[int | float, int | float] | None = None
+    inverted: bool = False
     heat: bool = False
     visible: bool = True
 
@@ -124,7 +127,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         "source": source,
         "tab": "rendering",
         "opacity": 0.5 if layer.heat else 1,
-        "shader": _HEAT if layer.heat else _GREY,
+        "shader": _HEAT if layer.heat else _INVERTED if layer.inverted else _GREY,
         "visible": layer.visible,
     }
     if layer.contrast:

@@ -33,7 +33,7 @@ def _unreadable_v2(path: str, array: dict[str, Any], get: Callable[[str], bytes 
         value = compressor.get(key)
         if isinstance(value, bool) or not isinstance(value, str if key == "cname" else int):
             return f"{name} with {key} {value}"
-    if not _fill(array["fill_value"]) and array["fill_value"] is not None:
+    if not _fill(array["fill_value"], str(array.get("dtype"))[1:2] == "f") and array["fill_value"] is not None:
         return f"the fill_value {array['fill_value']}"
     separator = array.get("dimension_separator") or "."
     shape = tuple(array["chunks"])
@@ -49,10 +49,12 @@ def _unreadable_v3(array: dict[str, Any]) -> str | None:
         name = codec.get("name") if isinstance(codec, dict) else None
         if name not in _CODECS:
             return f"the codec {name or codec}"
-    if "fill_value" in array and not _fill(array["fill_value"]):
+    if "fill_value" in array and not _fill(array["fill_value"], str(array.get("data_type")).startswith("float")):
         return f"the fill_value {array['fill_value']}"
     return None
 
 
-def _fill(value: object) -> bool:
+def _fill(value: object, floats: bool) -> bool:
+    if floats and (isinstance(value, float) or value in ("NaN", "Infinity", "-Infinity")):
+        return True
     return isinstance(value, int) and not isinstance(value, bool)

@@ -17,10 +17,10 @@ from pipeline.config import access
 from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
 from pipeline.storage import kv
-from pipeline.storage.sources import n5_volume, precomputed_volume, zarr_volume
+from pipeline.storage.sources import grey_values, n5_volume, precomputed_volume, zarr_volume
 from pipeline.storage.sources.absent_answer import refuse_server
 from pipeline.storage.sources.metadata import Folder, fingerprint
-from pipeline.storage.sources.uint8_source import ToUint8, VolumeSource, linear_table
+from pipeline.storage.sources.uint8_source import VolumeSource
 from pipeline.storage.sources.voxel_array import Level, Voxels
 from pipeline.storage.volume import Source, Uint8Array, VolumeInfo
 
@@ -41,33 +41,39 @@ _WANTED = {
     "zarr2": "a .zarray, or a .zattrs with multiscales",
     "n5": "an attributes.json, or folders s0, s1, ...",
 }
+_METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata", "attributes.json", "info")
 _SAME = 1e-3
 _KEY = re.compile(r"(?<![\w/.])source\.(\w+)")
 """A key of volume.yaml in a message, not in a path."""
 _MASK_KEYS = {name: f"source.mask.{name}" for name in ("url", "mip", "missing_chunks")}
-_NOT_LABELS = "Give the url of the EM image, not of its labels"
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The volume of `config.url`. Reads metadata only. Raises SourceError, TransientError."""
+    """The volume of `config.url`. Reads metadata only, but where a window is wanted that the error can propose.
+
+    Raises SourceError, TransientError.
+    """
     url = _absolute(config.url)
     access.use(url, config.access)
     level = _find(url, config.mip, config.array)
-    to_uint8 = _image_mapping(level, config.intensity_window)
+    to_uint8 = grey_values.mapping(level, config.intensity_window, config.invert)
     info = _info(level, _voxel_size(level, config.voxel_size_nm, "source.voxel_size_nm"))
+    info = dataclasses.replace(info, unstored=_unstored(level, to_uint8))
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
     refuse_server(level, fill, "source.missing_chunks")
     return VolumeSource(info, level, level.opener(level), to_uint8, fill)
 
 
-def open_scored(url: str, window: tuple[int, int] | None, fill: int | None, keys: Mapping[str, str]) -> Source:
-    """A volume that is compared with another: `window` is for uint16 alone, and a voxel size is not needed.
+def open_scored(
+    url: str, window: grey_values.Window | None, invert: bool, fill: int | None, keys: Mapping[str, str]
+) -> Source:
+    """A volume that is compared with another: `window` is not for uint8, and a voxel size is not needed.
 
     `keys` has, by key of volume.yaml's source, what messages call it. Raises SourceError, TransientError.
     """
     with _named(keys):
         level = _find(_absolute(url), 0, None)
-        to_uint8 = _image_mapping(level, window if level.dtype == "uint16" else None)
+        to_uint8 = grey_values.mapping(level, None if level.dtype == "uint8" else window, invert)
         info = _info(level, level.voxel_size_nm or (1.0, 1.0, 1.0))
         refuse_server(level, fill, keys["missing_chunks"])
         return VolumeSource(info, level, level.opener(level), to_uint8, fill, key=keys["missing_chunks"])
@@ -92,6 +98,7 @@ def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _M
     centres = [[c + v / 2 for c, v in zip(i.corner_nm, i.voxel_size_nm, strict=True)] for i in (info, like)]
     if level.voxel_size_nm is None or all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(*centres, strict=True)):
         info = dataclasses.replace(info, corner_nm=like.corner_nm)
+    info = dataclasses.replace(info, unstored=_unstored(level, _non_zero))
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
     refuse_server(level, fill, keys["missing_chunks"])
     return VolumeSource(info, level, level.opener(level), _non_zero, fill, key=keys["missing_chunks"])
@@ -151,47 +158,30 @@ def _check_path(path: Path, url: str) -> None:
     with waiting(url):
         is_file, exists = path.is_file(), path.exists()
     if is_file:
-        advice = "TIFF and PNG sections are brought in by python -m pipeline.convert"
-        raise SourceError(f"source.url {url} is a file", wanted, advice)
+        raise SourceError(f"source.url {url} is a file", wanted, _instead_of(path))
     if not exists:
         raise SourceError(f"nothing is at source.url {url}", wanted, "Check the path")
 
 
-def _image_mapping(level: Level, window: tuple[int, int] | None) -> ToUint8:
-    """How stored values become uint8. Raises SourceError for types that are no EM image."""
-    place, dtype = level.place, level.dtype
-    if level.labels:
-        raise SourceError(f"{place} is a segmentation ({dtype})", "an image of uint8 or uint16", _NOT_LABELS)
-    if dtype == "uint8":
-        if window is not None:
-            raise SourceError(
-                f"source.intensity_window is given, and {place} is uint8",
-                "a window for uint16 only",
-                "Take intensity_window away",
-            )
-        return _as_uint8
-    if dtype == "uint16":
-        if window is None:
-            raise SourceError(
-                f"{place} is uint16", "source.intensity_window: [low, high], the values that become 0 and 255"
-            )
-        table = linear_table(*window)
-        return lambda voxels: table[voxels]
-    advice = "Convert it to uint8 first"
-    if dtype in ("uint32", "uint64"):
-        raise SourceError(f"{place} is {dtype}, as segmentations are", "an image of uint8 or uint16", _NOT_LABELS)
-    if dtype == "bool":
-        raise SourceError(f"{place} is bool, as masks are", "an image of uint8 or uint16", "Give a mask as source.mask")
-    if dtype.startswith("int"):
-        raise SourceError(f"{place} is signed ({dtype})", "an image of uint8 or uint16", advice + ", adding an offset")
-    raise SourceError(
-        f"{place} is {dtype}", "an image of uint8 or uint16", advice + ", stating which values become 0 and 255"
+def _instead_of(file: Path) -> str:
+    """What to do where a file was named."""
+    if file.name in _METADATA_FILES:
+        return f"Give the folder that it lies in, {file.parent}"
+    if file.suffix.lower() == ".zip":
+        return "Unpack it, and give the folder that comes out"
+    return (
+        "TIFF and PNG sections are brought in by python -m pipeline.convert; copy an array of another file, such as "
+        "HDF5 or MRC, into a Zarr with zarr-python"
     )
 
 
-def _as_uint8(voxels: Voxels) -> Uint8Array:
-    grey: Uint8Array = voxels
-    return grey
+def _unstored(level: Level, to_uint8: grey_values.ToUint8) -> int | None:
+    """The grey value of the level's own fill value; None where that is none, such as NaN."""
+    try:
+        stored = np.full((1, 1, 1), np.dtype(level.dtype).type(level.fill_value or 0))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if np.isnan(stored).any() else int(to_uint8(stored)[0, 0, 0])
 
 
 def _non_zero(voxels: Voxels) -> Uint8Array:

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.base.errors import DamagedChunkError, DeniedError, MissingChunkError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box, chunk_count, grid_parts
 from pipeline.storage import kv, requests
 from pipeline.storage.sources import absent_answer
+from pipeline.storage.sources.grey_values import ToUint8
 from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.voxel_array import Level, VoxelArray, Voxels
 from pipeline.storage.volume import Uint8Array, VolumeInfo
 
 _CHUNKS_AT_ONCE = 64
 """Chunks requested at a time where some are absent."""
-ToUint8 = Callable[[Voxels], Uint8Array]
-
-
-def linear_table(low: int, high: int) -> NDArray[np.uint8]:
-    """The uint8 value of each of the 65536 uint16 values: low..high linearly to 0..255, rounded half up, clamped
-    outside.
-
-    It is computed in integers, so that every machine gives the same.
-    """
-    values = np.clip(np.arange(65536, dtype=np.int64), low, high) - low
-    return ((values * 510 + (high - low)) // (2 * (high - low))).astype(np.uint8)
 
 
 class VolumeSource:
     """A `Source` (storage/volume.py) over one opened level.
 
-    `fill` is the grey value of absent chunks; None makes them an error, which names `key` as the place to state one.
+    `fill` is the grey value of absent chunks and of stored NaN; None makes both an error, which names `key` as the
+    place to state one.
     """
 
     def __init__(
@@ -68,7 +58,7 @@ class VolumeSource:
         local = Box(box.start - self._info.bounds.start, box.stop - self._info.bounds.start)
         requests.READS.take(chunk_count(local, self._level.chunk))
         try:
-            return np.ascontiguousarray(self._to_uint8(self._array.start(box)()))
+            voxels = self._array.start(box)()
         except DamagedChunkError as error:
             raise DamagedChunkError(absent_answer.explained(self._level, error)) from error
         except (MissingChunkError, DeniedError) as error:
@@ -78,9 +68,27 @@ class VolumeSource:
                 if isinstance(error, DeniedError):
                     saw = f"{error.saw}. The chunk may be absent: this store answers so for what is not there"
                 raise MissingChunkError(
-                    f"{saw}. If holes are meant, state their grey value by {self._key}: {{fill: 0}}"
+                    f"{saw}. If holes are meant, state their grey value by {self._key}: "
+                    f"{{fill: {self._info.unstored or 0}}}"
                 ) from error
+        else:
+            return np.ascontiguousarray(self._grey(box, voxels))
         return self._read_around_holes(box, self._fill)
+
+    def _grey(self, box: Box, voxels: Voxels) -> Uint8Array:
+        """The grey values of what is stored in `box`."""
+        if voxels.dtype.kind != "f" or not (absent := np.isnan(voxels)).any():
+            return self._to_uint8(voxels)
+        if self._fill is None:
+            z, y, x = np.argwhere(absent)[0]
+            raise DamagedChunkError(
+                f"{self._level.place} is NaN at voxel {box.start + ZYX(int(z), int(y), int(x))}, {absent.sum():,} of "
+                f"{absent.size:,} in {box}. If they stand for voxels that were not measured, state their grey value by "
+                f"{self._key}: {{fill: 0}}"
+            )
+        grey = self._to_uint8(np.where(absent, voxels.dtype.type(0), voxels))
+        grey[absent] = self._fill
+        return grey
 
     def _read_around_holes(self, box: Box, fill: int) -> Uint8Array:
         out = np.full(tuple(box.shape), fill, np.uint8)
@@ -89,7 +97,7 @@ class VolumeSource:
         while batch := list(itertools.islice(chunks, _CHUNKS_AT_ONCE)):
             for part, pending in [(part, self._array.start(part)) for part in batch]:
                 try:
-                    out[part.slices(box.start)] = self._to_uint8(pending())
+                    out[part.slices(box.start)] = self._grey(part, pending())
                 except (MissingChunkError, DeniedError) as error:
                     if first is None or isinstance(error, DeniedError):
                         first = part, error

@@ -34,7 +34,8 @@ class Level:
     none. `unitless` is a voxel size (z, y, x) stated without a unit: where the true one is no multiple of it,
     `corner_voxels` means nothing. `seen` says what was found in place of a voxel size, and `notes` what the user is to
     be told. `labels` is True where the metadata says that the volume is a segmentation. `identity` is the metadata that
-    defines the voxels, for the fingerprint. `metadata_key` is an object below `url` that exists as long as the volume
+    defines the voxels, for the fingerprint. `fill_value` is the JSON that states the value of chunks that are not
+    stored; None is as good as 0. `metadata_key` is an object below `url` that exists as long as the volume
     does. `explain_hole` is called with the box of an absent chunk, and raises SourceError where the chunk is stored
     under another name. `sharded` is True where many chunks lie in one object, of which parts are read. `opener` opens
     the level.
@@ -58,6 +59,7 @@ class Level:
     notes: tuple[str, ...] = ()
     labels: bool = False
     sharded: bool = False
+    fill_value: Any = None
     reader: str = "tensorstore"
     explain_hole: Callable[[Box], None] | None = field(default=None, repr=False)
     opener: Callable[[Level], VoxelArray] = field(default=lambda level: open_array(level), repr=False)

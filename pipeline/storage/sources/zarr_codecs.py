@@ -137,7 +137,7 @@ def _number_type(found: Metadata, key: str) -> np.dtype[Any]:
     except (TypeError, ValueError, SyntaxError):
         dtype = np.dtype("O")
     if dtype.kind not in "biufc":
-        raise found.wrong(key, "a number type (uint8, or uint16 with an intensity_window)")
+        raise found.wrong(key, "a number type (uint8, or another with an intensity_window)")
     return dtype
 
 

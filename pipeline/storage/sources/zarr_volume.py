@@ -211,6 +211,7 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None, group: Metadata | 
             k: v for k, v in found.values.items() if k not in ("attributes", "consolidated_metadata", "dimension_names")
         },
         sharded=any(codec["name"] == "sharding_indexed" for codec in stored.metadata.get("codecs", ())),
+        fill_value=found.values.get("fill_value"),
         metadata_key=base + ("zarr.json" if node.version == 3 else ".zarray"),
         explain_hole=lambda box: refuse_other_names(folder, keys, box),
     )

@@ -49,7 +49,7 @@ def metadata(spec: TargetSpec) -> dict[str, bytes]:
         z, y, x = spec.voxel_size_nm
         group = _group("fidelity", 1, (z, y * spec.scale, x * spec.scale), spec.corner_nm)
         objects["fidelity/zarr.json"] = _json(group)
-    root = _group("emsr", len(spec.levels), spec.voxel_size_nm, spec.corner_nm)
+    root = _group(spec.name, len(spec.levels), spec.voxel_size_nm, spec.corner_nm)
     root["attributes"]["emsr"] = spec.provenance
     return objects | {"zarr.json": _json(root)}
 
@@ -65,6 +65,15 @@ def provenance(value: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def name(value: bytes) -> str | None:
+    """What PROVENANCE calls the volume; None where it says nothing."""
+    try:
+        found = json.loads(value)["attributes"]["ome"]["multiscales"][0]["name"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def is_foreign(spec: TargetSpec, objects: Mapping[str, bytes]) -> bool:

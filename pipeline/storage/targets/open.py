@@ -156,6 +156,13 @@ def stored_provenance(url: str, kind: str) -> dict[str, Any] | None:
     return found
 
 
+def stored_name(url: str, kind: str) -> str | None:
+    """What the target at `url` calls its volume; None where it says nothing, as precomputed targets do."""
+    if kind != "ome-zarr":
+        return None
+    return ome_zarr_target.name(kv.Store(url).get(ome_zarr_target.PROVENANCE) or b"")
+
+
 def _almost(value: bytes, ours: bytes) -> bool:
     """Whether a few bytes have changed: that is damage, not another volume."""
     return len(value) == len(ours) and sum(a != b for a, b in zip(value, ours, strict=True)) <= MAX_CHANGED
