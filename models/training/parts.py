@@ -133,19 +133,19 @@ def assemble(
         fill(network.pod.flow, flow, paths[FLOW])  # type: ignore[arg-type]
 
 
-def start_from(network: SuperResolver, state: dict[str, Tensor]) -> int:
+def start_from(network: SuperResolver, state: dict[str, Tensor]) -> tuple[int, int]:
     """Copy from `state` the trained tensors whose name and shape fit, for instance of a network of the other scale, and
-    return their number. Names may be the authors'. The frozen parts are left as they are.
+    return their number and that of all trained tensors. Names may be the authors'. The frozen parts are left as they
+    are.
     """
     state = {published.ours(name, network): value for name, value in state.items()}
     frozen = {id(p) for part in network.frozen() for p in part.state_dict(keep_vars=True).values()}
-    taken = 0
+    trained = {n: value for n, value in network.state_dict(keep_vars=True).items() if id(value) not in frozen}
+    fitting = [name for name in trained if name in state and state[name].shape == trained[name].shape]
     with torch.no_grad():
-        for name, value in network.state_dict(keep_vars=True).items():
-            if id(value) not in frozen and name in state and state[name].shape == value.shape:
-                value.copy_(state[name])
-                taken += 1
-    return taken
+        for name in fitting:
+            trained[name].copy_(state[name])
+    return len(fitting), len(trained)
 
 
 def _below(part: Part, prefix: str) -> Part:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, Field, StrictBool, StrictInt, model_validator
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
-from pipeline.config.volume import FillConfig, Url
+from pipeline.config.cluster import Line
+from pipeline.config.volume import FillConfig, Url, Window
 
 Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
 
@@ -27,11 +28,11 @@ class VolumeConfig(_Model):
     is the grey value of chunks that are absent.
     """
 
-    name: StrictStr
+    name: Line
     sr: Url
     gt: Url
     lr: Url | None = None
-    intensity_window: tuple[StrictInt, StrictInt] | None = None
+    intensity_window: Window | None = None
     sections: tuple[StrictInt, StrictInt] | None = None
     crop: StrictBool = False
     align: Literal["positions", "first_voxels"] = "positions"
@@ -41,7 +42,7 @@ class VolumeConfig(_Model):
     @model_validator(mode="after")
     def _range(self) -> VolumeConfig:
         if self.sections is not None and not 0 <= self.sections[0] < self.sections[1]:
-            raise ValueError("sections [first, one past the last] with 0 <= first < last")
+            raise ValueError(f"sections [first, one past the last] with 0 <= first < last, not {list(self.sections)}")
         return self
 
 

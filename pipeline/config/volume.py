@@ -14,6 +14,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    ValidationError,
     model_validator,
 )
 
@@ -135,6 +136,18 @@ class SourceConfig(_Model):
         return self
 
 
+def _as_in_a_source(window: tuple[int, int]) -> tuple[int, int]:
+    try:
+        SourceConfig(url="volume", intensity_window=window)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    return window
+
+
+Window = Annotated[tuple[StrictInt, StrictInt], AfterValidator(_as_in_a_source)]
+"""An intensity_window of stage.yaml or table.yaml."""
+
+
 class TargetConfig(_Model):
     """The volume that is written. Shapes are in voxels of mip 0."""
 
@@ -166,6 +179,7 @@ NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", 
 
 Sha256 = Annotated[
     StrictStr,
+    ValidationError,
     BeforeValidator(lambda text: text.lower() if isinstance(text, str) else text),
     Field(pattern=r"^[0-9a-f]{64}$"),
 ]

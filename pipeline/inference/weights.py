@@ -32,7 +32,7 @@ def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
         is_file, is_folder = path.is_file(), path.is_dir()
     if not is_file:
         what = "is a folder" if is_folder else "is not there"
-        do = "Write the path out: $NAME is not replaced, ~ is" if "$" in weights else "Check the path"
+        do = "Write the path out: $NAME is not replaced, ~ is" if "$" in str(path) else "Check the path"
         raise NetworkError(f"network.weights {path} {what}", "a weights file that this machine sees", do)
     try:
         found = _hash(path)

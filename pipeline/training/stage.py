@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,12 @@ def _network_stage(config: StageConfig, perceptual: Perceptual | None) -> Networ
     )
     network = stage.network
     assert isinstance(network, SuperResolver)
-    if files.start is not None and not parts.start_from(network, read_state(files.start)):
-        raise WeightsError(f"{files.start} has no tensor that fits this network. Name weights of stage network")
+    if files.start is not None:
+        taken, trained = parts.start_from(network, read_state(files.start))
+        if not taken:
+            raise WeightsError(f"{files.start} has no tensor that fits this network. Name weights of stage network")
+        if taken < trained:
+            print(f"emsr: network.start: {taken} of {trained} trained tensors fit this network", file=sys.stderr)
     if files.vgg19 is not None:
         weights.load_vgg19(network, read_state(files.vgg19))
     paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(files, kind)) is not None}
