@@ -75,10 +75,10 @@ MISTAKES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("sections of three", of(sections=[0, 1, 2]), "saw [0, 1, 2], wanted at most 2 items, not 3"),
     ("sections in words", of(sections="2-3"), "saw '2-3', wanted a list"),
     ("sections beyond", of(sections=[2, 9]), "sections within [0, 4]"),
-    ("window upside down", of(intensity_window=[9, 3]), "with 0 <= low < high"),
-    ("a window for uint8", of(intensity_window=[0, 9]), "a window for uint16 only"),
+    ("window upside down", of(intensity_window=[9, 3]), "low < high"),
+    ("a window for uint8", of(intensity_window=[0, 9]), "intensity_window is given, and all its volumes are uint8"),
     ("uint16 without window", pair(texture(GT).astype(np.uint16), texture(GT)), "volumes.0.intensity_window"),
-    ("float32", pair(texture(GT).astype(np.float32), texture(GT)), "is float32"),
+    ("float32", pair(texture(GT).astype(np.float32), texture(GT)), "float32"),
     ("constant truth", pair(texture(GT), np.full(GT, 7, np.uint8)), "section 0 of the ground truth is constant"),
     ("a cut chunk", damaged, "section 0 of file:"),
     ("no such mask", of(mask="none.zarr"), "nothing is at volumes.0.mask"),
@@ -203,3 +203,11 @@ def test_a_mistake_in_a_conversion(
     assert words in said
     assert "Traceback" not in said
     assert tree(tmp_path) == before
+
+
+def test_names_without_numbers_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "d").mkdir()
+    for name, section in zip(("front", "back"), VOLUME, strict=False):
+        Image.fromarray(section).save(tmp_path / "d" / f"{name}.png")
+    assert convert.main([str(tmp_path / "d"), str(tmp_path / "o"), *NM]) == 0
+    assert "note: 2 names have no number: back.png, front.png" in capsys.readouterr().err
