@@ -23,7 +23,7 @@ from models.config import preset
 from models.network import SuperResolver
 from models.training import parts
 from models.vqgan import VQGAN
-from pipeline import run
+from pipeline import doctor, run
 from pipeline.base.command import guarded
 from pipeline.config.volume import load
 from pipeline.inference.describe import describe
@@ -264,3 +264,13 @@ def test_the_command_says_it_and_writes_nothing(
     assert "torch.save(network.state_dict(), 'weights.pth')" in said
     assert "Traceback" not in said
     assert tree(tmp_path) == before
+
+
+def test_the_doctor_says_it_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No device is looked at with weights that cannot be had."""
+    (tmp_path / "page.pth").write_bytes(PAGE)
+    path = volume_yaml(tmp_path / "volume.yaml", "lr.zarr", "sr", **KEYS, network__weights="page.pth")
+    assert doctor.main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "page.pth is a web page" in said
+    assert "reference vector" not in said
