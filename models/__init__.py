@@ -19,6 +19,7 @@ from models.config import preset as find_preset
 from models.memory import WARM_BYTES as WARM_BYTES
 from models.memory import peak_bytes, state_bytes
 from models.metadata import WeightsError as WeightsError
+from models.metadata import is_ours as is_ours
 from models.metadata import read_metadata as read_metadata
 
 if TYPE_CHECKING:
@@ -65,14 +66,15 @@ def lower(network: nn.Module, precision: str) -> None:
 
 def load(path: Path, network: nn.Module) -> None:
     """Copy weights into a network, from a .safetensors file that emsr wrote or from the authors' dictionary of stage
-    III.
+    III, in a .safetensors or PyTorch file.
 
     Raises WeightsError, OSError.
     """
     from models import weights
     from models.network import SuperResolver
+    from models.weights_file import read_state
 
-    if path.suffix == ".safetensors" and isinstance(network, SuperResolver):
+    if isinstance(network, SuperResolver) and is_ours(path):
         weights.load(path, network)
     else:
-        weights.load_published(network, weights.read_state(path))
+        weights.load_published(network, read_state(path), str(path))

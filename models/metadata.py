@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from models.config import Params, from_json, to_json
 FORMAT = "emsr-weights-1"
 MAX_HEAD_BYTES = 100_000_000
 """As safetensors itself bounds it."""
+LFS_POINTER = b"version https://git-lfs"
+WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 class WeightsError(ValueError):
@@ -51,34 +54,71 @@ class Metadata:
         }
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Read the metadata from the header of a safetensors file: 8 bytes of length, then JSON. Raises WeightsError,
-    OSError.
+def refuse_other_content(path: Path) -> None:
+    """Raises WeightsError for a folder, an empty file, and what stands for a file that was not fetched; OSError."""
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder. Name the file of weights in it")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise WeightsError(f"{path} is empty (0 bytes). Copy the file again")
+    if head.startswith(LFS_POINTER):
+        raise WeightsError(
+            f"{path} is a pointer of Git LFS, not the weights it stands for. Run `git lfs pull` there, or fetch them"
+        )
+    if head.lstrip().lower().startswith(WEB_PAGES):
+        raise WeightsError(f"{path} is a web page, not weights. Fetch the file that the page offers")
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata in the head of a safetensors file, 8 bytes of length, then JSON; empty where it has none. Raises
+    WeightsError, OSError.
     """
+    refuse_other_content(path)
     with path.open("rb") as file:
         head = file.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if size > MAX_HEAD_BYTES:
             raise WeightsError(
                 f"{path} is no safetensors file: its head would have {size:,} bytes, at most {MAX_HEAD_BYTES:,} are "
-                "read. Name a .safetensors file that emsr wrote"
+                "read. Copy the file again, or name one by the ending of its format"
             )
         if not 0 < size <= path.stat().st_size - 8:
             raise WeightsError(
                 f"{path} is no safetensors file: its head is cut or of another format. "
-                "Name a .safetensors file that emsr wrote"
+                "Copy the file again, or name one by the ending of its format"
             )
         text = file.read(size)
     try:
-        header = dict(json.loads(text).get("__metadata__", {}))
+        return dict(json.loads(text).get("__metadata__", {}))
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise WeightsError(
-            f"{path} is no safetensors file: its head is not JSON. Name a .safetensors file that emsr wrote"
+            f"{path} is no safetensors file: its head is not JSON. "
+            "Copy the file again, or name one by the ending of its format"
         ) from None
+
+
+def written_by_emsr(header: Mapping[str, str]) -> bool:
+    """Whether emsr wrote the file of this metadata: weights of a network, or of one of its parts."""
+    return str(header.get("format")).startswith("emsr-")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether emsr wrote this file of weights. Raises WeightsError, OSError."""
+    return path.suffix == ".safetensors" and written_by_emsr(read_header(path))
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a file of weights that emsr wrote says about them. Raises WeightsError, OSError."""
+    header = read_header(path)
+    if "kind" in header and written_by_emsr(header):
+        raise WeightsError(
+            f"{path} holds what stage {header['kind']} trained, a part of the network. "
+            "Name the file that stage network wrote"
+        )
     if header.get("format") != FORMAT:
         raise WeightsError(
-            f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. "
-            "Name a file that emsr wrote, or convert this one"
+            f"{path} says format {header.get('format')!r}; wanted {FORMAT!r}. Name a file that emsr wrote"
         )
     try:
         params = from_json(header["params"])

@@ -1,27 +1,24 @@
-"""Reads and writes weights: emsr's own safetensors, the authors' files, VGG19 and SPyNet. Pickled objects are never
-loaded."""
+"""Writes a network's weights, and fills networks from files: emsr's own, the authors', VGG19 and SPyNet."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import published, torch7
 from models.config import preset_name
 from models.flow import MEAN, STD
+from models.identify import identify
 from models.mask import VGGFeatures
 from models.metadata import Metadata, WeightsError, read_metadata
 from models.network import SuperResolver
+from models.weights_file import digest, listed, read_state
 
 State = dict[str, Tensor]
-MAX_NAMES = 8
-"""Tensors that one message lists; a file of another network has hundreds that do not fit."""
 
 
 def save(path: Path, network: SuperResolver, licence: str, card: str = "", half: bool = False) -> Metadata:
@@ -48,57 +45,16 @@ def load(path: Path, network: SuperResolver) -> Metadata:
             f"the network is x{network.params.scale} {preset_name(network.params) or 'custom'}. "
             "Set network.scale and network.preset to the file's"
         )
-    state = read_state(path)
-    if digest(state) != metadata.sha256:
-        raise WeightsError(
-            f"{path}: its tensors are not those it was written with (sha256 differs). Copy the file again"
-        )
-    _fill(network, state, str(path))
+    _fill(network, read_state(path), str(path))
     return metadata
 
 
-def digest(state: State) -> str:
-    """The sha256 of names, types, shapes and values of all tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def read_state(path: Path) -> State:
-    """The tensors by name of a .safetensors file, or of a PyTorch file that has nothing but tensors.
-
-    Raises WeightsError, OSError.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Copy the file again"
-        ) from None
-    except Exception as error:  # pickle.UnpicklingError among others: a hostile file may raise anything
-        raise WeightsError(
-            f"{path} holds more than tensors, or is no PyTorch file ({type(error).__name__}). Save a plain state dict"
-        ) from None
-    for wrapper in ("params_ema", "params", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise WeightsError(f"{path} holds no flat dictionary of tensors. Save the network's state dict")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
-
-
-def load_published(network: nn.Module, state: State) -> None:
+def load_published(network: nn.Module, state: State, source: str = "published weights") -> None:
     """Copy the authors' dictionary into `network`: that of stage III into a SuperResolver, of stage I into a VQGAN, of
-    stage II into an Indexer. Tensors that their network never reads may be missing.
+    stage II into an Indexer. Tensors that their network never reads may be missing. `source` is what messages call it.
 
-    Raises WeightsError, which names the tensors that are missing, unknown or of another shape.
+    Raises WeightsError, which names the network that the weights are of, or else the tensors that are missing, unknown
+    or of another shape.
     """
     theirs = {published.ours(name, network): name for name in state if not published.unused(name, network)}
     for name, expected in (("mean", MEAN), ("std", STD)):
@@ -109,7 +65,12 @@ def load_published(network: nn.Module, state: State) -> None:
                 f"{key} is {state[key].flatten().tolist()}; wanted ImageNet's {expected}. "
                 "This is a checkpoint of another network"
             )
-    _fill(network, {mine: state[name] for mine, name in theirs.items()}, "published weights", theirs)
+    try:
+        _fill(network, {mine: state[name] for mine, name in theirs.items()}, source, theirs)
+    except WeightsError:
+        if isinstance(network, SuperResolver) and (known := identify(state, network.params)):
+            raise WeightsError(f"{source} holds {known}") from None
+        raise
 
 
 def load_vgg19(network: SuperResolver, state: State) -> None:
@@ -169,16 +130,12 @@ def _fill(network: nn.Module, state: State, source: str, names: dict[str, str] |
             if n in state and state[n].shape != wanted[n].shape
         ],
         "not of this network": [shown.get(name, name) for name in state if name not in wanted],
-        "not finite": [shown.get(n, n) for n in wanted if n in state and not torch.isfinite(state[n]).all()],
+        "no floating numbers": [shown.get(n, n) for n in wanted if n in state and not state[n].is_floating_point()],
     }
     if any(complaints.values()):
-        lines = [
-            f"{len(c)} {what}: {', '.join(c[:MAX_NAMES])}{', ...' if len(c) > MAX_NAMES else ''}"
-            for what, c in complaints.items()
-            if c
-        ]
+        lines = [f"{len(names)} {what}: {listed(names)}" for what, names in complaints.items() if names]
         raise WeightsError(
-            f"{source} do not fit the network. " + "; ".join(lines) + ". Use the file of this scale and preset"
+            f"{source}: the weights do not fit the network. {'; '.join(lines)}. Use the file of this scale and preset"
         )
     with torch.no_grad():
         for name, value in wanted.items():

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from emsr import start
 from pipeline.base.command import guarded
 from pipeline.base.errors import UserError
 from pipeline.config import table as table_yaml
+from pipeline.config.output_folder import check_output
 from pipeline.config.table import TableConfig
 
 if TYPE_CHECKING:
@@ -44,16 +44,12 @@ def evaluate(config: TableConfig) -> int:
         raise UserError(
             f"{error.name} is not installed", "it is needed for evaluation", "pip install 'emsr[evaluate]'"
         ) from None
-    if config.output.exists() and not config.output.is_dir():
-        raise UserError(f"output {config.output} is a file", "a folder", "Choose another output")
+    volumes = [url for v in config.volumes for url in (v.sr, v.gt, v.lr, v.mask) if url is not None]
+    check_output(config.output, volumes)
     scores = score(config, _shown)
-    try:
-        scores.write(config.output)
-    except OSError as error:
-        raise UserError(
-            f"output {config.output} cannot be written ({error.strerror})", "a folder", "Choose another output"
-        ) from None
-    _print(scores, config.output)
+    _print(scores)  # first, so that they are not lost where they cannot be written
+    scores.write(config.output)
+    print(f"every section, the means and a picture: {config.output}")
     return 0
 
 
@@ -70,7 +66,7 @@ def _shown(work: Sequence[T], what: str) -> Iterator[T]:
         yield item
 
 
-def _print(scores: Scores, output: Path) -> None:
+def _print(scores: Scores) -> None:
     head, lines = scores.means()
     means = Table(*head)
     for line in lines:
@@ -79,7 +75,6 @@ def _print(scores: Scores, output: Path) -> None:
     console.print(means)
     for remark in scores.remarks():
         console.print(remark, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"every section, the means and a picture: {output}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.metadata import WeightsError
-from models.weights import read_state
+from models.weights_file import read_state
 
 State = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.evaluation import fetch
-from models.weights import read_state
+from models.weights_file import convolution, read_state
 
 Layer = tuple[int, int, int]
 """A convolution's index in torchvision's `features`, its stride and its padding."""
@@ -63,7 +63,7 @@ class LPIPS(nn.Module):
 
 def lpips_alex(path: Path | None) -> LPIPS:
     """LPIPS with AlexNet. The file has `features.<n>.*` in torchvision's names and `lin<n>.model.1.weight`; without a
-    path the weights are fetched (`fetch.lpips`). Raises WeightsError, OSError, KeyError where one is missing.
+    path the weights are fetched (`fetch.lpips`). Raises WeightsError, OSError.
     """
     return LPIPS(read_state(path) if path else fetch.lpips("alex"), ALEX)
 
@@ -74,7 +74,7 @@ def lpips_vgg(path: Path | None) -> LPIPS:
 
 
 def _conv(state: dict[str, Tensor], index: int, stride: int, padding: int) -> nn.Conv2d:
-    weight, bias = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
+    weight, bias = convolution(state, f"features.{index}")
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], int(weight.shape[2]), stride, padding)
     conv.load_state_dict({"weight": weight, "bias": bias})
     return conv
@@ -143,6 +143,6 @@ def dists(vgg: Path | None, weights: Path | None) -> DISTS:
     """DISTS from VGG16's file (such as `lpips_vgg` reads) and that of `alpha` and `beta`; without a path they are
     fetched.
 
-    Raises WeightsError, OSError, KeyError where a tensor is missing.
+    Raises WeightsError, OSError.
     """
     return DISTS(read_state(vgg) if vgg else fetch.vgg16(), read_state(weights) if weights else fetch.dists())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.layers import channels_last, weights_channels_last
+from models.weights_file import convolution
 
 BANDWIDTH = 0.5
 """The contextual loss' h (Mechrez et al., 2018): how fast the similarity of two features falls with their distance."""
@@ -59,7 +60,7 @@ class Features(nn.Module):
     """The first layers of VGG19 (to relu3_4) or of VGG16 (to relu3_3), whose features the reference loss compares.
 
     `state` has torchvision's names, `features.<n>.weight` and `.bias`; VGG19 is told by its `features.16`. Raises
-    KeyError where one is missing.
+    WeightsError where one is missing, or is no convolution.
     """
 
     mean: Tensor
@@ -70,7 +71,7 @@ class Features(nn.Module):
         places = [0, 2, 5, 7, 10, 12, 14] + ([16] if "features.16.weight" in state else [])
         layers: list[nn.Module] = []
         for place in places:
-            weight, bias = (state[f"features.{place}.{kind}"] for kind in ("weight", "bias"))
+            weight, bias = convolution(state, f"features.{place}")
             if place in (5, 10):
                 layers.append(nn.MaxPool2d(2))
             conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)

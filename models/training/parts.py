@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import weights
-from models.config import X8, Params, from_json, to_json
-from models.metadata import WeightsError
+from models import published, weights
+from models.config import X8, Params, from_json, preset_name, to_json
+from models.metadata import FORMAT as WHOLE
+from models.metadata import WeightsError, read_header, written_by_emsr
 from models.network import SuperResolver
+from models.weights_file import digest, read_state
 
 FORMAT = "emsr-part-1"
 VQGAN, INDEXER, FLOW = "vqgan", "indexer", "flow"
@@ -47,6 +48,7 @@ def save_part(path: Path, part: Part) -> None:
         "params": to_json(part.params),
         "training_data_licence": part.licence,
         "facts": json.dumps(dict(part.facts), sort_keys=True),
+        "sha256": digest(state),
     }
     save_file(state, path, metadata=header)
 
@@ -54,19 +56,18 @@ def save_part(path: Path, part: Part) -> None:
 def load_part(path: Path, kind: str) -> Part:
     """Read what `save_part` wrote. Raises WeightsError where the file is missing, not a part, or of another kind."""
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        header = read_header(path)
     except FileNotFoundError:
         raise WeightsError(f"{path} is not there. Train stage {kind} first, or correct the path") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read as weights ({error}). Name a file that `emsr train` wrote") from None
     if header.get("format") != FORMAT or header.get("kind") != kind:
-        raise WeightsError(
-            f"{path} holds {header.get('kind', 'other weights')}; wanted {kind}. "
-            f"Name the file that the {kind} stage wrote"
-        )
-    return Part(kind, from_json(header["params"]), header["training_data_licence"], state, json.loads(header["facts"]))
+        held = "a whole network" if header.get("format") == WHOLE else header.get("kind", "other weights")
+        raise WeightsError(f"{path} holds {held}; wanted {kind}. Name the file that the {kind} stage wrote")
+    state = read_state(path)
+    try:
+        params, facts = from_json(header["params"]), json.loads(header["facts"])
+        return Part(kind, params, header["training_data_licence"], state, facts)
+    except (KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: its metadata does not describe a part ({error}). Copy the file again") from None
 
 
 def load_flow(path: Path, params: Params) -> Part:
@@ -85,14 +86,8 @@ def load_flow(path: Path, params: Params) -> Part:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether `load_part` is to read the file: it is a part, or cannot be read."""
-    if path.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return True  # load_part raises with the reason
+    """Whether `load_part` is to read the file, which emsr wrote then."""
+    return path.suffix == ".safetensors" and written_by_emsr(read_header(path))
 
 
 def fill(network: nn.Module, part: Part, path: Path) -> None:
@@ -107,8 +102,8 @@ def fill(network: nn.Module, part: Part, path: Path) -> None:
     ]
     if wrong:
         raise WeightsError(
-            f"{path} does not fit this network ({len(wrong)} tensors, such as {min(wrong)}). "
-            "Use the same preset and scale in all stages"
+            f"{path}, of scale {part.params.scale}, preset {preset_name(part.params) or 'custom'}, does not fit this "
+            f"network ({len(wrong)} tensors, such as {min(wrong)}). Use the same preset and scale in all stages"
         )
     network.load_state_dict(part.state)
 
@@ -138,18 +133,19 @@ def assemble(
         fill(network.pod.flow, flow, paths[FLOW])  # type: ignore[arg-type]
 
 
-def start_from(network: SuperResolver, state: dict[str, Tensor]) -> int:
+def start_from(network: SuperResolver, state: dict[str, Tensor]) -> tuple[int, int]:
     """Copy from `state` the trained tensors whose name and shape fit, for instance of a network of the other scale, and
-    return their number. The frozen parts are left as they are.
+    return their number and that of all trained tensors. Names may be the authors'. The frozen parts are left as they
+    are.
     """
+    state = {published.ours(name, network): value for name, value in state.items()}
     frozen = {id(p) for part in network.frozen() for p in part.state_dict(keep_vars=True).values()}
-    taken = 0
+    trained = {n: value for n, value in network.state_dict(keep_vars=True).items() if id(value) not in frozen}
+    fitting = [name for name in trained if name in state and state[name].shape == trained[name].shape]
     with torch.no_grad():
-        for name, value in network.state_dict(keep_vars=True).items():
-            if id(value) not in frozen and name in state and state[name].shape == value.shape:
-                value.copy_(state[name])
-                taken += 1
-    return taken
+        for name in fitting:
+            trained[name].copy_(state[name])
+    return len(fitting), len(trained)
 
 
 def _below(part: Part, prefix: str) -> Part:

@@ -30,8 +30,19 @@ _LATER_DEFAULTS = (("invert", False), ("missing_chunks", "error"))
 EARLIER_WORDS = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 """What `precision` was called before, which stays allowed and stands in older checkpoints."""
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+CRITIC_SEES = 70
+"""HR voxels across the patch of which models/discriminator makes one score: a smaller crop gives none."""
+
+
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_flag)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=1)]
 Precision = Annotated[
     Literal["float32", "tf32", "bfloat16", "float16"],
@@ -63,7 +74,7 @@ class VolumeConfig(_Model):
     @model_validator(mode="after")
     def _range(self) -> VolumeConfig:
         if self.sections is not None and not 0 <= self.sections[0] < self.sections[1]:
-            raise ValueError("sections [first, one past the last] with 0 <= first < last")
+            raise ValueError(f"sections [first, one past the last] with 0 <= first < last, not {list(self.sections)}")
         return self
 
 
@@ -141,7 +152,7 @@ class StageConfig(_Model):
     steps: Steps
     batch: Steps = 8
     centres: Steps = 1
-    rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
+    rate: Annotated[Number, Field(gt=0, le=1)] = 4e-4
     periods: tuple[Steps, ...] = ()
     average: Share = 0.0
     quantise_from: Annotated[StrictInt, Field(ge=0)] = 0
@@ -165,7 +176,14 @@ class StageConfig(_Model):
                 also = f", or network.untrained: [{key}]" if key in ("flow", "vgg19") else ""
                 raise ValueError(f"network.{key}, the file of an earlier stage{also}, for stage {self.stage}")
         if self.data.crop % (4 * self.network.scale):
-            raise ValueError(f"data.crop as a multiple of {4 * self.network.scale} HR voxels (four LR voxels)")
+            wanted = f"a multiple of {4 * self.network.scale} HR voxels (four LR voxels)"
+            raise ValueError(f"data.crop as {wanted}, not {self.data.crop}")
+        judged = self.losses.adversarial > 0 and self.steps > self.losses.adversarial_from
+        if self.stage == "vqgan" and judged and self.data.crop < CRITIC_SEES:
+            raise ValueError(
+                f"data.crop of at least {CRITIC_SEES} HR voxels, not {self.data.crop}, where losses.adversarial is not "
+                f"0 and steps go beyond losses.adversarial_from"
+            )
         return self
 
     def _earlier(self) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, Field, StrictBool, StrictInt, model_validator
 
 from pipeline.base.errors import ConfigError, UserError
 from pipeline.config import urls, yaml_file
+from pipeline.config.cluster import Line
 from pipeline.config.volume import FillConfig, Url, Window
 
 Metric = Literal["psnr", "ssim", "ssim_gaussian", "lpips_alex", "lpips_vgg", "dists"]
@@ -28,7 +29,7 @@ class VolumeConfig(_Model):
     255 - v of truth and LR, as the run did with its source.
     """
 
-    name: StrictStr
+    name: Line
     sr: Url
     gt: Url
     lr: Url | None = None
@@ -43,7 +44,7 @@ class VolumeConfig(_Model):
     @model_validator(mode="after")
     def _range(self) -> VolumeConfig:
         if self.sections is not None and not 0 <= self.sections[0] < self.sections[1]:
-            raise ValueError("sections [first, one past the last] with 0 <= first < last")
+            raise ValueError(f"sections [first, one past the last] with 0 <= first < last, not {list(self.sections)}")
         return self
 
 

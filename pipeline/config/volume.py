@@ -178,6 +178,13 @@ ENCODINGS: dict[str, tuple[str, ...]] = {
 NetworkName = Literal["gpemsr", "nearest", "bicubic", "rcan", "swinir", "bsrn", "real-esrgan", "edvr", "basicvsr"]
 
 
+Sha256 = Annotated[
+    StrictStr,
+    BeforeValidator(lambda text: text.lower() if isinstance(text, str) else text),
+    Field(pattern=r"^[0-9a-f]{64}$"),
+]
+
+
 class NetworkConfig(_Model):
     """The network and its weights. `cell` and `halo` are in LR voxels, `batch` is how many tiles are computed at once.
 
@@ -189,7 +196,7 @@ class NetworkConfig(_Model):
     scale: Literal[8, 16]
     preset: Literal["paper", "small"] | None = None
     weights: StrictStr | None = None
-    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: Sha256 | None = None
     cell: Annotated[StrictInt, Field(ge=8, le=4096, multiple_of=8)] | None = None
     halo: Annotated[StrictInt, Field(ge=0, le=512, multiple_of=8)] | None = None
     precision: Literal["float32", "tf32", "bfloat16", "float16"] | None = None

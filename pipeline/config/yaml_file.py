@@ -29,6 +29,13 @@ KeyPath = tuple[str | int, ...]
 """Keys and list indices from the top of the file, such as ("source", "box", "start", 0)."""
 M = TypeVar("M", bound=BaseModel)
 
+_KINDS = {
+    "volume.yaml": ({"source", "target"}, "emsr run"),
+    "stage.yaml": ({"stage"}, "emsr train"),
+    "table.yaml": ({"volumes"}, "emsr evaluate"),
+}
+"""By the kind of file, keys that no other kind has, and its command."""
+
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -69,13 +76,22 @@ def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:
             raise ConfigError([f"{path}: holds more than {MAX_YAML_BYTES >> 20} MiB. Give the path of a {kind}"])
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        why = getattr(error, "strerror", None) or "not UTF-8 text: save it as UTF-8"
         raise ConfigError([f"{path}: cannot be read ({why}). Give the path of a {kind}"]) from None
     raw, lines = _parse(text, str(path), kind, model)
+    _refuse_another_kind(raw, str(path), kind)
     try:
         return model.model_validate(raw), lines
     except ValidationError as error:
         raise ConfigError(_problems(error, str(path), lines, model)) from None
+
+
+def _refuse_another_kind(raw: Mapping[str, Any], name: str, kind: str) -> None:
+    """Raises ConfigError where the keys are those of another command's file."""
+    for other, (marks, command) in _KINDS.items():
+        if other != kind and marks <= raw.keys() and not (kind in _KINDS and _KINDS[kind][0] <= raw.keys()):
+            saw = f"{name}: this is a {other} by its {' and '.join(sorted(marks))}"
+            raise ConfigError([f"{saw}. Wanted a {kind}. Use {command} {name}"])
 
 
 def _parse(text: str, name: str, kind: str, model: type[BaseModel]) -> tuple[Any, dict[KeyPath, int]]:
@@ -214,11 +230,13 @@ def _wanted(kind: str, message: str) -> str:
     """What was wanted, in words, from pydantic's kind of error and message."""
     message = re.sub(r"^Value error, ", "", message)
     message = re.sub(r"^Input should be (a )?(valid )?", "", message)
+    message = re.sub(r"^(?:Tuple|List) should have (.*) after validation", r"\1", message)
     return {
         "int_type": "a whole number",
         "bool_type": "true or false",
         "string_type": "text",
         "string_pattern_mismatch": "64 hexadecimal digits (sha256)",
+        "tuple_type": "a list",
         "model_type": "a mapping of keys",
         "model_attributes_type": "a mapping of keys",
     }.get(kind, message)

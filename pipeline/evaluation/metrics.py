@@ -43,7 +43,7 @@ def _metric(name: str, weights: WeightsConfig) -> Metric:
     }
     try:
         network: Any = getattr(perceptual, name)(*files[name])
-    except (OSError, WeightsError, KeyError) as error:
+    except (OSError, WeightsError) as error:
         fetched = None in files[name]
         raise NetworkError(
             f"weights of {name} cannot be {'fetched' if fetched else 'read'}: {error}",

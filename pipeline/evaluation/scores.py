@@ -10,12 +10,13 @@ import numpy as np
 
 from models.evaluation import table
 from models.evaluation.table import MIN_SIDE, WHOLE_SECTIONS, Row, Summary
-from pipeline.base.errors import UserError
+from pipeline.base.errors import DiskError, UserError
 from pipeline.config.table import TableConfig
 from pipeline.evaluation.likeness import likeness
 from pipeline.evaluation.metrics import Metric, metrics
 from pipeline.evaluation.picture import Panel, panels
 from pipeline.evaluation.volumes import SR, ScoredVolume, SectionImages, open_volume
+from pipeline.storage.files import put_all
 from pipeline.viewer.contact_sheet import compose
 
 Section = tuple[ScoredVolume, int]
@@ -43,13 +44,18 @@ class Scores:
 
     def write(self, folder: Path) -> None:
         """Write table.csv (every section), table.md (the means), table.json (both) and contact-sheet.png into
-        `folder`. Raises OSError.
+        `folder`, each whole or not at all. Raises UserError.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.csv").write_bytes(table.to_csv(self.rows, self.metrics).encode())
-        (folder / "table.md").write_bytes(table.to_markdown(self.rows, self.metrics, self.summaries).encode())
-        (folder / "table.json").write_bytes(table.to_json(self.rows, self.metrics, self.summaries).encode())
-        (folder / "contact-sheet.png").write_bytes(compose(self.pictures))
+        made = {
+            "table.csv": table.to_csv(self.rows, self.metrics).encode(),
+            "table.md": table.to_markdown(self.rows, self.metrics, self.summaries).encode(),
+            "table.json": table.to_json(self.rows, self.metrics, self.summaries).encode(),
+            "contact-sheet.png": compose(self.pictures),
+        }
+        try:
+            put_all(folder, made)
+        except DiskError as error:
+            raise UserError(str(error), "a folder that takes files", "Choose another output") from None
 
 
 def score(config: TableConfig, track: Track) -> Scores:

@@ -75,9 +75,9 @@ def _with_weights(config: NetworkConfig, lattice: Lattice) -> NetworkSpec:
     except TransientError as error:  # before the run nobody has fetched them yet: a mistyped host perhaps
         raise NetworkError(str(error), "", "Check the url and the network") from None
     licence = ""
-    if path.suffix == ".safetensors":
-        with as_network_errors():
-            metadata = models.read_metadata(path)
+    with as_network_errors():
+        metadata = models.read_metadata(path) if models.is_ours(path) else None
+    if metadata is not None:
         if (metadata.scale, metadata.preset) != (config.scale, preset):
             raise NetworkError(
                 f"network.weights {path} is for scale {metadata.scale}, preset {metadata.preset or 'custom'}",

@@ -29,11 +29,11 @@ def locate(weights: str, sha256: str | None) -> tuple[Path, str]:
     if path is None:
         path = _cached(weights, sha256)
     with waiting(str(path)):
-        is_file = path.is_file()
+        is_file, is_folder = path.is_file(), path.is_dir()
     if not is_file:
-        raise NetworkError(
-            f"network.weights {path} is not there", "a weights file that this machine sees", "Check the path"
-        )
+        what = "is a folder" if is_folder else "is not there"
+        do = "Write the path out: $NAME is not replaced, ~ is" if "$" in str(path) else "Check the path"
+        raise NetworkError(f"network.weights {path} {what}", "a weights file that this machine sees", do)
     try:
         found = _hash(path)
     except OSError as error:

@@ -57,6 +57,9 @@ def diagnose(config: Config | None, say: Say) -> Diagnosis:
         machine.describe(None if config is None else config.target.url),
         [],
     )
+    if config is not None:
+        say("the weights of its network")
+        Network(with_precision(describe(config.network), "float32"), torch.device("cpu"))
     bounds, unread = (LARGE, "") if config is None else _bounds(config.source, say)
     with tempfile.TemporaryDirectory(prefix="emsr-doctor-") as folder:
         formula = Formula(Path(folder))

@@ -47,7 +47,8 @@ def read(folder: Path, device: torch.device) -> tuple[State | None, list[str]]:
         try:
             state = _load(path, device)
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            complaints.append(f"{path} is damaged ({str(error).splitlines()[0]})")
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            complaints.append(f"{path} is damaged ({why})")
         else:
             return state, complaints
     if complaints:
@@ -75,6 +76,8 @@ def _load(path: Path, device: torch.device) -> State:
         if (damaged := records.testzip()) is not None:
             raise ValueError(f"the CRC-32 of {damaged} differs")
     state: State = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError("it is no checkpoint")
     return state
 
 

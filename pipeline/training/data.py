@@ -77,6 +77,12 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
         raise UserError(
             f"{config.url} has {whole.z} sections", f"sections within [0, {whole.z}]", "Correct data's sections"
         )
+    if absent := [z for z in config.bad_sections if not 0 <= z < whole.z]:
+        raise UserError(
+            f"bad_sections {absent} of {config.url}, which has {whole.z} sections",
+            f"numbers from 0 to {whole.z - 1}",
+            "Correct data's bad_sections",
+        )
     shape = (stop - first, whole.y, whole.x)
     lr = None
     if config.lr is not None:

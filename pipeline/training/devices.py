@@ -74,6 +74,18 @@ def set_rounding(precision: str, count: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
+def check_memory(config: StageConfig, sections: int) -> None:
+    """Raise UserError where the samples of one step, of `sections` each, are more than this machine's memory."""
+    needed = 4 * config.batch * config.devices * sections * config.data.crop**2  # float32
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise UserError(
+            f"batch {config.batch} of crop {config.data.crop}: the samples of one step take {needed / 1e9:,.0f} GB",
+            f"at most this machine's {total / 1e9:,.0f} GB",
+            "Use a smaller batch or a smaller crop",
+        )
+
+
 @contextmanager
 def memory(config: StageConfig) -> Iterator[None]:
     """Within the block, memory that could not be had becomes a UserError that names what takes it."""

@@ -54,7 +54,9 @@ class Log:
     def _take_back(self, step: int) -> None:
         if not self._metrics.exists():
             return
-        kept = [line for line in self._metrics.read_text().splitlines(keepends=True) if _step(line) <= step]
+        kept = [
+            line for line in self._metrics.read_text(errors="replace").splitlines(keepends=True) if _step(line) <= step
+        ]
         unfinished = self._metrics.with_suffix(".unfinished")
         try:
             unfinished.write_text("".join(kept))

@@ -21,7 +21,9 @@ from models.training.ranks import Ranks
 from models.training.stages import Batch, Stage
 from pipeline.base.command import stopping
 from pipeline.base.errors import NetworkError, UserError
+from pipeline.config.output_folder import check_output
 from pipeline.config.stage import CHANGEABLE, EARLIER_WORDS, StageConfig
+from pipeline.process import device
 from pipeline.training import checkpoint, devices, processes
 from pipeline.training.data import OpenVolume, open_volume, shared_sections
 from pipeline.training.log import Log
@@ -63,7 +65,7 @@ def run(config: StageConfig) -> int:
         with processes.others(prepared.config, bool(prepared.gpus)), devices.memory(config):
             loop = make_loop(prepared, Ranks(0, config.devices, processes.waits))
             if found is not None:
-                _go_on(loop, found, changed)
+                _go_on(loop, found, changed, config.output)
             check_space(config.output, loop.checkpoint_bytes(), loop.weights_bytes())
             return _train(prepared, loop, changed)
 
@@ -103,8 +105,10 @@ def prepare_run(config: StageConfig) -> Prepared:
     if config.threads or config.devices > 1:
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.devices))
     torch.manual_seed(config.seed)
-    stage = _checked(lambda: prepare(config))
     data, scale = config.data, config.network.scale
+    check_output(config.output, [u for v in (*data.train, *data.validate_on) for u in (v.url, v.lr) if u is not None])
+    stage = _checked(lambda: prepare(config))
+    devices.check_memory(config, stage.sections)
     train = [open_volume(volume, scale, stage.sections, 2 * data.drift + data.crop) for volume in data.train]
     validate_on = [open_volume(volume, scale, stage.validated, 4 * scale) for volume in data.validate_on]
     crops = Crops(
@@ -188,7 +192,9 @@ def _checked(build: Callable[[], Stage]) -> Stage:
         raise NetworkError(str(error)) from None
     except OSError as error:
         raise NetworkError(
-            f"cannot be read: {error}", "the file of an earlier stage or of a loss", "Check its path"
+            f"{error.filename or error} cannot be read ({error.strerror or error})",
+            "the file of an earlier stage or of a loss",
+            "Check its path",
         ) from None
 
 
@@ -255,8 +261,17 @@ def _settings_of(found: dict[str, Any]) -> dict[str, Any]:
     return settings | {"precision": EARLIER_WORDS.get(word, word)} if settings else {}
 
 
-def _go_on(loop: Loop, found: dict[str, Any], changed: dict[str, list[Any]]) -> None:
-    loop.go_on(found, try_again=bool(changed))
+def _go_on(loop: Loop, found: dict[str, Any], changed: dict[str, list[Any]], folder: Path) -> None:
+    try:
+        loop.go_on(found, try_again=bool(changed))
+    except (KeyError, ValueError, RuntimeError) as error:
+        if device.out_of_memory(error):
+            raise
+        raise UserError(
+            f"the checkpoint in {folder} is not of these networks ({str(error).splitlines()[0][:120]})",
+            "a checkpoint of this emsr",
+            "Go on with the emsr that wrote it, or give another output",
+        ) from None
     print(f"emsr: going on from step {loop.step}", file=sys.stderr)
     if changed:
         print(f"emsr: from here on with other settings: {_shown(changed)}", file=sys.stderr)

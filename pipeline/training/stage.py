@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.training.losses import Features
 from models.training.parts import Part
 from models.training.stages import FlowStage, IndexerStage, NetworkStage, Perceptual, Stage, VQGANStage
 from models.vqgan import VQGAN
+from models.weights_file import read_state
 from pipeline.config.stage import StageConfig
 
 
@@ -71,16 +73,20 @@ def _network_stage(config: StageConfig, perceptual: Perceptual | None) -> Networ
         losses.squares,
         files.alone,
         losses.reference,
-        Features(weights.read_state(losses.vgg)) if losses.reference and losses.vgg else None,
+        Features(read_state(losses.vgg)) if losses.reference and losses.vgg else None,
         losses.perceptual,
         perceptual,
     )
     network = stage.network
     assert isinstance(network, SuperResolver)
-    if files.start is not None and not parts.start_from(network, weights.read_state(files.start)):
-        raise WeightsError(f"{files.start} has no tensor that fits this network. Name weights of stage network")
+    if files.start is not None:
+        taken, trained = parts.start_from(network, read_state(files.start))
+        if not taken:
+            raise WeightsError(f"{files.start} has no tensor that fits this network. Name weights of stage network")
+        if taken < trained:
+            print(f"emsr: network.start: {taken} of {trained} trained tensors fit this network", file=sys.stderr)
     if files.vgg19 is not None:
-        weights.load_vgg19(network, weights.read_state(files.vgg19))
+        weights.load_vgg19(network, read_state(files.vgg19))
     paths = {kind: path for kind in ("vqgan", "indexer", "flow") if (path := getattr(files, kind)) is not None}
     flow = None if files.flow is None else parts.load_flow(files.flow, params(config))
     parts.assemble(network, _part(config, "vqgan"), _part(config, "indexer"), flow, paths)

@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import MemoryStore
 
-from pipeline.base.errors import EmsrError, SourceError, TargetError, UserError
+from pipeline.base.errors import DiskError, EmsrError, SourceError, TargetError, UserError
 from pipeline.base.geometry import ZYX
 from pipeline.config.urls import local_path
 from pipeline.storage import kv
@@ -62,7 +62,10 @@ def write_stack(
     objects = _metadata(stack, voxel_size_nm, layer_shapes(stack.shape, chunk), attributes or {})
     root = objects.pop("zarr.json")
     store = kv.Store(url)
-    store.put_all(objects)
+    try:
+        store.put_all(objects)
+    except DiskError as error:
+        raise TargetError(str(error), "a folder that takes files", "Check the path") from None
     depth = layer_shapes(stack.shape, chunk)[0].z
     try:
         where = kv.spec(f"{url}/{LEVEL}")
@@ -110,8 +113,9 @@ def _refuse_unless_fits(stack: Stack, depth: int) -> None:
 def _refuse_unless_empty(url: str) -> None:
     path = local_path(url)
     shown = str(path) if path else url
-    if path is not None and path.is_file():
-        raise TargetError(f"{shown} is a file", "a folder that does not exist yet, or is empty")
+    file = next((at for at in (path, *path.parents) if at.is_file()), None) if path is not None else None
+    if file is not None:
+        raise TargetError(f"{file} is a file", "a folder that does not exist yet, or is empty", "Give another target")
     if is_empty(url):
         return
     store = kv.Store(url)

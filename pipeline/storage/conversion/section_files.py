@@ -149,6 +149,9 @@ def _open_folder(folder: Path) -> Stack:
         remarks.append(f"{len(entries) - len(files)} other files in the folder are ignored")
     if gaps := _gaps([p.name for p in files]):
         remarks.append(f"file numbers {gaps} are not there: sections are stored one after another, without a gap")
+    if len(files) > 1 and (unnumbered := [p.name for p in files if not re.search(r"\d", p.name)]):
+        shown = ", ".join(unnumbered[:3]) + (", ..." if len(unnumbered) > 3 else "")
+        remarks.append(f"{len(unnumbered)} names have no number: {shown} stand in the order of the alphabet")
     if kinds == ["PNG"]:
         return _stack(
             [_png_header(p) for p in files], tuple(p.name for p in files), lambda z: _read_png(files[z]), tuple(remarks)
