@@ -165,7 +165,7 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("work.budget", {"output_bytes": "1kB"}, "budget"),
     ("work.budget", {"output_bytes": "much"}, "500GB"),
     ("work.budget", {"bytes": 3}, "output_bytes"),
-    ("cluster.kind", "pbs", "local"),
+    ("cluster.kind", "condor", "local"),
     ("cluster", {"kind": "slurm", "host": "lo"}, "cluster.slurm"),
     ("cluster", {"kind": "slurm", "slurm": {"walltime": "12:00:00", "memory": "8GB"}}, "cluster.host"),
     ("cluster", {"kind": "slurm", "host": "lo", "slurm": {"walltime": 43200, "memory": "8GB"}}, "in quotes"),
