@@ -20,9 +20,10 @@ from typing import TypeVar
 import numpy as np
 from parts.tissue_job import ready, write_source
 
-from pipeline.inference.tiles import back_projection_error, super_resolve
+from pipeline.inference.tiles import super_resolve
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.storage.targets.task_objects import checksum
+from pipeline.worker.fidelity import back_projection_error
 from pipeline.worker.open_job import open_job
 from pipeline.worker.pyramid import halve
 from pipeline.worker.slab import encode_slab, owned_voxels, read_with_halo

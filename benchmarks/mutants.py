@@ -457,6 +457,13 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("pipeline/schedule/in_flight.py", COPIES): [
         ('"allow_other_workers": named is None', '"allow_other_workers": False'),
     ],
+    ("pipeline/worker/fidelity.py", INFERENCE): [
+        ("+ area) // (2 * area))", ") // (2 * area))"),
+    ],
+    ("pipeline/storage/targets/zarr_shard_files.py", TARGETS): [
+        ("= size, len(value)", "= len(value), size"),
+        ("_ABSENT = 2**64 - 1", "_ABSENT = 0"),
+    ],
     ("pipeline/worker/pyramid.py", "tests/test_pyramid.py"): [
         ("            total += 2\n", "            total += 1\n"),
         ('mode="edge"', 'mode="constant"'),
@@ -474,7 +481,6 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("2 * n - 1 - i)", "2 * n - 2 - i)"),
         ("caches.setdefault((first.y, first.x), {})", "caches.setdefault((first.y, first.y), {})"),
         ("part = cell.lateral(scale).slices(whole", "part = cell.lateral(scale).slices(cell"),
-        ("+ area) // (2 * area))", ") // (2 * area))"),
         (
             "place = cell.lateral(scale).slices(self._slab.lr.start.lateral(scale))",
             "place = cell.lateral(scale).slices(self._slab.read.start.lateral(scale))",

@@ -31,7 +31,8 @@ def build(name: str, scale: int, preset: str | None = None) -> nn.Module:
 
     A network has `encode_section((B, 1, H, W) in 0..1) -> state` and `fuse_window([state] * window, cut) -> (B, 1,
     r(H - 2 cut), r(W - 2 cut))`, for B LR tiles of H x W voxels, scale r, a window of consecutive sections, and `cut`
-    LR voxels on each side of which no output is wanted. All tiles of a run have one size.
+    LR voxels on each side of which no output is wanted. The result is a new tensor, which its caller may overwrite. All
+    tiles of a run have one size.
     Raises ValueError for an unknown preset.
     """
     if name == "gpemsr":

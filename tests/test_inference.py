@@ -13,17 +13,22 @@ import torch
 from conftest import texture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch.nn import functional
 
 import models
+from models.baselines.interpolation import Bicubic
+from models.layers import within
 from pipeline.base.errors import NetworkError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import NetworkConfig
 from pipeline.inference.describe import describe, weights_path
 from pipeline.inference.network import Network
-from pipeline.inference.tiles import SectionCaches, back_projection_error, pad_laterally, super_resolve
+from pipeline.inference.tiles import SectionCaches, pad_laterally, super_resolve
 from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan, Slab
+from pipeline.worker import fidelity
+from pipeline.worker.fidelity import back_projection_error
 from pipeline.worker.pyramid import halve
 
 
@@ -120,6 +125,37 @@ def test_back_projection_error_of_any_voxels(scale: int) -> None:
         rounded = (2 * abs(int(block.sum()) - int(lr[z, y, x]) * area) + area) // (2 * area)
         assert back_projection_error(lr, sr, scale)[z, y, x] == rounded
     assert back_projection_error(lr, sr, scale)[0, 0, 0] == 255
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_back_projection_error_equals_whole_numbers(data: st.DataObject) -> None:
+    """Whatever the voxels, all extremes among them, against sums of 64 bits."""
+    scale = data.draw(st.sampled_from([2, 4, 8, 16]))
+    depth, h, w = (data.draw(st.integers(1, most)) for most in (2, 5, 6))
+    extremes = st.sampled_from([0, 1, 127, 128, 254, 255])
+    lr = data.draw(arrays(np.uint8, (depth, h, w), elements=extremes | st.integers(0, 255)))
+    sr = data.draw(arrays(np.uint8, (depth, h * scale, w * scale), elements=extremes, fill=extremes))
+    area = scale * scale
+    sums = sr.reshape(depth, h, scale, w, scale).sum(axis=(2, 4), dtype=np.int64)
+    wanted = (2 * np.abs(sums - lr.astype(np.int64) * area) + area) // (2 * area)
+    usual = fidelity._BLOCK_VOXELS
+    for block in (1, usual):
+        fidelity._BLOCK_VOXELS = block
+        try:
+            assert np.array_equal(back_projection_error(lr, sr, scale), wanted)
+        finally:
+            fidelity._BLOCK_VOXELS = usual
+
+
+@pytest.mark.parametrize("scale", [8, 16])
+@pytest.mark.parametrize(("n", "m", "cut"), [(24, 40, 8), (80, 80, 8), (144, 27, 8), (12, 61, 0), (192, 80, 8)])
+def test_bicubic_in_blocks_is_the_product_with_the_whole_matrix(scale: int, n: int, m: int, cut: int) -> None:
+    """Bit for bit, so that a target that was begun with whole products goes on with the same bytes."""
+    network = Bicubic(scale)
+    x = torch.from_numpy(texture((1, n, m))).float().div_(255)[None]
+    whole = within(network._matrix(n, x) @ x @ network._matrix(m, x).T, cut * scale)
+    assert torch.equal(network.fuse_window([x], cut), whole)
 
 
 def test_levels_of_a_slab_are_levels_of_the_volume() -> None:

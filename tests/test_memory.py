@@ -224,7 +224,7 @@ class Constant(torch.nn.Module):
         return section
 
     def fuse_window(self, states: list[torch.Tensor], cut: int) -> torch.Tensor:
-        return self.values.view(1, 1, 2, -1).expand(len(states[0]), 1, 2, 2)
+        return self.values.view(1, 1, 2, -1).repeat(len(states[0]), 1, 1, 1)
 
 
 def test_grey_levels_are_rounded_and_clamped() -> None:

@@ -20,7 +20,7 @@ from conftest import GUARD_S, REPOSITORY, TESTS, main_job, texture, tree, volume
 from test_inference import whole_bicubic
 
 from pipeline import status, verify
-from pipeline.inference.tiles import back_projection_error
+from pipeline.worker.fidelity import back_projection_error
 from pipeline.worker.pyramid import halve
 
 SHAPE = (6, 72, 64)

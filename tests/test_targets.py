@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 import boto3
 import numpy as np
 import pytest
+import tensorstore as ts
 import zarr
 from cloudvolume import CloudVolume
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetErr
 from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage.precomputed_morton import shard_shapes
+from pipeline.storage.targets import zarr_shard_files
 from pipeline.storage.targets.open import is_empty, open_target
 from pipeline.storage.targets.precomputed_target import voxel_offset
 from pipeline.storage.volume import Target, Uint8Array
@@ -167,6 +169,32 @@ def test_the_same_bytes_whatever_else_runs_and_however_the_box_is_cut(form: str,
     for piece in reversed(list(grid_parts(box, array_of(target, 0).shard))):
         pieces |= pickle.loads(pickle.dumps(target)).encode(0, piece, voxels[piece.slices()])
     assert pieces == once
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_shards_of_zarr_are_those_of_tensorstore(data: st.DataObject) -> None:
+    """Byte for byte, for random arrays, chunks, shards and boxes, however few chunks are encoded at a time."""
+    shape, chunk, in_chunks = (ZYX(*(data.draw(st.integers(1, high)) for _ in range(3))) for high in (20, 6, 3))
+    one = LevelSpec(shape, chunk, in_chunks * chunk)
+    encoding = data.draw(st.sampled_from(["raw", "zstd", "blosc-zstd"]))
+    spec = TargetSpec("file:///nowhere", "ome-zarr", encoding, 8, (45.0, 4.0, 4.0), (0.0, 0.0, 0.0), (one,), None, {})
+    box, seed = random_box(data, one), data.draw(st.integers(0, 9))
+    voxels = np.random.default_rng(seed).integers(0, 1 if seed == 0 else 256, tuple(box.shape), dtype=np.uint8)
+    context = ts.Context()
+    metadata = json.loads(open_target(spec).metadata()["0/zarr.json"])
+    memory = {"kvstore": "memory://0/", "store_data_equal_to_fill_value": True}
+    array = ts.open({"driver": "zarr3", "metadata": metadata} | memory, create=True, context=context).result()
+    array[box.slices()].write(voxels).result()
+    store = ts.KvStore.open("memory://", context=context).result()
+    wanted = {key.decode(): store.read(key).result().value for key in store.list().result() if b"/c/" in key}
+    usual = zarr_shard_files.AT_ONCE_BYTES
+    for at_once in (1, 2 * chunk.product, usual):
+        zarr_shard_files.AT_ONCE_BYTES = at_once
+        try:
+            assert open_target(spec).encode(0, box, voxels) == wanted
+        finally:
+            zarr_shard_files.AT_ONCE_BYTES = usual
 
 
 @pytest.mark.parametrize("form", ["ome-zarr", "precomputed"])

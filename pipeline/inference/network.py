@@ -136,7 +136,10 @@ class Network:
 
         sr = self.module.fuse_window(states, self.spec.lattice.halo).float()  # type: ignore[operator]
         total = sr.sum()
-        return sr[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8), total
+        grey = sr[:, 0].mul_(255).round_().clamp_(0, 255)  # in place: the memory of one more map costs more than this
+        if not self._gpu:
+            grey = grey.to(torch.int16)  # PyTorch's CPU operator makes 8 bits of float32 one voxel at a time
+        return grey.to(torch.uint8), total
 
     def _trim(self) -> None:
         """Return what encoding or fusing left free in the heap: else each finds what the other left beside its own."""

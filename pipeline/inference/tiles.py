@@ -132,19 +132,3 @@ def _laterally(want: Box, have: Box) -> Box:
 
 def _crop(want: Box, have: Box) -> tuple[slice, slice, slice]:
     return have.intersect(_laterally(want, have)).slices(have.start)
-
-
-def back_projection_error(lr: NDArray[np.uint8], sr: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    """|mean of each r x r block of SR - measured LR voxel| in grey levels, rounded half up: uint8 (D, h, w).
-
-    `lr` is (D, h, w), `sr` (D, rh, rw), `scale` at most 16. The result is 0 where the SR image, averaged over the LR
-    voxel, agrees with the microscope.
-    """
-    _, h, w = lr.shape
-    area = scale * scale
-    sums = np.empty(lr.shape, np.int32)
-    for section, total in zip(sr, sums, strict=True):  # rows first: sums of 16 bits, a whole row of them at a time
-        columns = section.reshape(h, scale, w * scale).sum(axis=1, dtype=np.uint16)
-        total[...] = columns.reshape(h, w, scale).sum(axis=2, dtype=np.uint16)
-    error: NDArray[np.uint8] = ((2 * np.abs(sums - lr.astype(np.int32) * area) + area) // (2 * area)).astype(np.uint8)
-    return error

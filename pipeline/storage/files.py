@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pipeline.base.errors import EmsrError
 from pipeline.storage import process_identity
+from pipeline.storage.volume import Encoded
 from pipeline.storage.write_errors import folder_refuses
 
 PART = ".emsr-part-"
@@ -39,7 +40,7 @@ def is_own(key: str) -> bool:
     return name.startswith(PART) or name.endswith(".__lock") or bool(before and found and number.isdigit())
 
 
-def put_all(root: Path, items: Mapping[str, bytes]) -> None:
+def put_all(root: Path, items: Mapping[str, Encoded]) -> None:
     """Returns when every value is durable under its key. All are tried; the first failure is raised.
 
     Raises what `folder_refuses` makes of the system's errors.
@@ -56,7 +57,7 @@ def put_all(root: Path, items: Mapping[str, bytes]) -> None:
             raise fault
 
 
-def write_part(root: Path, value: bytes) -> Path:
+def write_part(root: Path, value: Encoded) -> Path:
     """A new temporary file in `root` with these bytes, durable but for its name. Raises OSError and leaves nothing."""
     try:
         return _write_part(root, value)
@@ -119,7 +120,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="files")
 
 
-def _put(root: Path, path: Path, value: bytes) -> EmsrError | None:
+def _put(root: Path, path: Path, value: Encoded) -> EmsrError | None:
     """What kept the file from being written, if anything did."""
     try:
         try:
@@ -133,7 +134,7 @@ def _put(root: Path, path: Path, value: bytes) -> EmsrError | None:
     return None
 
 
-def _put_by_way_of(folder: Path, path: Path, value: bytes) -> None:
+def _put_by_way_of(folder: Path, path: Path, value: Encoded) -> None:
     part = write_part(folder, value)
     try:
         try:
@@ -146,7 +147,7 @@ def _put_by_way_of(folder: Path, path: Path, value: bytes) -> None:
         raise
 
 
-def _write_part(root: Path, value: bytes) -> Path:
+def _write_part(root: Path, value: Encoded) -> Path:
     path = root / f"{PART}{_writer(os.getpid())}-{next(_count)}"
     # The mode is what the umask leaves of it, as for any file: targets are shared within groups.
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

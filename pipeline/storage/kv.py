@@ -27,6 +27,7 @@ from pipeline.storage import files, http_body, requests, swapped_file
 from pipeline.storage.store_errors import classify as classify
 from pipeline.storage.store_errors import classify_list
 from pipeline.storage.store_errors import classify_write as classify_write
+from pipeline.storage.volume import Encoded
 
 
 def spec(url: str) -> dict[str, Any]:
@@ -160,14 +161,14 @@ class Store:
         """Returns when `value` is durable under `key`, whole or not at all."""
         self.put_all({key: value})
 
-    def put_all(self, items: Mapping[str, bytes]) -> None:
+    def put_all(self, items: Mapping[str, Encoded]) -> None:
         """Put several objects at the same time. All are awaited; the first failure is raised."""
         requests.WRITES.take(len(items))
         if self._folder is not None:
             with waiting(f"writing {self.url}"):
                 files.put_all(self._folder, items)
             return
-        futures = {key: self._kv.write(key, value) for key, value in items.items()}
+        futures = {key: self._kv.write(key, bytes(value)) for key, value in items.items()}
         failed: EmsrError | None = None
         for key, future in futures.items():
             try:

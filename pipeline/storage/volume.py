@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,8 @@ from pipeline.base.geometry import ZYX, Box
 from pipeline.plan.target_spec import TargetSpec
 
 Uint8Array = NDArray[np.uint8]
+Encoded = bytes | memoryview
+"""What is stored under a key."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Target(Protocol):
         """The metadata objects that `create` writes, key -> bytes: a function of the spec alone."""
         ...
 
-    def encode(self, level: int, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
+    def encode(self, level: int, box: Box, voxels: Uint8Array) -> Mapping[str, Encoded]:
         """The stored objects (key -> bytes) of `box`, which covers whole shards or ends at the array's end. No I/O."""
         ...
 
@@ -93,7 +95,7 @@ class Target(Protocol):
         """The keys that `encode` of this box gives, sorted, without encoding."""
         ...
 
-    def put(self, objects: dict[str, bytes]) -> None:
+    def put(self, objects: Mapping[str, Encoded]) -> None:
         """Returns when all objects are durable. Each appears whole or not at all."""
         ...
 

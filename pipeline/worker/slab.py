@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,15 +14,16 @@ from pipeline.base.errors import DiskError, TargetError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.base.retry import retrying
 from pipeline.base.waits import heartbeat
-from pipeline.inference.tiles import SectionCaches, back_projection_error, begin
+from pipeline.inference.tiles import SectionCaches, begin
 from pipeline.plan.plan import Plan, PyramidBlock, Slab
 from pipeline.plan.receipt import SKIPPED, WRITTEN, Receipt
 from pipeline.plan.target_spec import FIDELITY
 from pipeline.process.watchdog import holding
 from pipeline.storage import requests
 from pipeline.storage.targets.task_objects import checksum
-from pipeline.storage.volume import Uint8Array
+from pipeline.storage.volume import Encoded, Uint8Array
 from pipeline.worker.device_queue import DeviceQueue
+from pipeline.worker.fidelity import back_projection_error
 from pipeline.worker.mask import touches
 from pipeline.worker.open_job import OpenJob
 from pipeline.worker.pyramid import halve
@@ -102,14 +103,14 @@ def owned_voxels(plan: Plan, slab: Slab, lr: Uint8Array) -> Uint8Array:
     return lr[halo : len(lr) - halo, rows, cols]
 
 
-def encode_slab(opened: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, bytes]:
+def encode_slab(opened: OpenJob, slab: Slab, owned: Uint8Array, sr: Uint8Array) -> dict[str, Encoded]:
     """Every object that the slab stores: mip 0, levels in which it owns whole shards, its part of the fidelity
     volume.
 
     `owned` is (D, h, w), `sr` (D, rh, rw).
     """
     plan, target = opened.plan, opened.target
-    objects = target.encode(0, slab.write, sr)
+    objects = dict(target.encode(0, slab.write, sr))
     if plan.fidelity is not None:
         error = back_projection_error(owned, sr, plan.scale)
         objects |= target.encode(FIDELITY, plan.fidelity_box(slab), error)
@@ -133,12 +134,12 @@ def _read_halved(opened: OpenJob, block: PyramidBlock) -> Uint8Array:
     return coarser
 
 
-def _written(index: int, objects: dict[str, bytes], began: float, **parts: Any) -> Receipt:
+def _written(index: int, objects: Mapping[str, Encoded], began: float, **parts: Any) -> Receipt:
     size = sum(map(len, objects.values()))
     return Receipt(index, WRITTEN, checksum(objects), size, time.perf_counter() - began, **parts)
 
 
-def _put(opened: OpenJob, objects: dict[str, bytes]) -> None:
+def _put(opened: OpenJob, objects: Mapping[str, Encoded]) -> None:
     try:
         _retrying(opened, lambda: opened.target.put(objects))
     except UserError as error:

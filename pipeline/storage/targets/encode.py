@@ -7,7 +7,7 @@ is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from pipeline.plan.target_spec import LevelSpec
 from pipeline.storage import kv, requests
 from pipeline.storage.targets.jpeg_xl_chunks import encode_chunks, open_chunks
 from pipeline.storage.targets.precomputed_shard_files import ShardFiles, private_context, stored_objects
-from pipeline.storage.volume import Uint8Array
+from pipeline.storage.targets.zarr_shard_files import ZarrShards
+from pipeline.storage.volume import Encoded, Uint8Array
 
 Reader = Callable[[Box], Uint8Array]
 """Gives the stored voxels of a box of an array. Raises MissingChunkError, DamagedChunkError, TransientError."""
@@ -37,6 +38,7 @@ class StoredArray:
     encoding. `view` turns the opened array into (z, y, x) from (0, 0, 0). `key` gives the object's key, below the
     target's url, of the shard at a position (z, y, x) in the grid of shards; `position` is its reverse, None for a key
     that is not of the form of such keys. With `shard_files`, `known` describes single chunks, which are packed into
+    shards afterwards. `zarr_shards` encodes shards of Zarr where there are any.
     shards afterwards. `jpeg_xl` is the scale's key where its chunks are JPEG XL images, of which tensorstore knows
     nothing: `stored` and `known` are not used.
     """
@@ -49,6 +51,7 @@ class StoredArray:
     key: Callable[[ZYX], str]
     position: Callable[[str], ZYX | None]
     shard_files: ShardFiles | None = None
+    zarr_shards: ZarrShards | None = None
     jpeg_xl: str | None = None
 
 
@@ -68,7 +71,7 @@ def keys(array: StoredArray, box: Box) -> list[str]:
     return sorted(array.key(piece.start // shard) for piece in grid_parts(box, shard))
 
 
-def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
+def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> Mapping[str, Encoded]:
     """Encode `voxels` (z, y, x), uint8, as the stored objects of `box`: key -> bytes, sorted by key.
 
     Raises ValueError where the box is not whole shards or the voxels are not of its shape.
@@ -76,6 +79,8 @@ def encode(array: StoredArray, box: Box, voxels: Uint8Array) -> dict[str, bytes]
     _check_whole_shards(array.level, box)
     if voxels.dtype != np.uint8 or voxels.shape != tuple(box.shape):
         raise ValueError(f"voxels are {voxels.dtype} {voxels.shape}, box {box} takes uint8 {box.shape}")
+    if array.zarr_shards is not None:
+        return array.zarr_shards.encode(box, voxels)
     if array.jpeg_xl is not None:
         chunk_key = array.shard_files.chunk_key if array.shard_files else array.key
         objects = encode_chunks(array.level, chunk_key, box, voxels)

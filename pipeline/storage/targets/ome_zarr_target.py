@@ -21,6 +21,7 @@ from pipeline.base.errors import TargetError
 from pipeline.base.geometry import ZYX
 from pipeline.plan.target_spec import FIDELITY, LevelSpec, TargetSpec
 from pipeline.storage.targets.encode import StoredArray
+from pipeline.storage.targets.zarr_shard_files import ZarrShards
 
 _CODECS: dict[str, list[dict[str, Any]]] = {
     "raw": [],
@@ -118,7 +119,7 @@ def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
             "whole chunks on every axis in each shard",
         )
     inner = [{"name": "bytes"}, *_CODECS[encoding]]
-    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    index: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     sharding = {"chunk_shape": list(level.chunk), "codecs": inner, "index_codecs": index, "index_location": "end"}
     meta = {
         "zarr_format": 3,
@@ -134,7 +135,13 @@ def _array(folder: str, level: LevelSpec, encoding: str) -> StoredArray:
     }
     driver = {"driver": "zarr3"}
     key, position = partial(_key, folder), partial(_position, folder)
-    return StoredArray(level, folder, driver, driver | {"metadata": meta}, _as_stored, key, position)
+    shards = None
+    if level.shard != level.chunk:
+        grid = {"name": "regular", "configuration": {"chunk_shape": list(level.chunk)}}
+        shards = ZarrShards(level, meta | {"chunk_grid": grid, "codecs": inner}, index, key)
+    return StoredArray(
+        level, folder, driver, driver | {"metadata": meta}, _as_stored, key, position, zarr_shards=shards
+    )
 
 
 def _as_stored(array: ts.TensorStore) -> ts.TensorStore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.plan.target_spec import FIDELITY, TargetSpec
 from pipeline.storage import files, kv, requests
 from pipeline.storage.targets import encode, ome_zarr_target, precomputed_target
 from pipeline.storage.targets.encode import StoredArray
-from pipeline.storage.volume import Target, Uint8Array
+from pipeline.storage.volume import Encoded, Target, Uint8Array
 
 _FORMATS: dict[str, Any] = {"ome-zarr": ome_zarr_target, "precomputed": precomputed_target}
 READ_AT_ONCE = 4
@@ -113,13 +113,13 @@ class StoredTarget:
                 "Check that the bucket or folder exists and takes files",
             ) from error
 
-    def encode(self, level: int, box: Box, voxels: Uint8Array) -> dict[str, bytes]:
+    def encode(self, level: int, box: Box, voxels: Uint8Array) -> Mapping[str, Encoded]:
         return encode.encode(self._array(level), box, voxels)
 
     def keys(self, level: int, box: Box) -> list[str]:
         return encode.keys(self._array(level), box)
 
-    def put(self, objects: dict[str, bytes]) -> None:
+    def put(self, objects: Mapping[str, Encoded]) -> None:
         self._store.put_all(objects)
 
     def get(self, keys: list[str]) -> Iterator[tuple[str, bytes | None]]:

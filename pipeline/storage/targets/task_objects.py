@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 from pipeline.plan.plan import Plan
 from pipeline.plan.target_spec import FIDELITY
-from pipeline.storage.volume import Target
+from pipeline.storage.volume import Encoded, Target
 
 
 def object_keys(target: Target, plan: Plan, index: int) -> list[str]:
@@ -19,7 +20,7 @@ def object_keys(target: Target, plan: Plan, index: int) -> list[str]:
     return sorted(keys + (target.keys(FIDELITY, plan.fidelity_box(slab)) if plan.fidelity is not None else []))
 
 
-def checksum(objects: dict[str, bytes]) -> int:
+def checksum(objects: Mapping[str, Encoded]) -> int:
     """The CRC-32 over keys and bytes, in key order."""
     crc = 0
     for key in sorted(objects):
