@@ -151,11 +151,13 @@ def test_back_projection_error_equals_whole_numbers(data: st.DataObject) -> None
 @pytest.mark.parametrize("scale", [8, 16])
 @pytest.mark.parametrize(("n", "m", "cut"), [(24, 40, 8), (80, 80, 8), (144, 27, 8), (12, 61, 0), (192, 80, 8)])
 def test_bicubic_in_blocks_is_the_product_with_the_whole_matrix(scale: int, n: int, m: int, cut: int) -> None:
-    """Bit for bit, so that a target that was begun with whole products goes on with the same bytes."""
+    """Up to float32 rounding, which a CPU's BLAS decides; the bytes of both are the same."""
     network = Bicubic(scale)
     x = torch.from_numpy(texture((1, n, m))).float().div_(255)[None]
     whole = within(network._matrix(n, x) @ x @ network._matrix(m, x).T, cut * scale)
-    assert torch.equal(network.fuse_window([x], cut), whole)
+    blocks = network.fuse_window([x], cut)
+    assert (blocks - whole).abs().max() < 1e-6
+    assert torch.equal((blocks * 255).round(), (whole * 255).round())
 
 
 def test_levels_of_a_slab_are_levels_of_the_volume() -> None:
