@@ -22,8 +22,10 @@ from pipeline.base.errors import ConfigError, SourceError, UserError
 from pipeline.config import access, volume
 from pipeline.config.access import AccessConfig, access_of
 from pipeline.config.volume import SourceConfig
+from pipeline.prepare.prepare import prepare
 from pipeline.storage.kv import Store
 from pipeline.storage.sources.open import open_source
+from pipeline.worker.stored import view as view_of
 
 VOXELS = texture((4, 48, 40))
 CREDENTIALS = "[lab]\naws_access_key_id = LABKEY\naws_secret_access_key = labsecret\n"
@@ -177,6 +179,9 @@ def test_a_public_source_and_a_private_target_at_another_endpoint(
     assert signers(server) == {""}
     assert status.main([str(path)]) == 0
     assert verify.main([str(path)]) == 0
+    job = prepare(volume.load(path)).job
+    access._known.clear()  # as in a process of another machine that has only been given the job
+    assert all(view_of(job, ["plan.json"]).sidecar.values())
     assert view.main([str(path), "--state"]) == 0
     shown = capsys.readouterr().out
     assert target in shown

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pipeline.base.errors import ClusterError, DataError, NoAnswerError, TransientError, UserError
 from pipeline.base.retry import retrying
 from pipeline.base.waits import heartbeat, no_answer
-from pipeline.config import urls
+from pipeline.config import access, urls
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.process import watchdog
 from pipeline.process.resident_size import peak_resident_bytes
@@ -35,7 +35,8 @@ class View:
 
 
 def view(job: Job, sidecar_keys: list[str]) -> View:
-    """What this process sees of the job's target and of these objects beside it."""
+    """What this process sees of the job's target and of these objects beside it, asked as volume.yaml says."""
+    access.use(job.target.url, job.access)
     target = open_target(job.target)
     places = (
         (Store(job.target.url), sorted(target.metadata())),

@@ -8,7 +8,7 @@ is sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -38,9 +38,8 @@ class StoredArray:
     encoding. `view` turns the opened array into (z, y, x) from (0, 0, 0). `key` gives the object's key, below the
     target's url, of the shard at a position (z, y, x) in the grid of shards; `position` is its reverse, None for a key
     that is not of the form of such keys. With `shard_files`, `known` describes single chunks, which are packed into
-    shards afterwards. `zarr_shards` encodes shards of Zarr where there are any.
-    shards afterwards. `jpeg_xl` is the scale's key where its chunks are JPEG XL images, of which tensorstore knows
-    nothing: `stored` and `known` are not used.
+    shards afterwards. `zarr_shards` encodes shards of Zarr where there are any. `jpeg_xl` is the scale's key where its
+    chunks are JPEG XL images, of which tensorstore knows nothing: `stored` and `known` are not used.
     """
 
     level: LevelSpec
@@ -50,6 +49,7 @@ class StoredArray:
     view: Callable[[ts.TensorStore], ts.TensorStore]
     key: Callable[[ZYX], str]
     position: Callable[[str], ZYX | None]
+    _: KW_ONLY
     shard_files: ShardFiles | None = None
     zarr_shards: ZarrShards | None = None
     jpeg_xl: str | None = None

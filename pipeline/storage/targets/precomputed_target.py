@@ -194,7 +194,7 @@ def _array(folder: str, scale: dict[str, Any], level: LevelSpec) -> StoredArray:
         return StoredArray(level, folder, stored, known, _as_zyx, chunk_key, chunk_position, jpeg_xl=image)
     files = ShardFiles(level, scale_folder, scale["sharding"], chunk_key)
     key, position = partial(_shard_key, scale_folder, level), partial(_shard_position, scale_folder, level)
-    return StoredArray(level, folder, stored, known, _as_zyx, key, position, files, image)
+    return StoredArray(level, folder, stored, known, _as_zyx, key, position, shard_files=files, jpeg_xl=image)
 
 
 def _as_zyx(array: ts.TensorStore) -> ts.TensorStore:
