@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from pipeline.base.geometry import ZYX, Box, grid_parts
 from pipeline.storage import kv
 
 Voxels = NDArray[Any]
+_AT_ONCE_BYTES = 64 << 20
+"""Chunks of so many voxels' bytes are fetched at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,27 @@ class ChunkArray:
         """
         origin, shape = self.bounds.start, self.bounds.shape
         parts = list(grid_parts(Box(box.start - origin, box.stop - origin), self.chunk))
-        futures = [self.store.read(self.name(part.start // self.chunk)) for part in parts]
+        ahead = max(1, _AT_ONCE_BYTES // (self.chunk.product * np.dtype(self.dtype).itemsize))
+        begun = deque(map(self._begin, parts[:ahead]))
 
         def wait() -> Voxels:
             voxels = np.empty(tuple(box.shape), self.dtype)
-            for part, future in zip(parts, futures, strict=True):
+            for index, part in enumerate(parts):
+                future = begun.popleft()
+                begun.extend(map(self._begin, parts[index + ahead : index + ahead + 1]))
                 corner = part.start // self.chunk * self.chunk
                 size = (corner + self.chunk).minimum(shape) - corner
-                what = f"{self.place}: the chunk at voxels {Box.at(corner + origin, size)}"
+                name = self.name(part.start // self.chunk)
+                shown = f" {name}" if isinstance(name, str) else ""  # in a shard a chunk has a number
+                what = f"{self.place}: the chunk{shown} at voxels {Box.at(corner + origin, size)}"
                 stored = self.decode(self._bytes(future, what, size), size, what)
                 voxels[part.shift(origin).slices(box.start)] = stored[part.slices(corner)]
             return voxels
 
         return wait
+
+    def _begin(self, part: Box) -> ts.Future[ts.KvStore.ReadResult]:
+        return self.store.read(self.name(part.start // self.chunk))
 
     def _bytes(self, future: ts.Future[ts.KvStore.ReadResult], what: str, size: ZYX) -> bytes:
         try:

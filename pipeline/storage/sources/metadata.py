@@ -153,12 +153,12 @@ class Folder:
         spec = kv.spec(self.url)
         return spec | {"path": f"{spec['path']}{path}/"} if path else spec
 
-    def data(self, key: str) -> bytes | None:
-        """The bytes under `key`, None where there are none. Raises SourceError where they cannot be read;
-        TransientError; NoAnswerError.
+    def data(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes | None:
+        """The bytes under `key`, None where there are none. Raises SourceError where they cannot be read, or are more
+        than `most`; TransientError; NoAnswerError.
         """
         try:
-            found = self._store.get_at_most(key, MAX_METADATA_BYTES)
+            found = self._store.get_at_most(key, most)
             if found is not None and self._page is not None and absent_answer.is_page(found, self._page):
                 self._refuse_page(key)
                 return None

@@ -9,8 +9,12 @@ import numpy as np
 
 from pipeline.base.errors import DamagedChunkError
 from pipeline.base.geometry import ZYX, Box, grid_parts
+from pipeline.base.limits import MAX_CHUNK_BYTES
 from pipeline.storage.sources.metadata import Folder
 from pipeline.storage.sources.voxel_array import Level, Pending, TensorArray, Voxels
+
+_MAX_STORED_BYTES = 2 * MAX_CHUNK_BYTES
+"""No block that tensorstore has read is larger: voxels that cannot be compressed, and what compression adds to them."""
 
 
 class WholeBlocks:
@@ -69,7 +73,7 @@ class WholeBlocks:
         """Key and bytes of the blocks that hold these parts; no bytes for one that is absent."""
         for part in parts:
             key = block_key(self._level, self._path, part.start // self._level.chunk)
-            yield key, self._folder.data(key) or b""
+            yield key, self._folder.data(key, _MAX_STORED_BYTES) or b""
 
 
 def block_key(level: Level, path: str, position: ZYX) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.base.errors import SourceError
-from pipeline.base.geometry import Box
+from pipeline.base.geometry import ZYX, Box
 from pipeline.storage.sources.metadata import Folder
 
 _LOOKED_AT = 8
@@ -32,11 +32,11 @@ class ChunkKeys:
         """The key of the chunk at this place of the grid, all axes in stored order."""
         return f"{self.folder}{self.prefix}{self.separator.join(map(str, index))}"
 
-    def of(self, box: Box) -> str:
-        """The key of the chunk that holds the first voxel of `box`."""
+    def at(self, position: ZYX) -> str:
+        """The key of the chunk at this position (z, y, x) of the grid."""
         index = [0] * len(self.shape)
-        for axis, first in zip(self.zyx, box.start, strict=True):
-            index[axis] = first // self.shape[axis]
+        for axis, number in zip(self.zyx, position, strict=True):
+            index[axis] = number
         return self.name(index)
 
     def all_of(self, box: Box) -> Iterable[str]:

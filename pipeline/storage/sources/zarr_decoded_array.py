@@ -8,18 +8,19 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
-from pipeline.base.errors import DamagedChunkError, MissingChunkError, SourceError
-from pipeline.base.geometry import Box, grid_parts
+from pipeline.base.errors import DamagedChunkError, SourceError
+from pipeline.base.geometry import ZYX
 from pipeline.storage import kv
-from pipeline.storage.sources.voxel_array import Level, Pending, Voxels, first_line, item_bytes
+from pipeline.storage.chunk_array import ChunkArray
+from pipeline.storage.sources.voxel_array import Level, Voxels, first_line, item_bytes
 
 _SLACK_BYTES = 1 << 16
-_AT_ONCE_BYTES = 64 << 20
-"""Chunks of so many voxels' bytes are fetched at a time."""
 _FILTERS: dict[str, tuple[str, ...]] = {
     "delta": ("dtype", "astype"),
     "fixedscaleoffset": ("offset", "scale", "dtype", "astype"),
@@ -51,53 +52,39 @@ class Chain:
     codecs: tuple[dict[str, Any], ...]
 
 
-def open_decoded(level: Level, chain: Chain, key: Callable[[Box], str]) -> DecodedArray:
-    """The level; `key` names the object that holds a chunk. Raises SourceError for a codec's bad configuration."""
-    return DecodedArray(level, chain, key, kv.Store(level.url))
+def open_decoded(level: Level, chain: Chain, name: Callable[[ZYX], str]) -> ChunkArray:
+    """The level, opened; `name` gives the key of the chunk at a position of the grid. Raises SourceError for a codec's
+    bad configuration.
+    """
+    most = 8 * math.prod(level.stored_chunk) + _SLACK_BYTES
+    decoders = [_decoder(codec, most, level.place) for codec in reversed(chain.codecs)]
+    store = ts.KvStore.open(kv.spec(level.url), context=kv.context()).result()
+    decode = partial(_decode, level, chain, decoders)
+    return ChunkArray(level.place, level.bounds, level.chunk, level.dtype, store, name, decode)
 
 
-class DecodedArray:
-    """Reads whole chunks. Safe to use from several threads."""
-
-    def __init__(self, level: Level, chain: Chain, key: Callable[[Box], str], store: kv.Store) -> None:
-        self._level, self._chain, self._key, self._store = level, chain, key, store
-        size = math.prod(level.stored_chunk)
-        self._bytes = size * item_bytes(level.dtype)
-        self._decoders = [_decoder(codec, 8 * size + _SLACK_BYTES, level.place) for codec in reversed(chain.codecs)]
-
-    def start(self, box: Box) -> Pending:
-        return lambda: self._read(box)
-
-    def _read(self, box: Box) -> Voxels:
-        out = np.empty(tuple(box.shape), self._level.dtype)
-        parts = {self._key(part): part for part in grid_parts(box, self._level.chunk)}
-        with kv.waiting_for_voxels(f"{self._level.place} at voxels {box}", box.size * item_bytes(self._level.dtype)):
-            for key, data in self._store.get_all(parts, max(1, min(kv.BATCH, _AT_ONCE_BYTES // self._bytes))):
-                part = parts[key]
-                if data is None:
-                    raise MissingChunkError(f"{self._level.place} at voxels {part}: {key} is absent")
-                corner = part.start // self._level.chunk * self._level.chunk
-                out[part.slices(box.start)] = self._decode(key, data)[part.slices(corner)]
-        return out
-
-    def _decode(self, key: str, data: bytes) -> Voxels:
-        """The chunk's voxels (z, y, x); in a chunk that leaves the array, what lies outside too."""
-        what = f"{self._level.place}: {key}"
-        value: Any = data
-        try:
-            for decode in self._decoders:
-                value = decode(value)
-            voxels = np.frombuffer(value, np.uint8)
-        except Exception as error:
-            raise DamagedChunkError(f"{what}: {type(error).__name__} {first_line(error)}") from error
-        if voxels.size != self._bytes:
-            raise DamagedChunkError(f"{what} holds {voxels.size:,} bytes of the {self._bytes:,} that a chunk has")
-        axes, shape = self._chain.axes, self._level.stored_chunk
-        stored = voxels.view(self._chain.dtype).reshape([shape[axis] for axis in axes])
-        stored = stored.transpose([axes.index(axis) for axis in range(len(axes))])
-        others = [axis for axis in range(len(axes)) if axis not in self._level.zyx]
-        whole: Voxels = stored.transpose([*others, *self._level.zyx])[(0,) * len(others)]
-        return whole
+def _decode(
+    level: Level, chain: Chain, decoders: list[Callable[[Any], Any]], data: bytes, _shape: ZYX, what: str
+) -> Voxels:
+    """The chunk's voxels (z, y, x); in a chunk that leaves the array, what lies outside too. Raises
+    DamagedChunkError.
+    """
+    value: Any = data
+    try:
+        for decode in decoders:
+            value = decode(value)
+        voxels = np.frombuffer(value, np.uint8)
+    except Exception as error:
+        raise DamagedChunkError(f"{what}: {type(error).__name__} {first_line(error)}") from error
+    wanted = math.prod(level.stored_chunk) * item_bytes(level.dtype)
+    if voxels.size != wanted:
+        raise DamagedChunkError(f"{what} holds {voxels.size:,} bytes of the {wanted:,} that a chunk has")
+    axes, shape = chain.axes, level.stored_chunk
+    stored = voxels.view(chain.dtype).reshape([shape[axis] for axis in axes])
+    stored = stored.transpose([axes.index(axis) for axis in range(len(axes))])
+    others = [axis for axis in range(len(axes)) if axis not in level.zyx]
+    whole: Voxels = stored.transpose([*others, *level.zyx])[(0,) * len(others)]
+    return whole
 
 
 def _decoder(codec: dict[str, Any], most: int, place: str) -> Callable[[Any], Any]:

@@ -217,7 +217,7 @@ def _level(folder: Folder, node: _Node, ome: OmeLevel | None, group: Metadata | 
     )
     if chain is None:
         return level
-    return dataclasses.replace(level, reader="numcodecs", opener=lambda opened: open_decoded(opened, chain, keys.of))
+    return dataclasses.replace(level, reader="numcodecs", opener=lambda opened: open_decoded(opened, chain, keys.at))
 
 
 def _spec(folder: Folder, node: _Node, stored: Stored, keys: ChunkKeys) -> dict[str, object]:
