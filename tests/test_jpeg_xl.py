@@ -23,7 +23,7 @@ from pipeline.base.errors import DamagedChunkError, MissingChunkError, TargetErr
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import FillConfig
 from pipeline.plan.target_spec import FIDELITY, LevelSpec
-from pipeline.storage import jpeg_xl
+from pipeline.storage import chunk_array, jpeg_xl
 from pipeline.storage.targets.open import open_target
 from pipeline.worker.check import runtime
 
@@ -49,6 +49,13 @@ class TestSource:
         box = Box(start + ZYX(3, 10, 14), start + ZYX(17, 40, 33))
         np.testing.assert_array_equal(source.read(box), truth()[3:17, 10:40, 14:33])
         assert opened(volume, mip=1).read(opened(volume, mip=1).info.bounds).shape == (20, 20, 25)
+
+    def test_chunks_are_fetched_a_few_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        volume = written.by_cloud_volume(tmp_path / "v", "jxl", False)
+        for at_once in (1, 2):
+            monkeypatch.setattr(chunk_array, "_AT_ONCE_BYTES", at_once * int(np.prod(CHUNK)))
+            source = opened(volume)
+            np.testing.assert_array_equal(source.read(source.info.bounds), truth())
 
     def test_a_chunk_in_a_container(self, tmp_path: Path) -> None:
         volume = written.by_cloud_volume(tmp_path / "v", "jxl", False)

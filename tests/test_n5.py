@@ -196,6 +196,17 @@ class TestBlocks:
             with pytest.raises(DamagedChunkError, match=f"0/0/0 is an N5 block of mode {mode}"):
                 source.read(source.info.bounds)
 
+    def test_a_large_block_that_ends_in_zeros(self, tmp_path: Path) -> None:
+        """Its head is looked at, however large the block is."""
+        voxels = np.zeros((5, 1900, 1900), np.uint8)
+        voxels[:, :-1, :-1] = 7
+        path = tmp_path / "v"
+        attributes_of(path, dimensions=[1900, 1900, 5], blockSize=[1900, 1900, 5], dataType="uint8", compression=RAW)
+        (path / "0/0").mkdir(parents=True)
+        (path / "0/0/0").write_bytes(struct.pack(">HH3I", 0, 3, 1900, 1900, 5) + voxels.tobytes())
+        source = opened(path, voxel_size_nm=(40, 4, 4))
+        np.testing.assert_array_equal(source.read(source.info.bounds), voxels)
+
     def test_a_channel_of_one(self, tmp_path: Path) -> None:
         for name, more in (("plain", {}), ("named", {"axes": ["x", "y", "z", "c"]}), ("text", {"axes": "xyzc"})):
             sizes = {"pixelResolution": {"unit": "nm", "dimensions": [4, 8, 40]}}
