@@ -29,6 +29,8 @@ def nm_per(unit: object) -> float | None:
     if not isinstance(unit, str):
         return None
     name = unit.strip().lower()
+    if unit.strip() in ("Mm", "Pm"):  # megametre, petametre
+        return None
     return NM_PER_UNIT.get(name.removesuffix("s") if len(name) > 4 else name)
 
 

@@ -210,9 +210,11 @@ class Folder:
 
 
 def inner_path(path: str, error: SourceError) -> str:
-    """`path` without outer slashes. Raises `error` where it is empty or leads out of its group."""
-    parts = path.strip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts):
+    """`path` without outer slashes and parts that are a dot. Raises `error` where it is empty or leads out of its
+    group.
+    """
+    parts = [part for part in path.strip("/").split("/") if part != "."]
+    if not parts or any(part in ("", "..") for part in parts):
         raise error
     return "/".join(parts)
 
