@@ -14,6 +14,8 @@ from pipeline.base.secrets import redacted
 
 SCHEMES = ("file", "s3", "s3+https", "s3+http", "gs", "http", "https")
 FORMATS = ("zarr", "zarr2", "zarr3", "n5", "precomputed")
+_PIPED = {name: name for name in FORMATS[:-1]} | {"neuroglancer-precomputed": "precomputed"}
+"""Formats as Neuroglancer writes them after a url, and as they are written before one."""
 
 
 def split_format(url: str) -> tuple[str | None, str]:
@@ -36,6 +38,13 @@ def normalise(url: str, base: Path) -> str:
             raise UserError(f"{what} {text!r} has a name that is not UTF-8", "UTF-8, as in Zarr's keys", "Rename it")
     if not url.isprintable():
         raise UserError(f"url {redacted(url)!r} holds control characters", "printable ones", "Remove them")
+    place, bar, piped = url.rpartition("|")
+    if bar and piped.rstrip(":") in _PIPED:
+        raise UserError(
+            f"url {redacted(url)!r} ends in |{piped}, as in Neuroglancer",
+            "the format before the url",
+            f"Write {_PIPED[piped.rstrip(':')]}://{redacted(place.rstrip('/'))}",
+        )
     kind, rest = split_format(url)
     prefix = f"{kind}://" if kind else ""
     if rest.startswith(("s3://https://", "s3://http://")):

@@ -17,6 +17,11 @@ _NM_PER_UNIT = (
 )
 NM_PER_UNIT = {name: nm for nm, names in _NM_PER_UNIT for name in names}
 _KINDS = {"c": "a colour image", "channel": "a colour image", "t": "a time series", "time": "a time series"}
+_ONE_OF_THEM = "Store one channel of one time as a volume of its own"
+_NAME_THEM = (
+    "If z, y and x are other axes, name all axes: dimension_names in zarr.json, _ARRAY_DIMENSIONS in .zattrs, axes in "
+    "an N5 attributes.json. Else store one channel of one time as a volume of its own"
+)
 
 
 def nm_per(unit: object) -> float | None:
@@ -24,6 +29,8 @@ def nm_per(unit: object) -> float | None:
     if not isinstance(unit, str):
         return None
     name = unit.strip().lower()
+    if unit.strip() in ("Mm", "Pm"):  # megametre, petametre
+        return None
     return NM_PER_UNIT.get(name.removesuffix("s") if len(name) > 4 else name)
 
 
@@ -64,5 +71,5 @@ def find_zyx(
         if axis not in order and length != 1:
             kind = _KINDS.get(words[axis], "an array of more than three axes")
             saw = f"{place} is {kind} (axis {words[axis] or axis} has length {length} in shape {list(shape)})"
-            raise SourceError(saw, "one grey volume", "Store one channel of one time as a volume of its own")
+            raise SourceError(saw, "one grey volume", _NAME_THEM if names is None and 1 in shape else _ONE_OF_THEM)
     return order

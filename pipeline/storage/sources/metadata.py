@@ -88,7 +88,7 @@ class Metadata:
             )
         return found
 
-    def numbers(self, key: str, count: int, positive: bool = False) -> list[float]:
+    def numbers(self, key: str, count: int, positive: bool = False, do: str = "") -> list[float]:
         value = self.values.get(key)
         good = (
             isinstance(value, list)
@@ -96,7 +96,7 @@ class Metadata:
             and all(_finite(v) and (v > 0 or not positive) for v in value)
         )
         if not isinstance(value, list) or not good:
-            raise self.wrong(key, f"{count} {'positive ' if positive else ''}numbers")
+            raise self.wrong(key, f"{count} {'positive ' if positive else ''}numbers", do)
         return [float(v) for v in value]
 
     def child(self, key: str) -> Metadata:
@@ -210,9 +210,11 @@ class Folder:
 
 
 def inner_path(path: str, error: SourceError) -> str:
-    """`path` without outer slashes. Raises `error` where it is empty or leads out of its group."""
-    parts = path.strip("/").split("/")
-    if any(part in ("", ".", "..") for part in parts):
+    """`path` without outer slashes and parts that are a dot. Raises `error` where it is empty or leads out of its
+    group.
+    """
+    parts = [part for part in path.strip("/").split("/") if part != "."]
+    if not parts or any(part in ("", "..") for part in parts):
         raise error
     return "/".join(parts)
 

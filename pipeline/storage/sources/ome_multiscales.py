@@ -47,6 +47,14 @@ class OmeLevel:
         z, y, x = (self.scale[axis] for axis in zyx)
         return z, y, x
 
+    def seen(self, zyx: tuple[int, int, int]) -> str:
+        """What is stated in place of a voxel size in nm."""
+        scale, units = self.unitless(zyx), [self.units[axis] for axis in zyx] if self.units else [None]
+        if scale is None:
+            return ""
+        named = f"; its units are {units}" if any(units) else ""
+        return f"it has a scale of {list(scale)} (z, y, x) without a unit of length{named}"
+
     def corner_voxels(self, zyx: tuple[int, int, int]) -> tuple[float, float, float]:
         """The lower corner of voxel 0 in voxels, half a voxel below its centre, which the translation states."""
         if not self.translation:
@@ -132,7 +140,7 @@ def _transforms(holder: Metadata, rank: int) -> list[tuple[str, list[float]]]:
             continue
         if kind not in ("scale", "translation") or kind not in transform:
             raise transform.wrong("type", "scale or translation with their numbers in place (no path)", _BY_ARRAY)
-        found.append((kind, transform.numbers(kind, rank, positive=kind == "scale")))
+        found.append((kind, transform.numbers(kind, rank, kind == "scale", _BY_ARRAY)))
     return found
 
 

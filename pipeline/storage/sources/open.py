@@ -17,7 +17,7 @@ from pipeline.config import access
 from pipeline.config.urls import local_path, normalise, split_format
 from pipeline.config.volume import FillConfig, MaskConfig, SourceConfig
 from pipeline.storage import kv
-from pipeline.storage.sources import grey_values, n5_volume, precomputed_volume, zarr_volume
+from pipeline.storage.sources import grey_values, n5_volume, other_folder, precomputed_volume, zarr_volume
 from pipeline.storage.sources.absent_answer import refuse_server
 from pipeline.storage.sources.metadata import Folder, fingerprint
 from pipeline.storage.sources.uint8_source import VolumeSource
@@ -39,7 +39,7 @@ _WANTED = {
     "precomputed": "an info file",
     "zarr3": "a zarr.json",
     "zarr2": "a .zarray, or a .zattrs with multiscales",
-    "n5": "an attributes.json, or folders s0, s1, ...",
+    "n5": "an attributes.json, or folders s0 and s1",
 }
 _METADATA_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata", "attributes.json", "info")
 _SAME = 1e-3
@@ -143,9 +143,11 @@ def _find(url: str, mip: int, array: str | None) -> Level:
     if folder.refused is not None:
         raise folder.refused
     wanted = " or ".join(_WANTED[name] for name in _FORCED[kind])
-    raise SourceError(
-        f"no volume is at source.url {bare}", wanted, "Check the url, and the format before :// if one is given"
-    )
+    saw, do = f"no volume is at source.url {bare}", "Check the url, and the format before :// if one is given"
+    inside = other_folder.instead(path) if path is not None else None
+    if inside is not None:
+        saw, do = f"{saw}. {inside[0]}", inside[1]
+    raise SourceError(saw, wanted, do)
 
 
 def _check_path(path: Path, url: str) -> None:

@@ -56,6 +56,8 @@ def find(folder: Folder, mip: int, array: str | None) -> Level | None:
             "a volume (neuroglancer_multiscale_volume)",
             "Give the url of the image, not of annotations, meshes or skeletons",
         )
+    if "scales" not in info:
+        raise info.wrong("scales", "those of an image volume", "Give the url of the folder whose info has scales")
     if array is not None:
         raise SourceError(
             f"source.array is {array!r}, and {folder.url} is precomputed",

@@ -122,11 +122,11 @@ class VolumeSource:
             if isinstance(missing, DeniedError):
                 raise missing
             raise TransientError(f"the whole volume {self._level.url} has gone ({missing})") from missing
+        if self._level.explain_hole is not None:
+            self._level.explain_hole(box)
         if isinstance(missing, DeniedError) and not self._denied:
             self._refuse_rights(missing)
             self._denied = True
-        if self._level.explain_hole is not None:
-            self._level.explain_hole(box)
 
     def _refuse_rights(self, denied: DeniedError) -> None:
         """Raises `denied` where the store answers otherwise for a key that is absent, or not one chunk may be read."""

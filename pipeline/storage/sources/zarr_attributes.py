@@ -12,6 +12,8 @@ from pipeline.storage.sources.metadata import Metadata
 
 Triple = tuple[float, float, float]
 _SIZE_KEYS = ("voxel_size", "resolution")
+_OF_N5_TOOLS = ("downsamplingFactors", "painteraData", "multiScale", "maxNumEntries")
+"""Attributes of Java's N5 tools, which write numbers x first into Zarr arrays too."""
 _SMALLEST, _LARGEST = 1e-9, 1e15
 """Sizes below and numbers beyond are no sizes and positions."""
 _WITH_UNIT = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)?\s*([^\W\d]*)\s*")
@@ -37,7 +39,7 @@ class Place:
 def axis_names(attributes: Metadata, rank: int) -> list[str | None] | None:
     """funlib's `axis_names`, in which a trailing ^ marks an axis that is not of space; the axes of `transform`."""
     transform = attributes.values.get("transform")
-    axes = transform.get("axes") if isinstance(transform, dict) else None
+    axes = _as_stored(transform.get("axes"), transform) if isinstance(transform, dict) else None
     for value in (attributes.values.get("axis_names"), axes):
         if isinstance(value, list) and len(value) == rank and all(isinstance(name, str) for name in value):
             return [name.rstrip("^") for name in value]
@@ -47,7 +49,8 @@ def axis_names(attributes: Metadata, rank: int) -> list[str | None] | None:
 def place(attributes: Metadata, zyx: tuple[int, int, int], rank: int) -> Place:
     """What the attributes say of voxel size and position. `zyx` are the indices of the array's axes z, y, x.
 
-    Read are `transform` {axes, scale, translate, units} (fibsem-tools; it states a voxel's centre), `voxel_size` or
+    Read are `transform` {axes, scale, translate, units, order} (fibsem-tools; it states a voxel's centre; with order F
+    every list has the array's last axis first), `voxel_size` or
     `resolution` with `offset` and `units` (gunpowder, funlib; the corner), `dimension_units` (tensorstore), and an
     isotropic `pixelResolution` {dimensions, unit}.
     """
@@ -64,6 +67,7 @@ def place(attributes: Metadata, zyx: tuple[int, int, int], rank: int) -> Place:
 
 
 def _transform(transform: dict[str, Any], zyx: tuple[int, int, int], rank: int) -> Place:
+    transform = {key: _as_stored(value, transform) for key, value in transform.items()}
     axes = transform.get("axes")
     order, count = zyx, rank
     if isinstance(axes, list) and all(isinstance(name, str) for name in axes):
@@ -91,6 +95,9 @@ def _funlib(attributes: Metadata, key: str | None, zyx: tuple[int, int, int], ra
         return Place(notes=(*notes, f"its attribute offset = {stated} is not taken") if moved else notes)
     corner = None if offset is None else _triple(o / s for o, s in zip(offset, size, strict=True))
     notes = (f"its attribute offset = {stated} is not taken",) if moved and corner is None else ()
+    axes = attributes.values.get("axes")
+    if min(size) < max(size) and (axes in (["x", "y", "z"], "xyz") or any(name in attributes for name in _OF_N5_TOOLS)):
+        return Place(seen=f"its {key} is {attributes.values[key]}, which N5 tools write x first", notes=notes)
     factors = _factors(attributes.values.get("units", attributes.values.get("unit")), zyx, rank)
     return _place(f"{key} {attributes.values[key]}", size, factors, corner, notes)
 
@@ -144,6 +151,12 @@ def _factors(units: Any, order: tuple[int, int, int], count: int) -> list[float 
 
 def _places(order: tuple[int, int, int], count: int, length: int) -> Sequence[int]:
     return order if length == count else [sorted(order).index(axis) for axis in order]
+
+
+def _as_stored(value: Any, transform: dict[str, Any]) -> Any:
+    """A list of `transform` in the order of the stored axes."""
+    reverse = isinstance(value, list) and "F" in (transform.get("order"), transform.get("ordering"))
+    return value[::-1] if reverse else value
 
 
 def _number(value: object) -> bool:

@@ -41,6 +41,7 @@ _KNOWN_V3 = {
     "consolidated_metadata",
 }
 _REENCODE = "Re-encode it with blosc or zstd and no filters, e.g. with zarr-python"
+_STORE_IMAGE = "Store the field that holds the image, or its values, as an array of its own of uint8, uint16 or float32"
 _INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -131,13 +132,13 @@ def stored_v3(found: Metadata, rank: int) -> Stored:
 
 def _number_type(found: Metadata, key: str) -> np.dtype[Any]:
     if isinstance(found.values.get(key), (list, dict)):
-        raise found.wrong(key, "a plain number type", "Store the field that holds the image as an array of its own")
+        raise found.wrong(key, "a plain number type", _STORE_IMAGE)
     try:
         dtype = np.dtype(found.text(key))
     except (TypeError, ValueError, SyntaxError):
         dtype = np.dtype("O")
     if dtype.kind not in "biufc":
-        raise found.wrong(key, "a number type (uint8, or another with an intensity_window)")
+        raise found.wrong(key, "a number type (uint8, or another with an intensity_window)", _STORE_IMAGE)
     return dtype
 
 

@@ -234,9 +234,7 @@ def _place(attributes: Metadata, zyx: tuple[int, int, int], rank: int, ome: OmeL
     size = ome.size_nm(zyx) if ome is not None else None
     if ome is None or (size is None and own.size_nm is not None):
         return own
-    unitless = ome.unitless(zyx)
-    seen = f"it has a scale of {list(unitless)} (z, y, x) without a unit of length" if unitless is not None else ""
-    return Place(size, None, ome.corner_voxels(zyx), seen)
+    return Place(size, None, ome.corner_voxels(zyx), ome.seen(zyx))
 
 
 def _refuse_other_names(found: Metadata, names: Sequence[str | None] | None, ome: OmeLevel) -> None:
