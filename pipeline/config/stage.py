@@ -43,7 +43,7 @@ def _no_flag(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_no_flag)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Steps = Annotated[StrictInt, Field(ge=1)]
+Steps = Annotated[StrictInt, Field(ge=1, le=10**9)]
 Precision = Annotated[
     Literal["float32", "tf32", "bfloat16", "float16"],
     BeforeValidator(lambda word: EARLIER_WORDS.get(word, word) if isinstance(word, str) else word),
@@ -89,7 +89,7 @@ class DataConfig(_Model):
     drift: Annotated[StrictInt, Field(ge=0)] = 0
     noise: Weight = 0.0
     validation_crop: Annotated[StrictInt, Field(ge=32)] = 512
-    validation_windows: Annotated[StrictInt, Field(ge=1)] = 8
+    validation_windows: Annotated[StrictInt, Field(ge=1, le=10**6)] = 8
 
 
 class NetworkConfig(_Model):
