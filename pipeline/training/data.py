@@ -65,9 +65,9 @@ def open_volume(
     `sections` and `crop` are what one sample takes, in HR voxels. Volumes of up to `budget` bytes are held in memory.
     """
     names = _keys(here) | {key: f"{here}.{key}" for key in ("url", "mip", "array")}
-    wanted = _source(config, url=config.url, mip=config.mip, array=config.array)
+    stated = _source(config, url=config.url, mip=config.mip, array=config.array)
     with reached(f"{here}.url"):
-        source = open_source(wanted, names, sized=False)
+        source = open_source(stated, names, sized=False)
     whole = source.info.bounds.shape
     first, stop = config.sections or (0, whole.z)
     if stop > whole.z:
