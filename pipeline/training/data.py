@@ -11,7 +11,7 @@ import numpy as np
 
 from models.degrade import degrade
 from models.training.crops import Volume
-from pipeline.base.errors import DataError, UserError
+from pipeline.base.errors import DataError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.stage import VolumeConfig
 from pipeline.config.volume import SourceConfig
@@ -93,7 +93,7 @@ def open_volume(
         )
     hr, held = _reader(source, first), bool(np.prod(shape) <= budget)
     if held:
-        hr = _in_memory(hr, shape, config.url)
+        hr = _in_memory(hr, shape)
     good, digests = _usable(hr, shape, {z - first for z in config.bad_sections}, config.url, held)
     if lr is not None:
         z, (y, x) = int(np.flatnonzero(good)[good.sum() // 2]), shape[1:]
@@ -148,23 +148,25 @@ def _open_lr(config: VolumeConfig, hr: ZYX, scale: int, here: str) -> Source:
 
 
 def _reader(source: Source, first: int) -> Read:
+    """Reads of `source`, with z counted from its section `first`. They raise UserError where voxels cannot be had."""
     origin = source.info.bounds.start + ZYX(first, 0, 0)
 
     def read(z: slice, y: slice, x: slice) -> Uint8Array:
-        return source.read(Box(origin + ZYX(z.start, y.start, x.start), origin + ZYX(z.stop, y.stop, x.stop)))
+        box = Box(origin + ZYX(z.start, y.start, x.start), origin + ZYX(z.stop, y.stop, x.stop))
+        try:
+            return source.read(box)
+        except (DataError, TransientError) as error:
+            raise UserError(
+                f"{source.info.url} cannot be read: {error}",
+                "a volume that is there, without holes",
+                "Mend it, leave those sections out, or state missing_chunks beside its url",
+            ) from None
 
     return read
 
 
-def _in_memory(read: Read, shape: tuple[int, int, int], url: str) -> Read:
-    try:
-        whole = read(*(slice(0, n) for n in shape))
-    except DataError as error:
-        raise UserError(
-            f"{url} cannot be read whole: {error}",
-            "a volume without holes",
-            "Mend it, leave those sections out, or state missing_chunks beside its url",
-        ) from None
+def _in_memory(read: Read, shape: tuple[int, int, int]) -> Read:
+    whole = read(*(slice(0, n) for n in shape))
     return lambda z, y, x: whole[z, y, x]
 
 
