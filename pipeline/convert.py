@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     size = f"{counted(stack.shape.z, 'section')} of {stack.shape.y} x {stack.shape.x} {stack.dtype}"
     console.print(f"{size}, {chunk.z} ({held / 2**20:.0f} MiB) in memory at a time", markup=False)
-    rule = "natural order: 2 before 10" if Path(args.source).expanduser().is_dir() else "as in the file"
+    rule = "natural order: 2 before 10" if os.path.isdir(os.path.expanduser(args.source)) else "as in the file"
     console.print(f"order: {_shortened(stack.names)} ({rule})", markup=False)
     for remark in stack.remarks:
         console.print(f"note: {remark}", markup=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def _print(scores: Scores) -> None:
     head, lines = scores.means()
     means = Table(*head)
     for line in lines:
-        means.add_row(*line)
+        means.add_row(*(escape(cell) for cell in line))
     console = Console()
     console.print(means)
     for remark in scores.remarks():

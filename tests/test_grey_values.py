@@ -256,6 +256,8 @@ def test_training_reads_it_too(tmp_path: Path) -> None:
     (tmp_path / "hr.zarr/0/c/0/1/1").unlink()
     with pytest.raises(UserError, match="state missing_chunks beside its url"):
         open_volume(config, 8, 1, 32)
+    with pytest.raises(UserError, match="state missing_chunks beside its url"):
+        open_volume(config, 8, 1, 32, budget=0)
     filled = config.model_copy(update={"missing_chunks": FillConfig(fill=9)})
     found = open_volume(filled, 8, 1, 32).volume.hr(slice(0, 3), slice(0, 64), slice(0, 64))
     assert (found[:, 16:32, 16:32] == 9).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ CONTRADICTIONS: list[tuple[str, Any, str]] = [
     ("source.url", "n5://lr.zarr", "attributes.json"),
     ("source.url", "precomputed://lr.zarr", "info file"),
     ("source.url", "s3://", "bucket"),
+    ("source.url", "~nosuchuser/lr.zarr", "knows no home for its ~"),
+    ("source.url", "x" * 300, "at most 255 bytes"),
     ("source.mip", 7, "mip"),
     ("source.array", "nope", "nope"),
     ("source.box", {"start": [0, 0, 0], "stop": [99, 32, 32]}, "reaches out"),
@@ -345,6 +348,17 @@ def test_an_address_where_nobody_listens(
     monkeypatch.setattr("pipeline.cluster.connect.CONNECT_S", 1)
     body = copy.deepcopy(FULL) | {"cluster": {"kind": "address", "address": "tcp://127.0.0.1:9"}}
     assert "no Dask scheduler answers" in refused(place, yaml.safe_dump(body), capsys)
+
+
+def test_an_address_where_somebody_speaks_no_dask(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.connect.CONNECT_S", 1)
+    monkeypatch.setattr("pipeline.cluster.patient_client.HANDSHAKE_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        body = copy.deepcopy(FULL) | {"cluster": {"kind": "address", "address": address}}
+        assert "perhaps another program listens there" in refused(place, yaml.safe_dump(body), capsys)
 
 
 @pytest.mark.parametrize(

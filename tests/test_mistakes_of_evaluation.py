@@ -104,6 +104,11 @@ MISTAKES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
     ("output is SR", table(output="sr.zarr"), "lies in the volume"),
     ("output in the truth", table(output="gt.zarr/scores"), "lies in the volume"),
     ("output where nothing can be", table(output="/proc/scores"), "a folder that takes files"),
+    ("output of nobody", table(output="~nosuchuser/scores"), "a path written out, as this machine knows no home"),
+    ("output on S3", table(output="s3://bucket/scores"), "output: saw 's3://bucket/scores', wanted a path on this"),
+    ("output of zero bytes", table(output="a\0b"), "wanted a path, of printable letters"),
+    ("a volume of nobody", of(sr="~nosuchuser/sr"), "volumes.0.sr: url '~nosuchuser/sr'"),
+    ("weights at a URL", table(weights={ALEX: "https://h/w.pth"}), "weights.lpips_alex: saw 'https://h/w.pth'"),
 ]
 
 
@@ -119,6 +124,12 @@ def test_a_mistake_in_a_table(
     assert "Traceback" not in said
     assert len(said.splitlines()) <= 2, said
     assert tree(tmp_path) == before
+
+
+def test_a_name_in_brackets_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(of(name="[b]x[/c]")(tmp_path) | {"output": "scores"}))
+    assert main([str(tmp_path / "table.yaml")]) == 0
+    assert "[b]x[/c]" in capsys.readouterr().out
 
 
 def test_scores_are_shown_where_they_cannot_be_written(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ CONDITIONS: list[tuple[str, str, tuple[str, ...]]] = [
     # paths
     ("no file", "$EMSR run nowhere.yaml", ("cannot be read",)),
     ("a loop", "$EMSR run loop.yaml", ("Too many levels of symbolic links",)),
+    ("a sidecar that is a loop", "$EMSR status ring.yaml", ("ring.emsr/plan.json", "links lead in a circle")),
     ("UTF-16", "$EMSR run utf16.yaml", ("not UTF-8 text",)),
     ("endless", "$EMSR run /dev/zero", ("holds more than",)),
     ("no argument", "$EMSR run", ("usage: emsr run", "required: volume")),
@@ -73,6 +74,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     volume_yaml(folder / "port.yaml", "lr.zarr", "sr", cluster={"kind": "address", "address": "tcp://127.0.0.1:99999"})
     (folder / "utf16.yaml").write_text((folder / "v.yaml").read_text(), encoding="utf-16")
     (folder / "loop.yaml").symlink_to("loop.yaml")
+    volume_yaml(folder / "ring.yaml", "lr.zarr", "ring")
+    (folder / "ring.emsr").symlink_to("ring.emsr")
     (folder / "raises.py").write_text("raise RuntimeError('boom')\n")
     for name, text in {
         "list": b"- a\n- b\n",

@@ -103,8 +103,8 @@ MISTAKES: list[tuple[str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("sections beyond", "flow", train_on(sections=[2, 9]), "sections within [0, 8]"),
     ("bad sections beyond", "flow", train_on(bad_sections=[3, 99]), "bad_sections [99]"),
     ("bad sections below", "flow", train_on(bad_sections=[-1]), "numbers from 0 to 7"),
-    ("level that is not there", "flow", train_on(mip=3), "has 1 level"),
-    ("volume not there", "flow", given(data__train=[{"url": "none.zarr"}]), "none.zarr"),
+    ("level that is not there", "flow", train_on(mip=3), "has 1 level, data.train.0.mip is 3"),
+    ("volume not there", "flow", given(data__train=[{"url": "none.zarr"}]), "nothing is at data.train.0.url file"),
     ("a name for a volume", "flow", given(data__train=["hr.zarr"]), "saw 'hr.zarr', wanted a mapping of keys"),
     ("no list of volumes", "flow", given(data__train=HR), "data.train: wanted a list"),
     ("empty list", "flow", given(data__train=[]), "saw [], wanted at least 1 item, not 0"),
@@ -113,6 +113,22 @@ MISTAKES: list[tuple[str, str, Callable[[Path], dict[str, Any]], str]] = [
     ("output is the volume", "flow", given(output="hr.zarr"), "lies in the volume"),
     ("output in the volume", "flow", given(output="hr.zarr/run"), "lies in the volume"),
     ("output where nothing can be", "flow", given(output="/proc/run"), "cannot be written"),
+    ("output of nobody", "flow", given(output="~nosuchuser/run"), "a path written out, as this machine knows no home"),
+    (
+        "output of zero bytes",
+        "flow",
+        given(output="a\0b"),
+        "wanted a path, of printable letters",
+    ),
+    ("output of no letters", "flow", given(output=""), "output: saw '', wanted a path"),
+    ("output of 300 letters", "flow", given(output="x" * 300), "a path whose names have at most 255 bytes"),
+    ("output on S3", "flow", given(output="s3://bucket/run"), "wanted a path on this machine, not a URL"),
+    ("output of a variable", "flow", given(output="$SCRATCH/run"), "$NAME is not replaced, ~ is"),
+    ("a stage at a URL", "indexer", given(network__vqgan="https://h/v.safetensors"), "network.vqgan: saw 'https://h"),
+    ("a seed of 70 bits", "flow", given(seed=2**70), "seed: saw 1180591620717411303424, wanted less than"),
+    ("a million threads", "flow", given(threads=10**6), "threads: saw 1000000, wanted less than or equal to 1024"),
+    ("steps without end", "flow", given(steps=10**20), "steps: saw 100000000000000000000, wanted less than"),
+    ("a volume of nobody", "flow", train_on(url="~nosuchuser/hr"), "data.train.0.url: url '~nosuchuser/hr'"),
     (
         "no LPIPS",
         "vqgan",
@@ -226,6 +242,11 @@ def test_a_byte_order_mark_and_other_line_ends_are_read(tmp_path: Path) -> None:
     assert train.main([str(path)]) == 0
 
 
+def relinked(path: Path, to: str) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
 def spoilt(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def work(folder: Path) -> None:
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -246,6 +267,11 @@ def spoilt(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], objec
         (lambda folder: shutil.rmtree(folder / "tensorboard"), 0, "going on from step 2"),
         (lambda folder: (folder / "lock").unlink(), 0, "going on from step 2"),
         (lambda folder: (folder / "checkpoint.pt").write_text("<html>"), 0, "is damaged"),
+        (lambda folder: relinked(folder / "checkpoint.pt", "gone.pt"), 0, "is damaged ([Errno 2]"),
+        (lambda folder: relinked(folder / "checkpoint.pt", "checkpoint.pt"), 0, "is damaged ([Errno 40]"),
+        (lambda folder: [path.unlink() for path in folder.glob("*.pt")], 2, "and no checkpoint to go on from"),
+        (lambda folder: (folder / "metrics.jsonl").mkdir(), 2, "metrics.jsonl is not a file"),
+        (lambda folder: (folder / "samples").touch(), 2, "samples is not a folder"),
     ],
 )
 def test_what_becomes_of_a_run_folder(
@@ -254,7 +280,7 @@ def test_what_becomes_of_a_run_folder(
     write_lr(tmp_path / "hr.zarr", texture((8, 72, 72)))
     assert train.main([str(stage_yaml(tmp_path, "flow", steps=2, periods=[3]))]) == 0
     damage(tmp_path / "flow")
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "flow").glob("checkpoint*")}
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "flow").glob("checkpoint*") if path.exists()}
     capsys.readouterr()
     assert train.main([str(stage_yaml(tmp_path, "flow", steps=3, periods=[3]))]) == code
     said = capsys.readouterr().err

@@ -162,6 +162,8 @@ def test_what_is_no_good_is_named(
     [
         ("no.pth", "is not there"),
         ("$HOME/no.pth", "$NAME is not replaced"),
+        ("~nosuchuser/no.pth", "a path written out, as this machine knows no home for its ~"),
+        ("x" * 300 + ".pth", "a path whose names have at most 255 bytes"),
         ("~/no-such-folder/no.pth", f"{Path.home()}/no-such-folder/no.pth is not there"),
     ],
 )

@@ -110,9 +110,11 @@ def test_an_error_is_raised_in_the_step_whose_samples_could_not_be_read() -> Non
     first = next(step for step in range(100) if _raises(broken, step))
     assert first > 0
     loop = flow_loop(Recipe(100, 1))
+    kept: list[Any] = []
     with pytest.raises(OSError, match="section 7 is gone"):
-        loop.run(broken, [], lambda *_: None, lambda _: None)
+        loop.run(broken, [], lambda *_: None, lambda _: None, keep=kept.append)
     assert loop.step == first
+    assert [state["step"] for state in kept] == [first], "the steps before it are kept"
 
 
 def _raises(broken: Crops, step: int) -> bool:

@@ -203,7 +203,8 @@ class Loop:
         those of the validation, `tell` is called after every step, `keep` with every checkpoint. Checkpoint and weights
         are written in both cases. `waits` is told what is waited for.
 
-        Raises NotFiniteError where a loss or a gradient is not finite, once `keep` has the state before that step.
+        Raises NotFiniteError where a loss or a gradient is not finite, and what reading a sample raised, once `keep`
+        has the state before that step.
         """
         self.ranks.copy_from_first(
             [*self.stage.network.state_dict().values(), *self.averaged.values()]
@@ -214,7 +215,12 @@ class Loop:
         with closing(Ahead(self._draw(crops), range(first, self.recipe.steps), self.fabric.device, waits)) as ahead:
             while self.step < self.recipe.steps and not self.ranks.any(stopped()):
                 rate = learning_rate(self.step, self.recipe)
-                drawn = ahead.take()
+                try:
+                    drawn = ahead.take()
+                except Exception:
+                    if self.step > first:
+                        keep(self.state())
+                    raise
                 try:
                     recent = [*recent[1 - REPORTED_STEPS :], self._one_step(drawn, rate)]
                 except NotFiniteError:

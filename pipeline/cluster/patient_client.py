@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from pipeline.base.errors import ClusterError
 from pipeline.base.waits import waiting
 
 T = TypeVar("T")
+HANDSHAKE_S = 5
+"""Longer than Dask waits for a connection, so that its own reason is told where there was none."""
 
 
 class PatientClient(Client):  # type: ignore[misc]
@@ -19,6 +22,14 @@ class PatientClient(Client):  # type: ignore[misc]
     def sync(self, *args: Any, **kwargs: Any) -> Any:
         with waiting("the Dask scheduler"):
             return super().sync(*args, **kwargs)
+
+    async def _ensure_connected(self, timeout: float | None = None) -> None:
+        """As Dask's, but whoever takes the connection has to answer in time too. Raises OSError."""
+        try:
+            await asyncio.wait_for(super()._ensure_connected(timeout), timeout and timeout + HANDSHAKE_S)
+        except TimeoutError:
+            told = "nothing of Dask's protocol came in time; perhaps another program listens there"
+            raise TimeoutError(told) from None
 
     @property
     def dashboard_link(self) -> Any:

@@ -43,7 +43,7 @@ def _no_flag(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_no_flag)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Steps = Annotated[StrictInt, Field(ge=1)]
+Steps = Annotated[StrictInt, Field(ge=1, le=10**9)]
 Precision = Annotated[
     Literal["float32", "tf32", "bfloat16", "float16"],
     BeforeValidator(lambda word: EARLIER_WORDS.get(word, word) if isinstance(word, str) else word),
@@ -89,7 +89,7 @@ class DataConfig(_Model):
     drift: Annotated[StrictInt, Field(ge=0)] = 0
     noise: Weight = 0.0
     validation_crop: Annotated[StrictInt, Field(ge=32)] = 512
-    validation_windows: Annotated[StrictInt, Field(ge=1)] = 8
+    validation_windows: Annotated[StrictInt, Field(ge=1, le=10**6)] = 8
 
 
 class NetworkConfig(_Model):
@@ -107,13 +107,13 @@ class NetworkConfig(_Model):
     mpf: StrictBool = True
     pod: StrictBool = True
     three_da: StrictBool = True
-    vqgan: Path | None = None
-    indexer: Path | None = None
-    flow: Path | None = None
-    vgg19: Path | None = None
+    vqgan: yaml_file.LocalPath | None = None
+    indexer: yaml_file.LocalPath | None = None
+    flow: yaml_file.LocalPath | None = None
+    vgg19: yaml_file.LocalPath | None = None
     untrained: tuple[Literal["flow", "vgg19"], ...] = ()
     alone: StrictBool = False
-    start: Path | None = None
+    start: yaml_file.LocalPath | None = None
 
 
 class LossConfig(_Model):
@@ -125,9 +125,9 @@ class LossConfig(_Model):
     adversarial_from: Annotated[StrictInt, Field(ge=0)] = 40_000
     critic_width: Steps = 64
     reference: Weight = 0.0
-    vgg: Path | None = None
+    vgg: yaml_file.LocalPath | None = None
     perceptual: Weight = 0.0
-    lpips_alex: Path | None = None
+    lpips_alex: yaml_file.LocalPath | None = None
 
     @model_validator(mode="after")
     def _files(self) -> LossConfig:
@@ -145,7 +145,7 @@ class StageConfig(_Model):
     """
 
     stage: Literal["flow", "vqgan", "indexer", "network"]
-    output: Path
+    output: yaml_file.LocalPath
     data: DataConfig
     network: NetworkConfig
     losses: LossConfig = LossConfig()
@@ -159,12 +159,12 @@ class StageConfig(_Model):
     revive_every: Annotated[StrictInt, Field(ge=0)] = 0
     flow_shift: Weight = 16.0
     flow_bend: Weight = 4.0
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     validate_every: Steps = 5000
     checkpoint_every: Steps = 5000
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Steps = 1
-    threads: Steps | None = None
+    threads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
     precision: Precision | None = None
     half: StrictBool = False
     card: StrictStr = ""
@@ -239,7 +239,7 @@ def load(path: str | Path) -> StageConfig:
             elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
                 changed[key] = tuple(absolute(item, (*place, key, i)) for i, item in enumerate(value))
             elif isinstance(value, Path):
-                changed[key] = base / value.expanduser()
+                changed[key] = base / value
             elif key in ("url", "lr") and value is not None:
                 try:
                     changed[key] = urls.normalise(value, base)

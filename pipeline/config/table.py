@@ -51,16 +51,16 @@ class VolumeConfig(_Model):
 class WeightsConfig(_Model):
     """Files with the weights of the perceptual metrics. Those that are not named are fetched from the internet."""
 
-    lpips_alex: Path | None = None
-    vgg16: Path | None = None
-    dists: Path | None = None
+    lpips_alex: yaml_file.LocalPath | None = None
+    vgg16: yaml_file.LocalPath | None = None
+    dists: yaml_file.LocalPath | None = None
 
 
 class TableConfig(_Model):
     """One table.yaml."""
 
     volumes: Annotated[tuple[VolumeConfig, ...], Field(min_length=1)]
-    output: Path
+    output: yaml_file.LocalPath
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("psnr", "ssim")
     weights: WeightsConfig = WeightsConfig()
 
@@ -96,11 +96,7 @@ def load(path: str | Path) -> TableConfig:
     if problems:
         raise ConfigError(problems)
     files = {
-        key: base / value.expanduser()
-        for key in WeightsConfig.model_fields
-        if (value := getattr(config.weights, key)) is not None
+        key: base / value for key in WeightsConfig.model_fields if (value := getattr(config.weights, key)) is not None
     }
     weights = config.weights.model_copy(update=files)
-    return config.model_copy(
-        update={"volumes": volumes, "weights": weights, "output": base / config.output.expanduser()}
-    )
+    return config.model_copy(update={"volumes": volumes, "weights": weights, "output": base / config.output})

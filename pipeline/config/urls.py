@@ -16,6 +16,8 @@ SCHEMES = ("file", "s3", "s3+https", "s3+http", "gs", "http", "https")
 FORMATS = ("zarr", "zarr2", "zarr3", "n5", "precomputed")
 _PIPED = {name: name for name in FORMATS[:-1]} | {"neuroglancer-precomputed": "precomputed"}
 """Formats as Neuroglancer writes them after a url, and as they are written before one."""
+MAX_NAME_BYTES = 255
+"""Of one name in a path, on every file system of Linux."""
 
 
 def split_format(url: str) -> tuple[str | None, str]:
@@ -53,7 +55,7 @@ def normalise(url: str, base: Path) -> str:
     if not sep:
         if not rest.strip():
             raise UserError(f"url {url!r} has no path", "a path or file://, s3://, gs://, https:// URL")
-        return prefix + "file://" + quote(os.path.normpath(base / Path(rest).expanduser()))
+        return prefix + "file://" + quote(os.path.normpath(base / _expanded(rest)))
     if scheme not in SCHEMES:
         known = ", ".join(f"{s}://" for s in SCHEMES + FORMATS)
         raise UserError(f"url {redacted(url)!r} starts with {scheme}://", f"a plain path or one of {known}")
@@ -78,8 +80,25 @@ def normalise(url: str, base: Path) -> str:
             "Give credentials by the environment, not in the URL",
         )
     if scheme == "file":
-        return prefix + "file://" + quote(os.path.normpath(unquote(parts.path)))
+        return prefix + "file://" + quote(os.path.normpath(_expanded(unquote(parts.path))))
     return prefix + rest.rstrip("/")
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UserError(f"url {path[:80]!r}", str(error)) from None
+
+
+def expanded(path: str) -> Path:
+    """A path of this machine with `~` replaced. Raises ValueError, which says what is wanted, where none can be so."""
+    if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in path.split("/")):
+        raise ValueError(f"a path whose names have at most {MAX_NAME_BYTES} bytes")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError("a path written out, as this machine knows no home for its ~") from None
 
 
 def bucket_and_path(url: str) -> tuple[str, str]:

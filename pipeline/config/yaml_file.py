@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pipeline.base.errors import ConfigError
 from pipeline.base.limits import MAX_PROBLEMS, MAX_YAML_BYTES, MAX_YAML_DEPTH, MAX_YAML_VALUES
 from pipeline.base.waits import waiting
+from pipeline.config import urls
 
 MODEL = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 """pydantic's settings for all configuration models: unknown keys are errors, values cannot be changed after reading."""
@@ -61,7 +62,21 @@ def parse_bytes(value: object) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2) or ""])
 
 
+def _local(value: object) -> object:
+    """A path as it is written -> with `~` replaced. ValueError where it can be none of this machine."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip() or not value.isprintable():
+        raise ValueError("a path, of printable letters")
+    if "://" in value:
+        raise ValueError("a path on this machine, not a URL")
+    if re.search(r"\$[\w{]", value):
+        raise ValueError("a path written out: $NAME is not replaced, ~ is")
+    return urls.expanded(value)
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+LocalPath = Annotated[Path, BeforeValidator(_local)]
 
 
 def read(path: Path, model: type[M], kind: str) -> tuple[M, dict[KeyPath, int]]:

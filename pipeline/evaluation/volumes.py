@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.base.errors import DataError, UserError
+from pipeline.base.errors import DataError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.table import VolumeConfig
 from pipeline.config.volume import FillConfig, MaskConfig
 from pipeline.evaluation import scored_voxels
 from pipeline.evaluation.place import SAME, Place, place
 from pipeline.evaluation.scored_voxels import Valid, Written
-from pipeline.storage.sources.open import open_mask, open_scored
+from pipeline.storage.sources.open import open_mask, open_scored, reached
 from pipeline.storage.volume import Source, Uint8Array
 
 SR, BICUBIC = "SR", "bicubic"
@@ -92,7 +92,7 @@ class ScoredVolume:
     def _masked(self, mask: Source, z: int, box: Box) -> Valid:
         try:
             return scored_voxels.masked(mask, self.sr.info, z, box)
-        except DataError as error:
+        except (DataError, TransientError) as error:
             raise UserError(f"the mask of section {z} cannot be read: {error}") from None
 
 
@@ -105,7 +105,8 @@ def open_volume(config: VolumeConfig, index: int = 0) -> ScoredVolume:
 
     def opened(key: str, url: str) -> Source:
         invert = config.invert and key != "sr"
-        return open_scored(url, config.intensity_window, invert, fill, _keys(here, key))
+        with reached(f"{here}.{key}"):
+            return open_scored(url, config.intensity_window, invert, fill, _keys(here, key))
 
     if config.sr == config.gt:
         raise UserError(f"{config.name}: sr and gt are one volume, {config.sr}", "two", "Name its own truth")
@@ -124,7 +125,8 @@ def open_volume(config: VolumeConfig, index: int = 0) -> ScoredVolume:
     mask = None
     if config.mask is not None:
         rule = MaskConfig(url=config.mask, missing_chunks=config.missing_chunks)
-        mask = open_mask(rule, sr.info, _keys(here, "mask"))
+        with reached(f"{here}.mask"):
+            mask = open_mask(rule, sr.info, _keys(here, "mask"))
     sections = _sections(config, found, sr.info.bounds.shape.z)
     written = scored_voxels.written(sr.info)
     if written is not None:
@@ -188,7 +190,7 @@ def _read(source: Source, box: Box) -> Uint8Array:
     """One section of the voxels of `box`, which are counted from the volume's first, as (y, x)."""
     try:
         whole = source.read(box.shift(source.info.bounds.start))
-    except DataError as error:
+    except (DataError, TransientError) as error:
         raise UserError(
             f"section {box.start.z} of {source.info.url} cannot be read: {error}",
             "",

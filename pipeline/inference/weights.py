@@ -52,7 +52,7 @@ def _cached(url: str, sha256: str | None) -> Path:
             "the sha256 of the file",
             "State it, so that every worker runs the same weights",
         )
-    folder = Path(os.environ.get("EMSR_CACHE", Path.home() / ".cache" / "emsr"))
+    folder = _cache_folder()
     path = folder / f"{sha256}{Path(url).suffix}"
     try:
         with waiting(str(path)):
@@ -69,6 +69,16 @@ def _cached(url: str, sha256: str | None) -> Path:
         why = getattr(error, "saw", str(error))
         raise NetworkError(f"fetched weights cannot be kept: {why}", "", "EMSR_CACHE can name another folder") from None
     return path
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get("EMSR_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "emsr"
+    except RuntimeError:
+        raise NetworkError(
+            "this user has no home folder, where fetched weights are kept", "", "EMSR_CACHE can name another folder"
+        ) from None
 
 
 def _fetch(url: str, sha256: str) -> bytes:

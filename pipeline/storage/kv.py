@@ -64,7 +64,7 @@ def spec(url: str) -> dict[str, Any]:
             "config_file": os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
         }
         out["aws_credentials"] = {"type": "profile", "profile": access.profile} | {
-            key: str(Path(path).expanduser()) for key, path in where.items()
+            key: os.path.expanduser(path) for key, path in where.items()
         }
     elif os.environ.get("AWS_ACCESS_KEY_ID"):
         # Said so that tensorstore does not look for profile files and log that they are absent.

@@ -58,6 +58,7 @@ _DENIED_S3 = (
     "ask: mount it (mount-s3 --requester-pays) or copy it (aws s3 sync --request-payer requester)"
 )
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_PATH = {errno.ELOOP, errno.ENAMETOOLONG}
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"}
 
 
@@ -83,6 +84,8 @@ def classify(error: BaseException, what: str) -> EmsrError:
             "",
             "Free some space there, then run the same command again: what is written is kept",
         )
+    if number in _NO_PATH:
+        return folder_refuses(number, what)
     if _PAYER.search(reason):
         return UserError(
             f"{what}: readers pay for this bucket",

@@ -42,7 +42,7 @@ def read(folder: Path, device: torch.device) -> tuple[State | None, list[str]]:
     """
     complaints: list[str] = []
     for path in (folder / NAME, folder / BEFORE):
-        if not path.exists():
+        if not os.path.lexists(path):  # a link that leads nowhere is a checkpoint that is lost
             continue
         try:
             state = _load(path, device)

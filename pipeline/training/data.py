@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from models.degrade import degrade
 from models.training.crops import Volume
-from pipeline.base.errors import DataError, UserError
+from pipeline.base.errors import DataError, TransientError, UserError
 from pipeline.base.geometry import ZYX, Box
 from pipeline.config.stage import VolumeConfig
 from pipeline.config.volume import SourceConfig
-from pipeline.storage.sources.open import open_source
+from pipeline.storage.sources.open import open_source, reached
 from pipeline.storage.volume import Source, Uint8Array
 
 IN_MEMORY = 4 << 30
@@ -56,21 +57,17 @@ def shared_sections(train: list[OpenVolume], validate_on: list[OpenVolume]) -> i
     return sum(bool(names(o, z, voxels) & seen) for o in validate_on for z, voxels in o.sections.items())
 
 
-def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budget: int = IN_MEMORY) -> OpenVolume:
-    """The sections of one entry of data.train or data.validate_on. Raises UserError where they cannot serve.
+def open_volume(
+    config: VolumeConfig, scale: int, sections: int, crop: int, budget: int = IN_MEMORY, here: str = "data.train.0"
+) -> OpenVolume:
+    """The sections of the entry `here` of stage.yaml. Raises UserError where they cannot serve.
 
     `sections` and `crop` are what one sample takes, in HR voxels. Volumes of up to `budget` bytes are held in memory.
     """
-    source = open_source(
-        SourceConfig(
-            url=config.url,
-            mip=config.mip,
-            array=config.array,
-            intensity_window=config.intensity_window,
-            invert=config.invert,
-            missing_chunks=config.missing_chunks,
-        )
-    )
+    names = _keys(here) | {key: f"{here}.{key}" for key in ("url", "mip", "array")}
+    stated = _source(config, url=config.url, mip=config.mip, array=config.array)
+    with reached(f"{here}.url"):
+        source = open_source(stated, names, sized=False)
     whole = source.info.bounds.shape
     first, stop = config.sections or (0, whole.z)
     if stop > whole.z:
@@ -86,7 +83,7 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
     shape = (stop - first, whole.y, whole.x)
     lr = None
     if config.lr is not None:
-        lr = _reader(_open_lr(config, whole, scale), first)
+        lr = _reader(_open_lr(config, whole, scale, here), first)
         shape = (shape[0], whole.y // scale * scale, whole.x // scale * scale)
     if min(shape[1:]) < crop:
         raise UserError(
@@ -96,7 +93,7 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
         )
     hr, held = _reader(source, first), bool(np.prod(shape) <= budget)
     if held:
-        hr = _in_memory(hr, shape, config.url)
+        hr = _in_memory(hr, shape)
     good, digests = _usable(hr, shape, {z - first for z in config.bad_sections}, config.url, held)
     if lr is not None:
         z, (y, x) = int(np.flatnonzero(good)[good.sum() // 2]), shape[1:]
@@ -114,19 +111,32 @@ def open_volume(config: VolumeConfig, scale: int, sections: int, crop: int, budg
     return OpenVolume(config, volume, usable, _digest_of(lr, [z - first for z in usable], shape, scale) if lr else "")
 
 
-def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
+def _keys(here: str) -> dict[str, str]:
+    """What messages call those keys of a source that HR and LR have in common."""
+    return {key: f"{here}.{key}" for key in ("intensity_window", "missing_chunks")}
+
+
+def _source(config: VolumeConfig, **place: Any) -> SourceConfig:
+    return SourceConfig(
+        **place,
+        intensity_window=config.intensity_window,
+        invert=config.invert,
+        missing_chunks=config.missing_chunks,
+    )
+
+
+def _open_lr(config: VolumeConfig, hr: ZYX, scale: int, here: str) -> Source:
     """The LR volume that config.lr names. Raises UserError where its shape is not that of HR, y and x divided by
     `scale`.
     """
     assert config.lr is not None
-    source = open_source(
-        SourceConfig(
-            url=config.lr,
-            intensity_window=config.intensity_window,
-            invert=config.invert,
-            missing_chunks=config.missing_chunks,
-        )
-    )
+    names = _keys(here) | {
+        "url": f"{here}.lr",
+        "mip": f"{here}.lr's level (the first)",
+        "array": f"{here}.lr, with its path appended",
+    }
+    with reached(f"{here}.lr"):
+        source = open_source(_source(config, url=config.lr), names, sized=False)
     found, wanted = source.info.bounds.shape, ZYX(hr.z, hr.y // scale, hr.x // scale)
     if found != wanted:
         raise UserError(
@@ -138,23 +148,25 @@ def _open_lr(config: VolumeConfig, hr: ZYX, scale: int) -> Source:
 
 
 def _reader(source: Source, first: int) -> Read:
+    """Reads of `source`, with z counted from its section `first`. They raise UserError where voxels cannot be had."""
     origin = source.info.bounds.start + ZYX(first, 0, 0)
 
     def read(z: slice, y: slice, x: slice) -> Uint8Array:
-        return source.read(Box(origin + ZYX(z.start, y.start, x.start), origin + ZYX(z.stop, y.stop, x.stop)))
+        box = Box(origin + ZYX(z.start, y.start, x.start), origin + ZYX(z.stop, y.stop, x.stop))
+        try:
+            return source.read(box)
+        except (DataError, TransientError) as error:
+            raise UserError(
+                f"{source.info.url} cannot be read: {error}",
+                "a volume that is there, without holes",
+                "Mend it, leave those sections out, or state missing_chunks beside its url",
+            ) from None
 
     return read
 
 
-def _in_memory(read: Read, shape: tuple[int, int, int], url: str) -> Read:
-    try:
-        whole = read(*(slice(0, n) for n in shape))
-    except DataError as error:
-        raise UserError(
-            f"{url} cannot be read whole: {error}",
-            "a volume without holes",
-            "Mend it, leave those sections out, or state missing_chunks beside its url",
-        ) from None
+def _in_memory(read: Read, shape: tuple[int, int, int]) -> Read:
+    whole = read(*(slice(0, n) for n in shape))
     return lambda z, y, x: whole[z, y, x]
 
 

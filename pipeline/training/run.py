@@ -27,7 +27,7 @@ from pipeline.process import device
 from pipeline.training import checkpoint, devices, processes
 from pipeline.training.data import OpenVolume, open_volume, shared_sections
 from pipeline.training.log import Log
-from pipeline.training.run_folder import check_space, held, writing
+from pipeline.training.run_folder import check_space, held, refuse_lost_checkpoint, writing
 from pipeline.training.sample_waits import SampleWaits
 from pipeline.training.stage import contents, prepare, save
 
@@ -60,6 +60,8 @@ def run(config: StageConfig) -> int:
         found, complaints = checkpoint.read(config.output, torch.device("cpu"))
         for line in complaints:
             print(f"emsr: {line}; the checkpoint before it is used", file=sys.stderr)
+        if found is None:
+            refuse_lost_checkpoint(config.output)
         prepared = with_precision(prepared, found)
         changed = {} if found is None else _changes(prepared, found)
         with processes.others(prepared.config, bool(prepared.gpus)), devices.memory(config):
@@ -109,8 +111,14 @@ def prepare_run(config: StageConfig) -> Prepared:
     check_output(config.output, [u for v in (*data.train, *data.validate_on) for u in (v.url, v.lr) if u is not None])
     stage = _checked(lambda: prepare(config))
     devices.check_memory(config, stage.sections)
-    train = [open_volume(volume, scale, stage.sections, 2 * data.drift + data.crop) for volume in data.train]
-    validate_on = [open_volume(volume, scale, stage.validated, 4 * scale) for volume in data.validate_on]
+    train = [
+        open_volume(volume, scale, stage.sections, 2 * data.drift + data.crop, here=f"data.train.{i}")
+        for i, volume in enumerate(data.train)
+    ]
+    validate_on = [
+        open_volume(volume, scale, stage.validated, 4 * scale, here=f"data.validate_on.{i}")
+        for i, volume in enumerate(data.validate_on)
+    ]
     crops = Crops(
         [opened.volume for opened in train],
         stage.sections,

@@ -20,6 +20,9 @@ from pipeline.training import checkpoint
 LOCK = "lock"
 KEPT = 3
 """Checkpoints that exist while one is written: itself, the one that it follows, and the one before that."""
+FILES = (LOCK, checkpoint.NAME, checkpoint.BEFORE, checkpoint.UNFINISHED, "metrics.jsonl")
+FOLDERS = ("tensorboard", "samples")
+LAST = "last.safetensors"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -29,6 +32,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises UserError where the folder cannot be written, or another run holds it.
     """
+    _refuse_others(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
@@ -54,6 +58,30 @@ def held(folder: Path) -> Iterator[None]:
             for left in folder.glob("*.unfinished"):  # by a run that was killed
                 left.unlink()
         yield
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise UserError where something else stands at the name of a file or folder that a run writes."""
+    files = {folder / name for name in FILES} | {*folder.glob("*.safetensors"), *folder.glob("*.unfinished")}
+    others = [path for path in files if path.exists() and not path.is_file()]
+    others += [path for path in (folder / name for name in FOLDERS) if path.exists() and not path.is_dir()]
+    if others:
+        kind = "a folder" if others[0].name in FOLDERS else "a file"
+        raise UserError(
+            f"{others[0]} is not {kind}", "what a training writes there", "Move it away, or give another output"
+        )
+
+
+def refuse_lost_checkpoint(folder: Path) -> None:
+    """Raise UserError where an earlier run has left its weights in `folder`, and there is no checkpoint to go on from:
+    a new one would write over them.
+    """
+    if (folder / LAST).exists():
+        raise UserError(
+            f"{folder} has {LAST} of an earlier training and no checkpoint to go on from",
+            "both, or neither",
+            f"Put {checkpoint.NAME} back, give another output, or move the weights away to begin anew",
+        )
 
 
 def check_space(folder: Path, checkpoint_bytes: int, weights_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -70,9 +71,9 @@ def open_stack(path: str | Path) -> Stack:
     Raises SourceError where nothing is there, where files differ in shape or type, are not grey of uint8 or uint16, or
     cannot be read.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     with waiting(str(path)):
-        is_folder, exists = path.is_dir(), path.exists()
+        is_folder, exists = os.path.isdir(path), os.path.exists(path)
     if is_folder:
         return _open_folder(path)
     if not exists:

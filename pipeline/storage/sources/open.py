@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from pipeline.base.errors import SourceError, UserError
+from pipeline.base.errors import SourceError, TransientError, UserError
 from pipeline.base.waits import waiting
 from pipeline.config import access
 from pipeline.config.urls import local_path, normalise, split_format
@@ -48,20 +49,24 @@ _KEY = re.compile(r"(?<![\w/.])source\.(\w+)")
 _MASK_KEYS = {name: f"source.mask.{name}" for name in ("url", "mip", "missing_chunks")}
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, keys: Mapping[str, str] = MappingProxyType({}), sized: bool = True) -> Source:
     """The volume of `config.url`. Reads metadata only, but where a window is wanted that the error can propose.
 
-    Raises SourceError, TransientError.
+    `keys` has, by key of volume.yaml's source, what messages call it where the file is another one. `sized` says that a
+    voxel size is needed. Raises SourceError, TransientError.
     """
-    url = _absolute(config.url)
-    access.use(url, config.access)
-    level = _find(url, config.mip, config.array)
-    to_uint8 = grey_values.mapping(level, config.intensity_window, config.invert)
-    info = _info(level, _voxel_size(level, config.voxel_size_nm, "source.voxel_size_nm"))
-    info = dataclasses.replace(info, unstored=_unstored(level, to_uint8))
-    fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
-    refuse_server(level, fill, "source.missing_chunks")
-    return VolumeSource(info, level, level.opener(level), to_uint8, fill)
+    missing = keys.get("missing_chunks", "source.missing_chunks")
+    with _named(keys):
+        url = _absolute(config.url)
+        access.use(url, config.access)
+        level = _find(url, config.mip, config.array)
+        to_uint8 = grey_values.mapping(level, config.intensity_window, config.invert)
+        any_size = level.voxel_size_nm or (1.0, 1.0, 1.0)
+        size = _voxel_size(level, config.voxel_size_nm, "source.voxel_size_nm") if sized else any_size
+        info = dataclasses.replace(_info(level, size), unstored=_unstored(level, to_uint8))
+        fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
+        refuse_server(level, fill, missing)
+        return VolumeSource(info, level, level.opener(level), to_uint8, fill, key=missing)
 
 
 def open_scored(
@@ -102,6 +107,15 @@ def open_mask(config: MaskConfig, like: VolumeInfo, keys: Mapping[str, str] = _M
     fill = config.missing_chunks.fill if isinstance(config.missing_chunks, FillConfig) else None
     refuse_server(level, fill, keys["missing_chunks"])
     return VolumeSource(info, level, level.opener(level), _non_zero, fill, key=keys["missing_chunks"])
+
+
+@contextmanager
+def reached(key: str) -> Iterator[None]:
+    """Within the block, a store that does not answer is a mistake in the url that `key` names."""
+    try:
+        yield
+    except TransientError as error:
+        raise SourceError(f"{key} cannot be reached: {error}", "", "Check the url and the network") from None
 
 
 @contextmanager
