@@ -310,7 +310,7 @@ def test_bad_workers_that_come_late_are_set_aside(tmp_path: Path, cluster: Clust
     write_lr(tmp_path / "em.zarr", texture(SHAPE))
     cluster.join("good")
     cluster.wait_for(1)
-    path = cluster.yaml("em.zarr", "out/sr.zarr", work__requests_per_second={"write": 5})
+    path = cluster.yaml("em.zarr", "out/sr.zarr", work__requests_per_second={"write": 20})
     command = [sys.executable, "-m", "pipeline.run", str(path)]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as client:
         wait_until((tmp_path / "out/sr.zarr/0/c").exists)
