@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import threading
@@ -285,6 +286,46 @@ def test_many_quarantined_tasks_are_put_together(tmp_path: Path, clock: Clock) -
     again.load()
     assert again.counts() == {"pending": 0, "written": 1000, "skipped": 0, "quarantined": 2000}
     assert again.why(1999).error == "E: 1999"
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.plan.receipt import QUARANTINED, Receipt
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import MAX_REASONS, Ledger
+
+class Ends(Store):
+    def put(self, key, value):
+        if "segment-0000000002" in key:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().put(key, value)
+
+ledger = Ledger(Ends(sys.argv[1]), "d" * 64, 1000, "r")
+ledger.record(Receipt(i, QUARANTINED, error=f"E: {i}") for i in range(3 * MAX_REASONS))
+ledger.flush()
+"""
+
+
+def test_a_client_killed_between_reasons_and_their_segment_leaves_tasks_to_do(tmp_path: Path) -> None:
+    """The reasons of the second batch are there; its tasks are pending, and what they become then is what counts."""
+    url = f"file://{tmp_path}"
+    done = subprocess.run([sys.executable, "-c", KILLED, url], cwd=REPOSITORY, check=False)
+    assert done.returncode == -signal.SIGKILL
+    again = Ledger(Store(url), "d" * 64, 1000, "s")
+    again.load()
+    assert list(again.indices(QUARANTINED, range(1000))) == list(range(MAX_REASONS))
+    assert again.why(2 * MAX_REASONS - 1).error == f"E: {2 * MAX_REASONS - 1}"
+    again.record([Receipt(MAX_REASONS, WRITTEN), Receipt(MAX_REASONS + 1, QUARANTINED, error="other")])
+    again.flush()
+    last = Ledger(Store(url), "d" * 64, 1000, "t")
+    last.load()
+    assert last.counts() == {
+        "pending": 1000 - MAX_REASONS - 2,
+        "written": 1,
+        "skipped": 0,
+        "quarantined": MAX_REASONS + 1,
+    }
+    assert last.why(MAX_REASONS + 1).error == "other"
 
 
 def test_a_snapshot_tells_nothing_that_no_segment_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
