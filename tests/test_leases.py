@@ -339,7 +339,7 @@ def test_the_ramp_steps_back_where_the_store_refuses_and_then_rises_slowly() -> 
 
 
 def test_no_rise_undoes_a_step_back_before_its_effect_is_known() -> None:
-    """A store that is asked for too much makes leases slow: they take an hour, in which the old rise fills all slots."""
+    """A store that is asked for too much makes leases slow: in the hour that they take all slots could fill again."""
     slots, ramp, now, out = 30_000, Ramp(0.0), FULL_S, 30_000.0
     assert ramp.limit(now, slots) == out
     for _ in range(5):
