@@ -1,13 +1,16 @@
 """Counts what one client takes of a core with ten thousand workers: CPU of its own code per answer, bytes of its lock.
 
-    python benchmarks/client_at_size.py [workers=10000] [answers=3000]
+    python benchmarks/client_at_size.py [workers=10000] [answers=3000] [out=2*workers]
+    PYTHONPATH=CHECKOUT python benchmarks/client_at_size.py 10000 300 300    # of another commit, as of a12ac8e
 
 Crew, exam, leases, ledger, lock, progress and receipts are the real ones, wired as `emsr run` wires them; so is what a
 worker makes of a lease, but for the task. Dask's scheduler and its client are stood in for: questions are answered at
 once, with what a real scheduler would send of so many workers, packed as it packs it. The clock is one that goes on by
 a hundredth of a second with every answer, as ten thousand workers give a hundred a second, so that the result does not
-depend on what else the machine does. Measured is the CPU time of the main thread once every thread has a lease. What
-Dask takes itself: benchmarks/scheduler_at_size.py.
+depend on what else the machine does. Measured is the CPU time of the main thread once `out` leases are out: without it,
+once every thread has one. What Dask takes itself: benchmarks/scheduler_at_size.py.
+
+A commit before bd38923 has no function of its own for what is called after every answer; what it did is said below.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ from distributed import Client, LocalCluster
 from distributed.protocol import dumps, loads
 from noop_slabs import planned
 
+from pipeline import run as command
 from pipeline.config import urls
 from pipeline.plan.receipt import WRITTEN, Receipt
-from pipeline.run import callback
 from pipeline.schedule import exam as exam_module
 from pipeline.schedule import results
 from pipeline.schedule.crew import Crew
@@ -145,7 +148,25 @@ class _Enough(Exception):
     pass
 
 
-def measure(workers: int, answers: int, worker: dict[str, Any], folder: str) -> dict[str, Any]:
+def _callback_until_bd38923(progress: RunProgress, lock: TargetLock) -> Callable[[RunTotals], None]:
+    """The lines of a12ac8e's pipeline/run.py, which were inside of what runs a whole target."""
+    told = 0.0
+
+    def show(totals: RunTotals) -> None:
+        nonlocal told
+        progress.update(totals)
+        totals.dropped_lines = progress.dropped
+        if time.monotonic() - told > command.TELL_S:
+            told = time.monotonic()
+            command._tell(lock, totals)
+
+    return show
+
+
+callback = getattr(command, "callback", _callback_until_bd38923)
+
+
+def measure(workers: int, answers: int, out_at_first: int, worker: dict[str, Any], folder: str) -> dict[str, Any]:
     time.monotonic = clock = Clock()  # type: ignore[assignment]
     scheduler = Scheduler(workers, worker)
     client: Any = scheduler
@@ -164,25 +185,29 @@ def measure(workers: int, answers: int, worker: dict[str, Any], folder: str) -> 
             crew.settle()
     out: dict[str, Any] = {
         "workers": workers,
+        "leases_out": out_at_first or crew.capacity().threads,
         "exam_cpu_ms_per_worker": round(1e3 * (time.thread_time() - began) / workers, 2),
     }
     lock.acquire()
     ledger = Ledger(store, job.digest, job.plan.tasks, "bench", lock.hold)
     run = RunState(exam.job, ledger, lock)
     marks: list[tuple[float, float, int]] = []
-    began_run, slots = clock.now, crew.capacity().threads
+    answered = 0
+    began_run, wanted = clock.now, out_at_first or crew.capacity().threads
     with (Path(folder) / "progress").open("w") as stream, RunProgress(ledger.tasks, 0, stream) as progress:
         show = callback(progress, lock)
 
         def watch(totals: RunTotals) -> None:
+            nonlocal answered
             show(totals)
-            if not marks and len(scheduler.due) >= slots:
-                out["s_until_every_thread_has_a_lease"] = round(clock.now - began_run)
-                marks.append((time.thread_time() - scheduler.own_s, clock.now, totals.results))
-            elif marks and totals.results - marks[0][2] >= answers:
-                marks.append((time.thread_time() - scheduler.own_s, clock.now, totals.results))
+            if not marks and len(scheduler.due) >= wanted:
+                out["s_until_so_many_leases_are_out"] = round(clock.now - began_run)
+                marks.append((time.thread_time() - scheduler.own_s, clock.now, answered))
+            elif marks and answered - marks[0][2] >= answers:
+                marks.append((time.thread_time() - scheduler.own_s, clock.now, answered))
                 raise _Enough
             clock.now += 1 / LEASES_PER_S
+            answered += 1
             scheduler.answer_next()
 
         with suppress(_Enough):
@@ -207,8 +232,8 @@ def known_worker() -> dict[str, Any]:
 if __name__ == "__main__":
     import client_at_size  # its functions are pickled by this name
 
-    workers, answers = (int(a) for a in sys.argv[1:] + ["10000", "3000"][len(sys.argv) - 1 :])
+    workers, answers, most = (int(a) for a in sys.argv[1:] + ["10000", "3000", "0"][len(sys.argv) - 1 :])
     worker = known_worker()
     for count in sorted({100, workers}):
         with tempfile.TemporaryDirectory() as folder:
-            print(client_at_size.measure(count, answers, worker, folder), flush=True)
+            print(client_at_size.measure(count, answers, min(most, THREADS * count), worker, folder), flush=True)

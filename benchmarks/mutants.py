@@ -156,7 +156,8 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
     ],
     ("pipeline/schedule/ramp.py", LEASES): [
         ("max(0.0, now - self._risen_at)", "now"),
-        ("self._pace, self._risen_at = SLOWER, now", "self._pace = SLOWER"),
+        ("self._stepped_back, self._risen_at = True, now", "self._stepped_back = True"),
+        ("SLOWER * self._limit / max(LOOK_S, self._lease_s)", "SLOWER * per_s"),
         ("BACK * min(self._limit, out)", "BACK * self._limit"),
         ("        if now < self._weighed_at:\n            return\n", ""),
         ("self._refused > MAX_REFUSED * self._tasks", "self._refused >= MAX_REFUSED * self._tasks"),

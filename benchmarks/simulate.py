@@ -1,13 +1,13 @@
 """Simulates a run on ten thousand workers: the scheduler's own code with an event queue in place of Dask.
 
-    python benchmarks/simulate.py [gpu|cpu|spot|refused|budget|steep]
+    python benchmarks/simulate.py [gpu|cpu|spot|refused|budget|steep] [small]
 
 The job is FAFB at x8 (benchmarks/parts/fafb.py). Workers come over time, die, reach their walltime, are slow or hang.
 The store refuses writes whose rate grows too fast. `pipeline.schedule.leases` and `ramp` decide as in a real run, and
 the ledger is the real one. Simulated are Dask (a lease goes to whichever thread is free; that of a dead worker to
 another, up to the allowed failures), workers and the store; the exam of workers and what the client computes are left
-out (benchmarks/client_at_size.py). Printed are days, requests and lost work. tests/test_simulate.py checks the model
-against a real run.
+out (benchmarks/client_at_size.py). `small` is a twentieth of workers and store, and 40,000 slabs, none of them skipped.
+Printed are days, requests and lost work. tests/test_simulate.py checks the model against a real run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from dataclasses import dataclass, field, replace
 
 from parts import fafb
 
+from pipeline.base.geometry import ZYX, Box
 from pipeline.config.volume import TargetConfig
+from pipeline.plan.lattice import Lattice
 from pipeline.plan.plan import Plan
 from pipeline.plan.price import input_voxels
 from pipeline.plan.receipt import QUARANTINED, SKIPPED, WRITTEN, Receipt
@@ -350,8 +352,22 @@ def show(scenario: Scenario, result: Result) -> None:
         print(f"  {name:<11}{line}", flush=True)
 
 
+def small(scenario: Scenario) -> tuple[Plan, Scenario]:
+    """A twentieth of it, on 4,000 columns of ten slabs."""
+    box = Box.of((0, 0, 0), (10, 8, 32_000))
+    few = replace(scenario, workers=scenario.workers // 20, store_per_s=scenario.store_per_s / 20)
+    return Plan(box, box, ZYX(1, 8, 8), 8, Lattice(8, 0, 1, "edge"), (), None), few
+
+
 def main(names: list[str]) -> None:
     plan = fafb.plan_of(8, TargetConfig(url="x"))
+    if "small" in names:
+        for name, scenario in scenarios(plan).items():
+            if name in names:
+                columns, few = small(scenario)
+                print(name, "small")
+                show(few, simulate(columns, few))
+        return
     columns = [fafb.is_tissue(plan, column * plan.grid.z) for column in range(plan.slabs // plan.grid.z)]
     for name, scenario in scenarios(plan).items():
         if name in names or not names:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from distributed import LocalCluster
 from hypothesis import given
 from hypothesis import strategies as st
 from sleepy import job_of
@@ -20,6 +23,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 from client_at_size import Clock, Scheduler
 
 from pipeline.base.errors import ClusterError
+from pipeline.cluster.patient_client import PatientClient
 from pipeline.plan.receipt import QUARANTINED, WRITTEN, Receipt
 from pipeline.process import descriptors
 from pipeline.run import callback
@@ -75,6 +79,73 @@ class Enough(Exception):
     pass
 
 
+class Slow(Scheduler):
+    """Takes two seconds to say who is there, as one does whose machine is loaded."""
+
+    def __init__(self, count: int, clock: Clock) -> None:
+        super().__init__(count, WORKER)
+        self._clock, self.asked = clock, 0
+
+    def nthreads(self) -> Any:
+        self._clock.now += 2
+        self.asked += 1
+        return super().nthreads()
+
+    def say(self, **message: Any) -> None:
+        self._topics["all"]((0.0, message))
+
+
+def test_workers_that_were_asked_to_end_are_gone_at_once(tmp_path: Path, clock: Clock) -> None:
+    """A batch system scales down, or somebody retires the workers: no look at all of them has to find it out.
+
+    Nobody's tasks are blamed on it. What other users say under that name is no worker's end.
+    """
+    slow = Slow(2, clock)
+    scheduler: Any = slow
+    in_flight = InFlight(scheduler, job_of(str(tmp_path), 10, 1), write_all, crew := Crew(scheduler))
+    assert in_flight.capacity().workers == 2
+    asked = slow.asked
+    gone = list(crew.fit_addresses())
+    slow.say(action="remove-worker", comment="mine")
+    for address in gone:
+        slow.say(action="remove-worker", worker=address, expected=True, **{"processing-tasks": ("k",)})
+    assert in_flight.collect(0.0) == []
+    assert (in_flight.capacity().workers, slow.asked) == (0, asked)
+    assert not in_flight._deaths._open
+
+
+def test_a_client_that_is_too_busy_to_leave_in_time_does_not_fail() -> None:
+    """Twenty thousand leases are cancelled at the end of a run; what was written is written however long that takes."""
+    free = threading.Event()
+    with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+        client = PatientClient(cluster, set_as_default=False)
+        client.loop.add_callback(free.wait)
+        client.close(timeout=0.1)
+        assert client.status == "closing"
+        free.set()
+
+
+def test_while_no_worker_can_be_used_slow_looks_are_not_put_off(clock: Clock) -> None:
+    """With workers, looks that take two seconds are ten seconds apart. Without any the one that comes is waited for."""
+    slow = Slow(0, clock)
+    scheduler: Any = slow
+    crew = Crew(scheduler)
+    for _ in range(40):
+        clock.now += 0.1
+        crew.look()
+    assert slow.asked >= 2
+    slow._threads = Scheduler(3, WORKER)._threads
+    slow._known = Scheduler(3, WORKER)._known
+    while not crew.capacity().workers:
+        clock.now += 0.1
+        crew.look()
+    slow.asked, began = 0, clock.now
+    while clock.now - began < MAX_WAIT_S - 1:
+        clock.now += 0.1
+        crew.look()
+    assert slow.asked <= 1
+
+
 def test_an_answer_costs_no_pass_over_workers_or_leases(tmp_path: Path, clock: Clock) -> None:
     """While nobody comes or leaves and no second has gone by, a hundred answers go through neither of them once."""
     workers, answers = 200, 100
@@ -110,7 +181,7 @@ def test_an_answer_costs_no_pass_over_workers_or_leases(tmp_path: Path, clock: C
 
 
 def test_looks_at_all_workers_take_a_share_of_the_time() -> None:
-    """One that took 0.2 s is repeated after 4 s, not after one; one that took a minute after half a minute."""
+    """One that took 0.2 s is repeated after 4 s, not after one; one that took a minute after ten seconds."""
     seldom = Seldom(1.0)
     assert seldom.due(0.0)
     seldom.took(10.0, 10.001)
@@ -217,6 +288,46 @@ def test_many_quarantined_tasks_are_put_together(tmp_path: Path, clock: Clock) -
     assert again.why(1999).error == "E: 1999"
 
 
+KILLED = """
+import os, signal, sys
+from pipeline.plan.receipt import QUARANTINED, Receipt
+from pipeline.storage.kv import Store
+from pipeline.storage.ledger import MAX_REASONS, Ledger
+
+class Ends(Store):
+    def put(self, key, value):
+        if "segment-0000000002" in key:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().put(key, value)
+
+ledger = Ledger(Ends(sys.argv[1]), "d" * 64, 1000, "r")
+ledger.record(Receipt(i, QUARANTINED, error=f"E: {i}") for i in range(3 * MAX_REASONS))
+ledger.flush()
+"""
+
+
+def test_a_client_killed_between_reasons_and_their_segment_leaves_tasks_to_do(tmp_path: Path) -> None:
+    """The reasons of the second batch are there; its tasks are pending, and what they become then is what counts."""
+    url = f"file://{tmp_path}"
+    done = subprocess.run([sys.executable, "-c", KILLED, url], cwd=REPOSITORY, check=False)
+    assert done.returncode == -signal.SIGKILL
+    again = Ledger(Store(url), "d" * 64, 1000, "s")
+    again.load()
+    assert list(again.indices(QUARANTINED, range(1000))) == list(range(MAX_REASONS))
+    assert again.why(2 * MAX_REASONS - 1).error == f"E: {2 * MAX_REASONS - 1}"
+    again.record([Receipt(MAX_REASONS, WRITTEN), Receipt(MAX_REASONS + 1, QUARANTINED, error="other")])
+    again.flush()
+    last = Ledger(Store(url), "d" * 64, 1000, "t")
+    last.load()
+    assert last.counts() == {
+        "pending": 1000 - MAX_REASONS - 2,
+        "written": 1,
+        "skipped": 0,
+        "quarantined": MAX_REASONS + 1,
+    }
+    assert last.why(MAX_REASONS + 1).error == "other"
+
+
 def test_a_snapshot_tells_nothing_that_no_segment_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the queue is published, then the client is killed: the other half is pending, whatever is newest."""
     monkeypatch.setattr(ledgers, "SNAPSHOT_EVERY", 1)
@@ -237,6 +348,7 @@ from pipeline.process import descriptors
 from pipeline.cluster.connect import connect
 from pipeline.config.volume import ClusterConfig
 from pipeline.base.errors import ClusterError
+from pipeline.cluster.patient_client import PatientClient
 assert descriptors.raise_limit() == 300
 try:
     with connect(ClusterConfig(workers=10_000), 1):

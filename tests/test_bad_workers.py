@@ -301,19 +301,30 @@ def test_where_all_workers_see_one_fault_it_is_one_message(tmp_path: Path, clust
 
 
 def test_bad_workers_that_come_late_are_set_aside(tmp_path: Path, cluster: Cluster) -> None:
-    """They join while the run goes on: one of another commit, one whose target is a disk of its own."""
+    """They join while the run goes on: one of another commit, one whose target is a disk of its own.
+
+    The only good worker is stopped until both are set aside, so that the run goes on for as long, and they get leases.
+    """
     needs_mounts()
     (tmp_path / "out").mkdir()
     write_lr(tmp_path / "em.zarr", texture(SHAPE))
     cluster.join("good")
     cluster.wait_for(1)
-    path = cluster.yaml("em.zarr", "out/sr.zarr", work__requests_per_second={"write": 3})
+    path = cluster.yaml("em.zarr", "out/sr.zarr", work__requests_per_second={"write": 20})
     command = [sys.executable, "-m", "pipeline.run", str(path)]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as client:
         wait_until((tmp_path / "out/sr.zarr/0/c").exists)
+        os.kill(cluster.pids["good"], signal.SIGSTOP)
         cluster.join("other", PYTHONPATH=str(other_commit(tmp_path / "other")))
         cluster.join("alone", in_a_view_of_its_own(f"mount -t tmpfs none {tmp_path}/out"))
-        _, said = client.communicate(timeout=1200)
+        assert client.stderr is not None
+        lines, told = [], 0
+        while told < 2 and (line := client.stderr.readline()):
+            lines.append(line)
+            told += '"event": "set_aside"' in line
+        os.kill(cluster.pids["good"], signal.SIGCONT)
+        _, rest = client.communicate(timeout=1200)
+    said = "".join([*lines, rest])
     assert client.returncode == 0, said
     found = aside(tmp_path, "out/sr.zarr")
     assert {int(who.rpartition(" ")[2]) for who in found} == {cluster.pids["other"], cluster.pids["alone"]}

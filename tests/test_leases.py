@@ -331,11 +331,23 @@ def test_the_ramp_steps_back_where_the_store_refuses_and_then_rises_slowly() -> 
     assert ramp.limit(30.0, slots) == BACK * 3000
     ramp.ended(45.0, 3000, 20.0, 10, 1000)
     ramp.ended(49.0, 3000, 20.0, 10, 1000)
-    assert ramp.limit(50.0, slots) == pytest.approx(BACK * 3000 + SLOWER * 100 * 20)
+    assert ramp.limit(50.0, slots) == pytest.approx(BACK * 3000 * (1 + SLOWER))
     ramp.ended(60.0, 2000, 20.0, 10, 10)
-    assert ramp.limit(60.0, slots) == pytest.approx(BACK * 3000 + SLOWER * 100 * 30)
+    assert ramp.limit(70.0, slots) == pytest.approx(BACK * 3000 * (1 + SLOWER) ** 2)
     ramp.ended(70.0, 1600, 20.0, 10, 11)
     assert ramp.limit(70.0, slots) == BACK * 1600
+
+
+def test_no_rise_undoes_a_step_back_before_its_effect_is_known() -> None:
+    """A store that is asked for too much makes leases slow: in the hour that they take all slots could fill again."""
+    slots, ramp, now, out = 30_000, Ramp(0.0), FULL_S, 30_000.0
+    assert ramp.limit(now, slots) == out
+    for _ in range(5):
+        now += 3600 + LOOK_S
+        ramp.ended(now, round(out), 3600.0, 10, 11)
+        for minute in range(60):
+            out = ramp.limit(now + 60 * minute, slots)
+    assert out < slots / 10
 
 
 def test_the_ramp_rises_on_where_the_store_refuses_little() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from distributed import Client
@@ -37,7 +38,8 @@ class PatientClient(Client):  # type: ignore[misc]
             return super().dashboard_link
 
     def close(self, *args: Any, **kwargs: Any) -> Any:
-        with waiting("the Dask scheduler, to be left"):
+        """Leave the scheduler. One that is too busy to be left in time is no reason to fail: what was done is done."""
+        with suppress(TimeoutError), waiting("the Dask scheduler, to be left"):
             return super().close(*args, **kwargs)
 
     def __del__(self) -> None:

@@ -167,7 +167,8 @@ class Crew:
         now = time.monotonic()
         if self._looks.due(now):
             self._ask_scheduler(now, at_large)
-            self._looks.took(now, time.monotonic())
+            # While none can be used there is nothing that a look holds up.
+            self._looks.took(now, time.monotonic() if len(self._usable) else now)
         if now - self._checked >= CHECK_S:
             self._checked = now
             self._check(now)

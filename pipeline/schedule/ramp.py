@@ -5,7 +5,7 @@ add servers. Like a connection of TCP the ramp rises until something is refused,
 
     leases out
        slots |                    ____________
-             |              ,  .-'                  refused: half of what is out, then a tenth of the rise
+             |              ,  .-'                  refused: half of what is out, then a tenth more a lease
              |           .-' '-
              |        .-'
        FIRST |_____.-'
@@ -27,7 +27,8 @@ MAX_REFUSED = 1.0
 BACK = 0.5
 """What is left of the leases out when there were too many."""
 SLOWER = 0.1
-"""The rise after that, as a share of the one before."""
+"""The rise after that, in the time of a lease, as a share of what may be out. What a step back has gained must not be
+gone before leases have ended that tell what it was good for: where a store refuses, they take long."""
 
 
 class Ramp:
@@ -36,13 +37,15 @@ class Ramp:
     def __init__(self, began: float) -> None:
         self._risen_at = self._weighed_at = began
         self._limit = float(FIRST)
-        self._pace = 1.0
+        self._stepped_back = False
         self._tasks = self._refused = 0
         self._lease_s = 0.0
 
     def limit(self, now: float, slots: int) -> float:
         """How many leases may be out at `now`, at most `slots`."""
-        per_s = max(MIN_PER_S, slots / FULL_S) * self._pace
+        per_s = max(MIN_PER_S, slots / FULL_S)
+        if self._stepped_back:
+            per_s = min(per_s, SLOWER * self._limit / max(LOOK_S, self._lease_s))
         self._limit = min(max(float(FIRST), float(slots)), self._limit + per_s * max(0.0, now - self._risen_at))
         self._risen_at = max(now, self._risen_at)
         return min(self._limit, float(slots))
@@ -62,7 +65,7 @@ class Ramp:
             return
         if self._refused > MAX_REFUSED * self._tasks:
             self._limit = max(float(FIRST), BACK * min(self._limit, out))
-            self._pace, self._risen_at = SLOWER, now
+            self._stepped_back, self._risen_at = True, now
             self._weighed_at = now + self._lease_s
         else:
             self._weighed_at = now

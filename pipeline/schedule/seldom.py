@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 SHARE = 0.05
-MAX_WAIT_S = 30.0
-"""A look that took long, perhaps since the scheduler stood still, is repeated after so long at the latest."""
+MAX_WAIT_S = 10.0
+"""A look that took long, perhaps since the machine is loaded, is repeated after so long at the latest: who comes or
+leaves is known well before 20 s are over, after which an absence is told."""
 
 
 class Seldom:

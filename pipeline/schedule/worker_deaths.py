@@ -58,7 +58,7 @@ class WorkerDeaths:
 
 
 class Departures:
-    """The processes of workers that have ended unasked, with the keys of what they had been given.
+    """The processes of workers that have ended, with the keys of what they had been given where nobody asked them to.
 
     The scheduler tells of them between the making of this and `close`. It arrives in a thread of the client's.
     """
@@ -70,10 +70,10 @@ class Departures:
 
     def _receive(self, event: tuple[float, Any]) -> None:
         _, message = event
-        if not isinstance(message, dict) or message.get("action") != "remove-worker" or message.get("expected"):
+        if not isinstance(message, dict) or message.get("action") != "remove-worker" or "worker" not in message:
             return  # of everything else, and what other users say there
-        if "worker" in message:
-            self._arrived.put((message["worker"], list(message.get("processing-tasks", ()))))
+        keys = () if message.get("expected") else message.get("processing-tasks", ())
+        self._arrived.put((message["worker"], list(keys)))
 
     def take(self) -> list[tuple[str, list[str]]]:
         """(address, keys) of each that has ended since this was last asked."""

@@ -31,7 +31,7 @@ class WorkerWaits:
         """A line for each thing that was waited for since this was last asked."""
         told, self._told = self._told, {}
         by_thing: dict[str, list[str]] = defaultdict(list)
-        for worker, (what, seconds) in told.items():
+        for worker, (what, seconds) in list(told.items()):  # the client's thread may be writing its last one
             by_thing[what].append(f"{worker} ({seconds:.0f} s so far)")
         return [
             f"{', '.join(workers[:SHOWN])}{f' and {len(workers) - SHOWN} more' if len(workers) > SHOWN else ''} "
