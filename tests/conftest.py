@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,12 +126,12 @@ def volume_yaml(path: Path, source: Path | str, target: Path | str, **changes: A
 
 
 def tree(path: Path) -> dict[str, str]:
-    """The result maps every file below `path` to the hash of its bytes, without the name that a target at `path` has
-    in its metadata.
+    """The result maps every file below `path` to the hash of its bytes, without the name that a target has in its
+    metadata: that of the place where it was begun.
     """
-    named = f'"name": "{path.name}"'.encode()
+    named = re.compile(rb'"name": "[^"]*"(?=,\s*"type": "lateral 2x2 mean")')
     return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes().replace(named, b"")).hexdigest()
+        str(f.relative_to(path)): hashlib.sha256(named.sub(b"", f.read_bytes())).hexdigest()
         for f in sorted(path.rglob("*"))
         if f.is_file()
     }

@@ -289,7 +289,7 @@ def test_wrong_types_in_every_key(place: Path, capsys: pytest.CaptureFixture[str
 def _could_be_meant(path: tuple[str, ...], value: Any, config: Config) -> bool:
     """Wrong-looking values that are right: a flag that is true, an empty mapping of optional keys, a free name."""
     return (
-        path[-1] in ("skip_empty", "fidelity", "detect")
+        path[-1] in ("skip_empty", "fidelity", "detect", "invert")
         or path[0] in ("work", "cluster")
         or value in ({}, [])
         or ((path[-1], value) in (("url", "x"), ("list", [1])) and path[:2] != ("source", "url"))

@@ -273,4 +273,4 @@ def test_frozen_parts_are_not_random_in_silence(
 def test_an_output_that_is_no_folder(hr: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "flow").write_text("")
     assert main([str(stage_yaml(tmp_path, "flow"))]) == 2
-    assert f"{tmp_path / 'flow'}: cannot be written" in capsys.readouterr().err
+    assert f"{tmp_path / 'flow'} is a file. Wanted: a folder" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def test_quarantined_slabs_are_marked_where_they_lie(tmp_path: Path, capsys: pyt
             ),
             "target.url",
         ),
-        (lambda p: shutil.rmtree(p / "sr"), "pipeline.run"),
+        (lambda p: shutil.rmtree(p / "sr"), "emsr run"),
         (lambda p: shutil.rmtree(p / "lr.zarr"), "lr.zarr"),
         (lambda p: (p / "sr" / "zarr.json").write_text("{"), "cannot be understood"),
         (lambda p: (p / "sr" / "zarr.json").write_text("[]"), "cannot be understood"),

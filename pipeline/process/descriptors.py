@@ -6,6 +6,7 @@ import resource
 from contextlib import suppress
 
 from pipeline.base.errors import ClusterError
+from pipeline.base.words import counted
 
 MAX_WANTED = 1 << 20
 """No process of emsr needs more, and a limit without a bound makes some programs that inherit it close them all."""
@@ -27,7 +28,7 @@ def refuse_too_few(workers: int, each: int, beside: int) -> None:
     allowed, needed = raise_limit(), workers * each + beside
     if allowed < needed:
         raise ClusterError(
-            f"{workers:,} workers take about {needed:,} open files and connections of this process, which may have "
+            f"{counted(workers, 'worker')} take about {needed:,} open files and connections of this process, which may have "
             f"{allowed:,}",
             f"a hard limit (`ulimit -Hn`) of {needed:,}, or at most {max(0, (allowed - beside) // each):,} workers",
             "Raise it (LimitNOFILE= of a systemd service, /etc/security/limits.conf, `docker run --ulimit nofile=`), "
