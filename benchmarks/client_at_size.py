@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from distributed import Client, LocalCluster
 from distributed.protocol import dumps, loads
@@ -135,10 +136,9 @@ class Scheduler:
         def tell(topic: str, message: Any) -> None:
             self._topics[topic]((0.0, loads(dumps(message))))
 
-        results.get_worker = lambda: SimpleNamespace(  # type: ignore[assignment]
-            address=address, get_current_task=lambda: future.key, log_event=tell
-        )
-        results.run_packed(packed)
+        worker = SimpleNamespace(address=address, get_current_task=lambda: future.key, log_event=tell)
+        with mock.patch.object(results, "get_worker", return_value=worker):
+            results.run_packed(packed)
         future.status = "finished"
         for call in future.told:
             call(future)

@@ -360,7 +360,7 @@ except ClusterError as error:
 
 def test_descriptors_are_raised_and_too_few_are_refused_before_a_worker_starts() -> None:
     found = subprocess.run([sys.executable, "-c", LIMITED], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert "10,000 workers take about 110,256 open files" in found.stdout
+    assert "10,000 workers need about 110,256 open files" in found.stdout
     assert "ulimit -Hn" in found.stdout
     assert "at most 4 workers" in found.stdout
 

@@ -28,8 +28,8 @@ def refuse_too_few(workers: int, each: int, beside: int) -> None:
     allowed, needed = raise_limit(), workers * each + beside
     if allowed < needed:
         raise ClusterError(
-            f"{counted(workers, 'worker')} take about {needed:,} open files and connections of this process, which may have "
-            f"{allowed:,}",
+            f"{counted(workers, 'worker')} need about {needed:,} open files and connections of this process, which may "
+            f"have {allowed:,}",
             f"a hard limit (`ulimit -Hn`) of {needed:,}, or at most {max(0, (allowed - beside) // each):,} workers",
             "Raise it (LimitNOFILE= of a systemd service, /etc/security/limits.conf, `docker run --ulimit nofile=`), "
             "or take a scheduler of its own (cluster.kind: address)",
