@@ -262,8 +262,9 @@ class TestAttributesOfOthers:
         transform = {"axes": ["z", "y", "x"], "scale": [40, 8, 4], "translate": [420, 84, 42], "units": ["nm"] * 3}
         placed(hand.zarr2(tmp_path / "a", attributes={"transform": transform}), (400, 80, 40))
         backwards = {key: value[::-1] for key, value in transform.items()} | {"ordering": "F"}
-        xyz = hand.zarr3(tmp_path / "b", TRUTH.T, attributes={"transform": backwards})
-        placed(xyz, (400, 80, 40))
+        placed(hand.zarr3(tmp_path / "b", attributes={"transform": backwards}), (400, 80, 40))
+        del backwards["ordering"]
+        placed(hand.zarr3(tmp_path / "x", TRUTH.T, attributes={"transform": backwards}), (400, 80, 40))
         plain = {"pixelResolution": {"dimensions": [4, 8, 40], "unit": "nm"}, "transform": transform}
         placed(hand.zarr2(tmp_path / "c", attributes=plain), (400, 80, 40))
         bad = {"transform": transform | {"scale": [40, 0, 4]}}

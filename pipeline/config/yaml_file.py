@@ -72,7 +72,7 @@ def _local(value: object) -> object:
         raise ValueError("a path on this machine, not a URL")
     if re.search(r"\$[\w{]", value):
         raise ValueError("a path written out: $NAME is not replaced, ~ is")
-    return urls.expanded(value)
+    return str(urls.expanded(value))  # text: JSON, by which ranks of a training get it, has no paths
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
