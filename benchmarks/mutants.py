@@ -154,7 +154,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("\n        and lease.copies < capacity.workers", ""),
         (" for r in receipts if r.state == WRITTEN", " for r in receipts"),
     ],
-    ("pipeline/schedule/ramp.py", LEASES): [
+    ("pipeline/schedule/ramp.py", f"tests/test_ramp.py {LEASES}"): [
         ("max(0.0, now - self._risen_at)", "now"),
         ("self._stepped_back, self._risen_at = True, now", "self._stepped_back = True"),
         ("SLOWER * self._limit / max(LOOK_S, self._lease_s)", "SLOWER * per_s"),
