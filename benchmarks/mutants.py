@@ -352,7 +352,7 @@ _BY_FILE: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("voxels[part.shift(origin).slices(box.start)]", "voxels[part.slices(box.start)]"),
     ],
     ("pipeline/storage/jpeg_xl.py", JPEG_XL): [
-        ("lossless=True, ", ""),
+        ("lossless=True", "lossless=False"),
         ("(data, out=voxels, numthreads=1)", "(data, numthreads=1)"),
     ],
     ("pipeline/storage/sources/ome_multiscales.py", SOURCES): [
